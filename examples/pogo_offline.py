@@ -1,0 +1,12 @@
+"""Train a POGO chain offline and evaluate every actor of it.
+
+python examples/pogo_offline.py                          # hopper, local data, some minutes
+python examples/pogo_offline.py task=walker2d-medium-v2 seed=1 total_steps=20000
+python examples/pogo_offline.py data.source=hdf5 data.path=FILE
+python examples/pogo_offline.py --help                   # all options
+"""
+
+from pogo_torchrl.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Offline data as TorchRL replay buffers: one function, one layout, several sources."""
+
+from pogo_torchrl.data.behaviour import behaviour_dataset
+from pogo_torchrl.data.hdf5 import read_hdf5
+from pogo_torchrl.data.replay import (
+    SOURCES,
+    Normalization,
+    OfflineReplayBuffer,
+    make_replay_buffer,
+)
+
+__all__ = [
+    "SOURCES",
+    "Normalization",
+    "OfflineReplayBuffer",
+    "behaviour_dataset",
+    "make_replay_buffer",
+    "read_hdf5",
+]

@@ -1,0 +1,342 @@
+"""Offline data without a download: bundled policies played in the D4RL environments.
+
+The files have D4RL's layout, so that whatever reads D4RL's files reads these. They stand in for
+D4RL's datasets and are not the same data: scores reached on them compare only with each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from numbers import Integral
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import gymnasium
+import h5py
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pogo_torchrl.data.policies import LinearPolicy, load_manifest, load_policies
+from pogo_torchrl.envs import make_env, split_task
+from pogo_torchrl.envs.locomotion import clip
+
+_LOGGER = logging.getLogger(__name__)
+
+# Raise this number with every change after which the same call would give other data.
+_VERSION = 1
+
+# Each episode adds Gaussian noise of one scale, drawn from U(0, MAX_NOISE), in units of half the
+# action range. A scale per episode gives episodes from nearly as good as the policy down to early
+# failures, so that there is something to gain from telling them apart.
+MAX_NOISE: dict[str, float] = {"halfcheetah": 0.3, "hopper": 0.5, "walker2d": 0.3}
+
+# Parts of equal size, and the policies that play each part in a random order. "untrained" stands
+# for random actions.
+_UNTRAINED = "untrained"
+_PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "medium": (("medium",),),
+    "medium-replay": ((_UNTRAINED, "novice", "beginner", "medium", "advanced", "expert"),),
+    "medium-expert": (("medium",), ("expert",)),
+}
+
+_RECORDED = ("observations", "actions", "rewards", "infos/qpos", "infos/qvel")
+_KEYS = (*_RECORDED, "next_observations", "terminals", "timeouts")
+
+Rows = dict[str, NDArray[Any]]
+
+
+def behaviour_dataset(
+    task: str,
+    *,
+    size: int = 100_000,
+    seed: int = 0,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    workers: int | None = None,
+) -> Path:
+    """The path of a dataset in D4RL's HDF5 layout, generated on first use and found afterwards.
+
+    `medium` is the bundled medium policy with exploration noise, `medium-replay` a mixture from
+    random actions to the best policy, `medium-expert` half medium and half the best policy, both
+    with noise. Arrays, one row per transition: `observations`, `actions`, `rewards`,
+    `next_observations`, `infos/qpos`, `infos/qvel` (float32), `terminals`, `timeouts` (bool). The
+    last row of each part is a time-out if its episode goes on. `metadata/` tells how it was made.
+
+    Args:
+        task: a locomotion task of level `medium`, `medium-replay` or `medium-expert`.
+        size: number of transitions.
+        seed: non-negative. The arrays are a function of task, size and seed, bit for bit on one
+            machine, however many workers there are.
+        cache_dir: folder of the file; default: `$XDG_CACHE_HOME/pogo_torchrl`, or
+            `~/.cache/pogo_torchrl`.
+        progress: show a progress bar on stderr while generating.
+        workers: threads; default: one per usable core, up to 4 (Python holds back any more).
+
+    Returns:
+        The file's path. A damaged file is generated again.
+
+    Raises:
+        ValueError: for a task that has no bundled policies, or a size, seed or number of workers
+            out of range.
+        OSError: if the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = behaviour_dataset(
+        ...         "hopper-medium-v2", size=50, cache_dir=folder, progress=False
+        ...     )
+        ...     with h5py.File(path) as file:
+        ...         file["observations"].shape
+        (50, 11)
+    """
+    environment, level = split_task(task)
+    manifest = load_manifest()
+    if environment not in manifest or level not in _PARTS:
+        offered = [f"{name}-{part}-v2" for name in manifest for part in _PARTS]
+        raise ValueError(
+            f"task={task!r} has no bundled policies to generate data with; use one of "
+            f"{', '.join(offered)}, or another data source"
+        )
+    _check_integer("size", size, 1)
+    _check_integer("seed", seed, 0)
+    if workers is None:
+        workers = min(4, _usable_cores())
+    _check_integer("workers", workers, 1)
+
+    policies = load_policies(environment)
+    name = (
+        f"{environment}-{level}-v2_size{size}_seed{seed}_{_fingerprint(environment, policies)}.hdf5"
+    )
+    folder = _cache_folder(cache_dir)
+    path = folder / name
+    if path.exists():
+        if _is_intact(path):
+            return path
+        _LOGGER.warning("%s is damaged and is generated again", path)
+    _make_writable(folder)  # before the work, not after it
+
+    bar = tqdm(total=size, unit="step", desc=f"Generating {task}", disable=not progress)
+    with bar:
+        rows = _generate(environment, policies, _PARTS[level], size, seed, workers, bar)
+    metadata = {
+        "algorithm": "linear policies of augmented random search, with exploration noise",
+        "policies": json.dumps(manifest[environment]),
+        "parts": json.dumps(_PARTS[level]),
+        "max_noise": MAX_NOISE[environment],
+        "seed": seed,
+        "generator_version": _VERSION,
+        "mujoco_version": mujoco.__version__,
+    }
+    _write_atomically(path, _to_hdf5(rows, metadata))
+    return path
+
+
+def rollout(
+    env: gymnasium.Env, policy: LinearPolicy, max_noise: float, rng: np.random.Generator
+) -> Rows:
+    """Play one episode.
+
+    Args:
+        env: an environment of `make_env`.
+        policy: the policy.
+        max_noise: the standard deviation of the Gaussian noise added to actions is drawn once
+            from U(0, max_noise), in units of half the action range; the sum of action and noise is
+            clipped to the bounds.
+        rng: draws the start state and the noise.
+
+    Returns:
+        The arrays of `behaviour_dataset`, one row per step. Observations are float32; the policy
+        sees them in float64. Stepping with the float32 actions repeats the episode exactly.
+
+    Example:
+        >>> env = make_env("hopper-medium-v2")
+        >>> policy = LinearPolicy(np.zeros((3, 11)), np.zeros(11))
+        >>> episode = rollout(env, policy, 0.1, np.random.default_rng(0))
+        >>> episode["terminals"].sum()
+        np.int64(1)
+    """
+    physics: Any = env.unwrapped
+    rows: dict[str, list] = {key: [] for key in _RECORDED}
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    noise = rng.uniform(0.0, max_noise)
+    terminated = truncated = False
+    while not (terminated or truncated):
+        action = policy(observation) + noise * rng.standard_normal(len(policy.gain))
+        action = clip(action, -1.0, 1.0).astype(np.float32)
+        rows["observations"].append(observation)
+        rows["actions"].append(action)
+        rows["infos/qpos"].append(physics.data.qpos.copy())
+        rows["infos/qvel"].append(physics.data.qvel.copy())
+        observation, reward, terminated, truncated, _ = env.step(action)
+        rows["rewards"].append(reward)
+    episode: Rows = {key: np.array(values, dtype=np.float32) for key, values in rows.items()}
+    last = observation.astype(np.float32)[None]
+    episode["next_observations"] = np.concatenate([episode["observations"][1:], last])
+    for key, ended in (("terminals", terminated), ("timeouts", not terminated)):
+        episode[key] = np.zeros(len(rows["rewards"]), dtype=bool)
+        episode[key][-1] = ended
+    return episode
+
+
+def _generate(
+    environment: str,
+    policies: dict[str, LinearPolicy],
+    parts: tuple[tuple[str, ...], ...],
+    size: int,
+    seed: int,
+    workers: int,
+    bar: tqdm,
+) -> Rows:
+    """All parts of a dataset, one after the other."""
+    shape = next(iter(policies.values())).gain.shape
+    policies = {_UNTRAINED: LinearPolicy(np.zeros(shape), np.zeros(shape[1])), **policies}
+    # Physics runs outside of Python's lock: threads share the work without a process's start-up.
+    envs: SimpleQueue[gymnasium.Env] = SimpleQueue()
+    for _ in range(workers):
+        envs.put(make_env(f"{environment}-medium-v2"))
+
+    def play(part: int, index: int) -> Rows:
+        rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(part, index)))
+        level = parts[part][rng.integers(len(parts[part]))]
+        max_noise = 1.0 if level == _UNTRAINED else MAX_NOISE[environment]
+        env = envs.get()
+        try:
+            return rollout(env, policies[level], max_noise, rng)
+        finally:
+            envs.put(env)
+
+    episodes: list[Rows] = []
+    borders = [size * part // len(parts) for part in range(len(parts) + 1)]
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for part in range(len(parts)):
+                missing = borders[part + 1] - borders[part]
+                for whole in _in_order(pool, play, part, 2 * workers):
+                    episode = {key: values[:missing] for key, values in whole.items()}
+                    episodes.append(episode)
+                    missing -= len(episode["rewards"])
+                    bar.update(len(episode["rewards"]))
+                    if missing == 0:
+                        break
+                # The next row belongs to another episode, also where this one was cut.
+                episode["timeouts"][-1:] = ~episode["terminals"][-1:]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, play: Callable[[int, int], Rows], part: int, ahead: int
+) -> Iterator[Rows]:
+    """Episodes 0, 1, 2, ... of a part, with up to `ahead` of them in progress."""
+    pending = deque(pool.submit(play, part, index) for index in range(ahead))
+    try:
+        for index in count(ahead):
+            yield pending.popleft().result()
+            pending.append(pool.submit(play, part, index))
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def _to_hdf5(rows: Rows, metadata: dict[str, Any]) -> memoryview:
+    # In memory first: a full disk then fails in a plain write, and not somewhere inside of HDF5.
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for key, values in rows.items():
+            file[key] = values
+        for key, value in metadata.items():
+            file[f"metadata/{key}"] = value
+        file.attrs["sha256"] = _digest(rows)
+    return buffer.getbuffer()
+
+
+def _write_atomically(path: Path, content: memoryview) -> None:
+    """Write a file that appears under its name only when all of it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _cannot_write(path.parent, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        f"cannot write the dataset to {folder} ({error.strerror or error}); free some space there "
+        "or choose another folder with cache_dir"
+    )
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        with h5py.File(path) as file:
+            rows = {key: file[key][()] for key in _KEYS}
+            return file.attrs["sha256"] == _digest(rows)
+    except (OSError, RuntimeError, KeyError):  # what h5py raises for a file that is not whole
+        return False
+
+
+def _digest(rows: Rows) -> str:
+    digest = hashlib.sha256()
+    for key, values in sorted(rows.items()):
+        digest.update(f"{key} {values.dtype} {values.shape} ".encode())
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
+
+
+def _fingerprint(environment: str, policies: dict[str, LinearPolicy]) -> str:
+    """A short name for everything but task, size and seed that decides about the data."""
+    weights = {
+        f"{name} {field}": getattr(policy, field)
+        for name, policy in policies.items()
+        for field in ("gain", "mean")
+    }
+    generator = f"{_VERSION} {_PARTS} {MAX_NOISE[environment]} {_digest(weights)}"
+    return hashlib.sha256(generator.encode()).hexdigest()[:8]
+
+
+def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    # As the XDG specification asks for, an empty variable counts as an unset one.
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "pogo_torchrl"
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_integer(name: str, value: int, lowest: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {lowest}")

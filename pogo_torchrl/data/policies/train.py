@@ -1,0 +1,213 @@
+"""Finds the bundled policies by augmented random search (Mania et al. 2018).
+
+    python -m pogo_torchrl.data.policies.train hopper --seed 0 1 2 --minutes 10
+
+searches once per seed, keeps the seed with the best policy and writes its levels beside this file.
+A search is a function of its seed and its number of environment steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from pogo_torchrl.data.behaviour import MAX_NOISE, rollout
+from pogo_torchrl.data.policies import FOLDER, LEVELS, MANIFEST, LinearPolicy, load_manifest
+from pogo_torchrl.envs import make_env, score
+
+
+@dataclass(frozen=True)
+class Search:
+    """Hyperparameters of one environment.
+
+    As in Mania et al. (2018), but with fewer directions, which need fewer steps.
+    """
+
+    directions: int
+    best_directions: int
+    step_size: float
+    noise: float
+    survival_bonus: float
+    steps: int
+
+
+SEARCHES: dict[str, Search] = {
+    "halfcheetah": Search(8, 4, 0.02, 0.03, 0.0, 1_000_000),
+    "hopper": Search(8, 4, 0.01, 0.025, 1.0, 800_000),
+    "walker2d": Search(8, 4, 0.01, 0.025, 1.0, 2_500_000),
+}
+SNAPSHOTS = 60
+SNAPSHOT_EPISODES = 3
+EVALUATION_EPISODES = 20
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A policy met during a search, and its mean return without noise."""
+
+    steps: int
+    policy: LinearPolicy
+    mean_return: float
+
+
+class RunningMoments:
+    """Mean and standard deviation of all observations seen so far."""
+
+    def __init__(self, size: int) -> None:
+        self.count = 0
+        self.mean = np.zeros(size)
+        self.squares = np.zeros(size)
+
+    def update(self, observations: NDArray[np.floating]) -> None:
+        """Add observations, [steps, size] (Chan et al. 1979)."""
+        batch = observations.astype(np.float64)
+        count = len(batch)
+        shift = batch.mean(axis=0) - self.mean
+        total = self.count + count
+        self.squares += batch.var(axis=0) * count + shift**2 * self.count * count / total
+        self.mean += shift * count / total
+        self.count = total
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """The standard deviation, 1 where nothing has varied yet."""
+        variance = self.squares / max(self.count, 1)
+        return np.where(variance > 1e-8, np.sqrt(np.maximum(variance, 1e-8)), 1.0)
+
+
+def mean_return(
+    env: gymnasium.Env, policy: LinearPolicy, *, episodes: int, max_noise: float = 0.0
+) -> float:
+    """Mean return over the same start states for every policy.
+
+    Args:
+        env: the environment.
+        policy: the policy.
+        episodes: number of episodes.
+        max_noise: exploration noise of up to this scale, as in `rollout`.
+
+    Returns:
+        The mean undiscounted return.
+    """
+    rngs = [np.random.default_rng(child) for child in np.random.SeedSequence(0).spawn(episodes)]
+    return float(np.mean([rollout(env, policy, max_noise, rng)["rewards"].sum() for rng in rngs]))
+
+
+def search(environment: str, seed: int, steps: int, minutes: float) -> list[Snapshot]:
+    """Augmented random search, variant V2-t.
+
+    Args:
+        environment: `"halfcheetah"`, `"hopper"` or `"walker2d"`.
+        seed: of the search.
+        steps: environment steps, evaluations not counted.
+        minutes: stop earlier after this time.
+
+    Returns:
+        Snapshots in the order in which they were met, the untrained policy first.
+
+    Source: Mania, Guy and Recht (2018), "Simple random search provides a competitive approach to
+    reinforcement learning", algorithm 2.
+    """
+    settings = SEARCHES[environment]
+    env = make_env(f"{environment}-medium-v2")
+    shape = (*env.action_space.shape, *env.observation_space.shape)  # type: ignore[misc]
+    rng = np.random.default_rng(seed)
+    weights = np.zeros(shape)
+    moments = RunningMoments(shape[1])
+    deadline = time.monotonic() + 60 * minutes
+    snapshots: list[Snapshot] = []
+    done = 0
+    while done <= steps and time.monotonic() < deadline:
+        # A policy keeps the moments with which it was tried, not those updated by trying it.
+        mean, std = moments.mean.copy(), moments.std
+        if done >= len(snapshots) * steps / SNAPSHOTS:
+            policy = LinearPolicy(weights / std, mean)
+            value = mean_return(env, policy, episodes=SNAPSHOT_EPISODES)
+            snapshots.append(Snapshot(done, policy, value))
+            print(f"{environment} seed {seed}: {done:>9,} steps, return {value:7.1f}", flush=True)
+        directions = rng.standard_normal((settings.directions, *shape))
+        returns = np.zeros((settings.directions, 2))
+        for i, direction in enumerate(directions):
+            for j, sign in enumerate((1, -1)):
+                gain = (weights + sign * settings.noise * direction) / std
+                episode = rollout(env, LinearPolicy(gain, mean), 0.0, rng)
+                # Without the bonus for staying upright, which rewards standing still.
+                returns[i, j] = (episode["rewards"] - settings.survival_bonus).sum()
+                moments.update(episode["observations"])
+                done += len(episode["rewards"])
+        best = np.argsort(returns.max(axis=1))[-settings.best_directions :]
+        differences = returns[best, 0] - returns[best, 1]
+        slope = np.tensordot(differences, directions[best], axes=1) / len(best)
+        weights += settings.step_size / returns[best].std() * slope
+    return snapshots
+
+
+def pick_levels(snapshots: list[Snapshot]) -> dict[str, Snapshot]:
+    """The best snapshot and, up to it, those nearest to the levels' shares of its return."""
+    best = max(range(len(snapshots)), key=lambda i: snapshots[i].mean_return)
+    candidates = snapshots[: best + 1]
+    top = candidates[best].mean_return
+    return {
+        name: min(candidates, key=lambda snapshot: abs(snapshot.mean_return - share * top))
+        for name, share in LEVELS.items()
+    }
+
+
+def describe(environment: str, level: Snapshot) -> dict[str, float]:
+    """A level's entry in the manifest."""
+    env = make_env(f"{environment}-medium-v2")
+    entry: dict[str, float] = {"steps": level.steps}
+    for prefix, noise in (("", 0.0), ("noisy_", MAX_NOISE[environment])):
+        value = mean_return(env, level.policy, episodes=EVALUATION_EPISODES, max_noise=noise)
+        entry[f"{prefix}return"] = round(value, 1)
+        entry[f"{prefix}score"] = round(score(f"{environment}-medium-v2", value), 1)
+    return entry
+
+
+def save(environment: str, levels: dict[str, Snapshot], entry: dict, folder: Path) -> None:
+    """Write an environment's policies and its part of the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        folder / f"{environment}.npz",
+        gain=np.stack([level.policy.gain for level in levels.values()]).astype(np.float32),
+        mean=np.stack([level.policy.mean for level in levels.values()]).astype(np.float32),
+    )
+    manifest = dict(sorted({**load_manifest(folder), environment: entry}.items()))
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("environment", choices=sorted(SEARCHES))
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="the best one is kept")
+    parser.add_argument("--steps", type=int, help="environment steps per seed")
+    parser.add_argument("--minutes", type=float, default=np.inf, help="stop earlier, per seed")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the policies")
+    args = parser.parse_args()
+    steps = args.steps or SEARCHES[args.environment].steps
+    found = {
+        seed: pick_levels(search(args.environment, seed, steps, args.minutes)) for seed in args.seed
+    }
+    seed = max(found, key=lambda seed: found[seed]["expert"].mean_return)
+    entry = {
+        "seed": seed,
+        "mujoco": mujoco.__version__,
+        "episodes": EVALUATION_EPISODES,
+        "max_noise": MAX_NOISE[args.environment],
+        "levels": {name: describe(args.environment, level) for name, level in found[seed].items()},
+    }
+    save(args.environment, found[seed], entry, args.output)
+    print(json.dumps(entry, indent=2))
+
+
+if __name__ == "__main__":
+    main()

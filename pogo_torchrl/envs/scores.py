@@ -1,0 +1,101 @@
+"""D4RL's task names and reference scores."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+_LOCOMOTION_LEVELS = (
+    "random",
+    "medium",
+    "expert",
+    "medium-replay",
+    "full-replay",
+    "medium-expert",
+)
+_LEVELS: dict[str, tuple[str, ...]] = {
+    "halfcheetah": _LOCOMOTION_LEVELS,
+    "hopper": _LOCOMOTION_LEVELS,
+    "walker2d": _LOCOMOTION_LEVELS,
+    "antmaze": (
+        "umaze",
+        "umaze-diverse",
+        "medium-play",
+        "medium-diverse",
+        "large-play",
+        "large-diverse",
+    ),
+}
+
+# Returns of a random and of an expert policy: `d4rl.infos.REF_MIN_SCORE` and `REF_MAX_SCORE`
+# (Fu et al. 2020, "D4RL: Datasets for Deep Data-Driven Reinforcement Learning", appendix).
+REFERENCE_RETURNS: dict[str, tuple[float, float]] = {
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "antmaze": (0.0, 1.0),
+}
+
+TASKS: tuple[str, ...] = tuple(
+    f"{environment}-{level}-v2" for environment, levels in _LEVELS.items() for level in levels
+)
+
+Returns = TypeVar("Returns", float, NDArray[np.floating])
+
+
+def split_task(task: str) -> tuple[str, str]:
+    """Split a D4RL task name into its environment and its level.
+
+    Args:
+        task: one of `TASKS`, such as `"hopper-medium-v2"`; the ending `-v2` may be left out.
+
+    Returns:
+        The environment's name and the level.
+
+    Raises:
+        ValueError: for a name that is not a D4RL version 2 task; the error lists similar names.
+
+    Example:
+        >>> split_task("hopper-medium-replay-v2")
+        ('hopper', 'medium-replay')
+        >>> split_task("antmaze-umaze")
+        ('antmaze', 'umaze')
+    """
+    name = task if task.endswith("-v2") else f"{task}-v2"
+    if name not in TASKS:
+        nearest = difflib.get_close_matches(name, TASKS, n=3) or TASKS
+        raise ValueError(
+            f"task={task!r} is not a D4RL version 2 task; use one such as {', '.join(nearest)}"
+        )
+    environment, level = name.removesuffix("-v2").split("-", maxsplit=1)
+    return environment, level
+
+
+def score(task: str, returns: Returns) -> Returns:
+    """D4RL's normalised score: 0 for a random policy, 100 for an expert.
+
+        score = 100 (return - min) / (max - min)
+
+    Args:
+        task: a D4RL task name, as for `split_task`.
+        returns: undiscounted episode returns, a number or an array of any shape.
+
+    Returns:
+        The scores, in the shape of `returns`.
+
+    Raises:
+        ValueError: for an unknown task.
+
+    Source: Fu et al. (2020), D4RL; reference returns from `d4rl.infos`.
+
+    Example:
+        >>> round(score("hopper-medium-v2", 1000.0), 3)
+        31.349
+        >>> score("antmaze-umaze-v2", np.array([0.0, 1.0]))
+        array([  0., 100.])
+    """
+    lowest, highest = REFERENCE_RETURNS[split_task(task)[0]]
+    return 100.0 * (returns - lowest) / (highest - lowest)

@@ -1,0 +1,164 @@
+"""Rollouts of all actors of a chain at once, in one process, reproducible to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from tensordict import TensorDict
+from torchrl.data import Bounded
+
+from pogo_torchrl.envs import make_env, score
+from pogo_torchrl.modules import TransportActor
+
+MODES = ("deterministic", "stochastic")
+"""How an actor acts: with z = 0, or with z ~ N(0, I)."""
+
+
+class Evaluation(NamedTuple):
+    """What one actor reached in one mode."""
+
+    actor: int
+    mode: str
+    returns: np.ndarray
+    """Undiscounted return of each episode."""
+    lengths: np.ndarray
+    """Steps of each episode."""
+    scores: np.ndarray
+    """D4RL score of each episode, 0 for random and 100 for expert."""
+
+
+class Evaluator:
+    """Evaluates chains of actors on a task.
+
+    Every actor acts in both modes in the same ``episodes`` episodes: episode e has its own start
+    state and, for the stochastic mode, its own noise, both derived from ``seed`` and e alone. Two
+    evaluations of the same weights therefore agree, actors are compared on equal terms, and no
+    global random state is read or written. All environments step in one process, and each actor
+    sees its episodes as one batch.
+
+    Args:
+        task: a D4RL task name.
+        episodes: episodes per actor and mode. Defaults to ``10``.
+        seed: seed of start states and noise. Defaults to ``0``.
+
+    Raises:
+        ValueError: for an unknown task, or less than one episode.
+
+    Example:
+        >>> import torch
+        >>> from pogo_torchrl import make_actor
+        >>> evaluator = Evaluator("hopper-medium-v2", episodes=2)
+        >>> chain = [make_actor(evaluator.observation_dim, evaluator.action_spec)]
+        >>> [(e.actor, e.mode, e.returns.shape) for e in evaluator(chain)]
+        [(0, 'deterministic', (2,)), (0, 'stochastic', (2,))]
+    """
+
+    def __init__(self, task: str, *, episodes: int = 10, seed: int = 0) -> None:
+        if episodes < 1:
+            raise ValueError(f"eval_episodes={episodes} must be an integer >= 1.")
+        self.task = task
+        self.episodes = episodes
+        self.seed = seed
+        self._envs = [make_env(task)]
+        observations, actions = self._envs[0].observation_space, self._envs[0].action_space
+        assert isinstance(observations, Box)
+        assert isinstance(actions, Box)
+        self._action_space = actions
+        self.observation_dim: int = observations.shape[0]
+        self.action_dim: int = actions.shape[0]
+
+    @property
+    def action_spec(self) -> Bounded:
+        """The task's action space as a TorchRL spec of shape ``[d]``."""
+        return Bounded(
+            low=torch.as_tensor(self._action_space.low),
+            high=torch.as_tensor(self._action_space.high),
+            dtype=torch.float32,
+        )
+
+    @torch.no_grad()
+    def __call__(self, actors: Sequence[TransportActor]) -> list[Evaluation]:
+        """Roll out ``actors``, which take raw observations; actor by actor, mode by mode.
+
+        Raises:
+            FloatingPointError: when an actor returns an action that is not finite.
+        """
+        shape = (len(actors), len(MODES), self.episodes)
+        slots = list(np.ndindex(shape))
+        while len(self._envs) < len(slots):
+            self._envs.append(make_env(self.task))
+        seeds = [
+            np.random.SeedSequence(self.seed, spawn_key=(episode,)).spawn(2)
+            for episode in range(self.episodes)
+        ]
+        starts = [int(start.generate_state(1)[0]) for start, _ in seeds]
+        noise_streams = [np.random.default_rng(noise) for _, noise in seeds]
+
+        observations = np.zeros((*shape, self.observation_dim), dtype=np.float32)
+        for env, slot in zip(self._envs, slots):
+            observations[slot], _ = env.reset(seed=starts[slot[2]])
+        returns, lengths = np.zeros(shape), np.zeros(shape, dtype=int)
+        running = dict(zip(slots, self._envs))
+        noise = np.zeros((len(MODES), self.episodes, self.action_dim), dtype=np.float32)
+        while running:
+            noise[1] = [stream.standard_normal(self.action_dim) for stream in noise_streams]
+            actions = self._act(actors, observations, noise)
+            for slot, env in list(running.items()):
+                observation, reward, terminated, truncated, _ = env.step(actions[slot])
+                observations[slot] = observation
+                returns[slot] += reward
+                lengths[slot] += 1
+                if terminated or truncated:
+                    del running[slot]
+        return [
+            Evaluation(i, mode, returns[i, m], lengths[i, m], score(self.task, returns[i, m]))
+            for i in range(len(actors))
+            for m, mode in enumerate(MODES)
+        ]
+
+    @staticmethod
+    def _act(
+        actors: Sequence[TransportActor], observations: np.ndarray, noise: np.ndarray
+    ) -> np.ndarray:
+        actions = []
+        for i, actor in enumerate(actors):
+            device = actor.action_scale.device
+            inputs = TensorDict(
+                {
+                    actor.in_keys[0]: torch.from_numpy(observations[i]).to(device),
+                    actor.noise_key: torch.from_numpy(noise).to(device),
+                },
+                noise.shape[:2],
+            )
+            action = actor(inputs)[actor.out_keys[0]].cpu().numpy()
+            if not np.isfinite(action).all():
+                raise FloatingPointError(
+                    f"actor {i} returned an action that is not finite: training has diverged. "
+                    "Try larger w2_weights, a smaller alpha or a smaller lr."
+                )
+            actions.append(action)
+        return np.stack(actions)
+
+
+def format_evaluation(evaluations: Sequence[Evaluation]) -> str:
+    """The evaluation as it stands on the screen.
+
+    Example:
+        >>> import numpy as np
+        >>> e = Evaluation(0, "deterministic", np.full(10, 1992.1), np.full(10, 1000),
+        ...                np.full(10, 61.83))
+        >>> print(format_evaluation([e]))
+        Evaluation over 10 episodes:
+          Actor 0 - Deterministic: 1992.1, D4RL score: 61.8
+    """
+    lines = [f"Evaluation over {len(evaluations[0].returns)} episodes:"]
+    lines += [
+        f"  Actor {e.actor} - {e.mode.capitalize()}: {e.returns.mean():.1f}, "
+        f"D4RL score: {e.scores.mean():.1f}"
+        for e in evaluations
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""Where numbers go: CSV always, TorchRL's loggers as asked."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LOGGERS = ("tensorboard", "wandb")
+"""Loggers beside the CSV files; each is an optional dependency."""
+
+
+class CSVSink:
+    """Rows of numbers in one CSV file, whole after every write.
+
+    Args:
+        path: the file; its columns are those of the first row, after ``step``.
+        resume_step: go on with the file, without the rows after this step; ``None``: begin anew.
+
+    Raises:
+        ValueError: by :meth:`write`, for a row whose columns differ from the file's.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     CSVSink(f"{folder}/a.csv").write(10, [{"score": 1.5}, {"score": 2.0}])
+        ...     CSVSink(f"{folder}/a.csv", resume_step=10).write(20, [{"score": 3.0}])
+        ...     print(Path(f"{folder}/a.csv").read_text(), end="")
+        step,score
+        10,1.5
+        10,2.0
+        20,3.0
+    """
+
+    def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self._columns: list[str] | None = None
+        if resume_step is None:
+            self.path.unlink(missing_ok=True)
+        elif self.path.exists():
+            self._drop_rows_after(resume_step)
+
+    def _drop_rows_after(self, step: int) -> None:
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            self._columns = list(reader.fieldnames or [])
+            # a row cut short by a crash has no value in its last column
+            whole = [r for r in reader if r["step"].isdigit() and None not in r.values()]
+        if not self._columns:
+            self._columns = None
+            return
+        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(r for r in whole if int(r["step"]) <= step)
+        os.replace(temporary, self.path)
+
+    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append the rows of one step."""
+        columns = ["step", *rows[0]]
+        if self._columns is not None and columns != self._columns:
+            raise ValueError(
+                f"{self.path} has the columns {self._columns}, the new row has {columns}: it was "
+                "written by another version. Start in another log_dir."
+            )
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if self._columns is None:
+                writer.writeheader()
+            writer.writerows({"step": step, **row} for row in rows)
+        self._columns = columns
+
+
+class LoggerSink:
+    """Passes rows to one of TorchRL's loggers as scalars.
+
+    Args:
+        logger: a TorchRL logger.
+        group: prefix of the scalars' names.
+    """
+
+    def __init__(self, logger: Any, group: str) -> None:
+        self.logger = logger
+        self.group = group
+
+    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log every number; evaluations are told apart by actor and mode."""
+        for row in rows:
+            prefix = self.group
+            if "actor" in row:
+                prefix += f"/actor_{row['actor']}_{row['mode']}"
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.logger.log_scalar(f"{prefix}/{name}", value, step=step)
+
+
+def make_logger(name: str, folder: str | Path, experiment: str) -> Any:
+    """One of TorchRL's loggers.
+
+    Args:
+        name: ``"tensorboard"`` or ``"wandb"``.
+        folder: where it may write.
+        experiment: the name that the run is shown under.
+
+    Raises:
+        ValueError: for an unknown logger.
+        ImportError: when its package is not installed; the message says how to install it.
+
+    Example:
+        >>> make_logger("tensorbord", "logs", "pogo")
+        Traceback (most recent call last):
+            ...
+        ValueError: logger.backend='tensorbord' is unknown; choose tensorboard, wandb or null.
+    """
+    if name not in LOGGERS:
+        raise ValueError(
+            f"logger.backend={name!r} is unknown; choose {', '.join(LOGGERS)} or null."
+        )
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(
+            f"logger.backend={name} needs the package {name}, which is not installed: "
+            f'pip install "pogo_torchrl[{name}]", or leave it out (CSV is always written).'
+        )
+    if name == "tensorboard":
+        from torchrl.record.loggers.tensorboard import TensorboardLogger
+
+        return TensorboardLogger(experiment, log_dir=str(folder))
+    from torchrl.record.loggers.wandb import WandbLogger
+
+    return WandbLogger(experiment, save_dir=str(folder), project="pogo")

@@ -1,0 +1,310 @@
+"""The main job: data, chain, training, evaluation and report of one run."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, cast
+
+import hydra
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from pogo_torchrl import configs
+from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
+from pogo_torchrl.envs import score
+from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
+from pogo_torchrl.logging import CSVSink, LoggerSink, make_logger
+from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
+from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.policies import on_raw_observations, save_actors
+from pogo_torchrl.report import plot_curves, score_table
+from pogo_torchrl.training import Evaluate, LogMetrics, POGOTrainer
+
+LOGGER = logging.getLogger("pogo_torchrl")
+
+# What may change between a run and its continuation; everything else shapes the training.
+_FREE_ON_RESUME = {
+    "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
+    "resume", "device", "compile", "log_dir", "checkpoint_dir", "save_model", "logger",
+    "progress_bar",
+}  # fmt: skip
+
+
+class RunFolder(NamedTuple):
+    """Where a run writes."""
+
+    training: Path
+    checkpoints: Path
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> RunFolder:
+        """``log_dir/task/w2_.../seed_.../{training,checkpoints}``."""
+        weights = "_".join(f"{w:g}" for w in cfg.w2_weights)
+        root = Path(cfg.log_dir) / cfg.task / f"w2_{weights}" / f"seed_{cfg.seed}"
+        checkpoints = cfg.checkpoint_dir or root / "checkpoints"
+        return cls(root / "training", Path(checkpoints))
+
+
+def run(cfg: DictConfig) -> list[Evaluation]:
+    """Train and evaluate one chain as ``cfg`` says; the work of ``examples/pogo_offline.py``.
+
+    Args:
+        cfg: a :class:`~pogo_torchrl.configs.RunConfig`.
+
+    Returns:
+        The last evaluation.
+
+    Raises:
+        ValueError: for settings that make no sense; the message names them.
+        FileExistsError: when the run's folder holds a run and ``resume`` is off.
+    """
+    # Everything that can be refused is refused before data are made or folders written.
+    folder = RunFolder.of(cfg)
+    device = _device(cfg.device)
+    evaluator = Evaluator(cfg.task, episodes=cfg.eval_episodes, seed=cfg.seed)
+    settings = {
+        "lr": cfg.lr,
+        "policy_freq": cfg.policy_freq,
+        "tau": cfg.tau,
+        "compile": _compile(cfg.compile),
+        "checkpoint_dir": folder.checkpoints,
+        "checkpoint_interval": cfg.checkpoint_interval,
+        "progress_bar": cfg.progress_bar,
+    }
+    POGOTrainer.check_settings(cfg.total_steps, **settings)
+    _seed(cfg.seed)
+    loss = _make_loss(cfg, evaluator, device)
+    metrics = LogMetrics([], cfg.log_interval)
+    evaluate = Evaluate(
+        lambda: evaluator(_raw_chain(loss, replay_buffer)), interval=cfg.eval_interval
+    )
+    _check_folder(folder, cfg)
+    backend = cfg.logger.backend
+    folder.training.mkdir(parents=True, exist_ok=True)
+    logger = make_logger(backend, folder.training, cfg.task) if backend else None
+
+    with _log_to(folder.training / "train.log"):
+        LOGGER.info("POGO on %s, %d updates; run folder %s", cfg.task, cfg.total_steps,
+                    folder.training.parent)  # fmt: skip
+        replay_buffer = make_replay_buffer(
+            cfg.task, batch_size=cfg.batch_size, device=device, **cfg.data
+        )
+        _check_shapes(replay_buffer, evaluator)
+        (folder.training / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        behaviour = score(cfg.task, float(replay_buffer.episode_returns.mean()))
+        LOGGER.info("Data: %d transitions, %d episodes, mean D4RL score %.1f",
+                    len(replay_buffer), len(replay_buffer.episode_returns), behaviour)  # fmt: skip
+        trainer = POGOTrainer(
+            loss, replay_buffer, cfg.total_steps, hooks=[metrics, evaluate], **settings
+        )
+        step = trainer.resume() if cfg.resume else None
+        if cfg.resume:
+            if step is None:
+                LOGGER.info("No usable checkpoint to resume from: starting afresh.")
+            else:
+                LOGGER.info("Resumed at update %d.", step)
+        for hook, name in ((metrics, "metrics"), (evaluate, "evaluations")):
+            hook.sinks = [CSVSink(folder.training / f"{name}.csv", resume_step=step)]
+            if logger is not None:
+                hook.sinks.append(LoggerSink(logger, name))
+        last: list[Evaluation] = []
+        evaluate.report = lambda evaluations: _report(evaluations, last)
+
+        with _stop_on_signals(trainer):
+            trainer.train()
+        if trainer.collected_frames < cfg.total_steps:
+            raise _Stopped(trainer.collected_frames, trainer._stop_reason)
+        _finish(cfg, folder, _raw_chain(loss, replay_buffer), behaviour)
+        return last
+
+
+def _report(evaluations: list[Evaluation], last: list[Evaluation]) -> None:
+    last[:] = evaluations
+    LOGGER.info("%s", format_evaluation(evaluations))
+
+
+def _finish(
+    cfg: DictConfig, folder: RunFolder, chain: list[TransportActor], behaviour: float
+) -> None:
+    evaluations, curves = folder.training / "evaluations.csv", folder.training / "curves.png"
+    LOGGER.info("%s", score_table(evaluations, behaviour))
+    plot_curves(evaluations, curves, title=cfg.task, behaviour_score=behaviour)
+    LOGGER.info("Logs:        %s", folder.training)
+    LOGGER.info("Curves:      %s", curves)
+    LOGGER.info("Checkpoints: %s", folder.checkpoints)
+    if cfg.save_model:
+        policy = folder.checkpoints / "policy.pt"
+        save_actors(policy, chain, hidden_sizes=cfg.hidden_sizes)
+        LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
+
+
+def _make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss:
+    actor = make_actor(evaluator.observation_dim, evaluator.action_spec, cfg.hidden_sizes)
+    qvalue = make_qvalue(
+        evaluator.observation_dim, evaluator.action_dim, cfg.hidden_sizes, cfg.critic_layer_norm
+    )
+    loss = POGOLoss(
+        actor,
+        qvalue,
+        w2_weights=list(cfg.w2_weights),
+        num_samples=cfg.num_samples,
+        blur=cfg.blur,
+        w2_backend=cfg.w2_backend,
+        policy_noise=cfg.policy_noise,
+        noise_clip=cfg.noise_clip,
+        q_normalization=cfg.q_normalization,
+        alpha=cfg.alpha,
+        delay_actor=cfg.delay_actor,
+    ).to(device)
+    loss.make_value_estimator(gamma=cfg.gamma)
+    return loss
+
+
+def _raw_chain(loss: POGOLoss, replay_buffer: OfflineReplayBuffer) -> list[TransportActor]:
+    """The chain as it is, for raw observations."""
+    return [
+        on_raw_observations(loss.actor(i), *replay_buffer.normalization)
+        for i in range(loss.num_actors)
+    ]
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={name} is unknown; choose one of auto, cpu, cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU; use device=cpu or device=auto.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _compile(choice: str) -> bool:
+    if str(choice).lower() not in ("auto", "true", "false"):
+        raise ValueError(f"compile={choice} is unknown; choose one of auto, true, false.")
+    return str(choice).lower() == "true"
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - third parties may draw from it
+    torch.manual_seed(seed)
+
+
+def _check_shapes(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator) -> None:
+    row = replay_buffer[0]
+    data = row["observation"].shape[-1], row["action"].shape[-1]
+    task = evaluator.observation_dim, evaluator.action_dim
+    if data != task:
+        raise ValueError(
+            f"The data have observations and actions of size {data}, task={evaluator.task} has "
+            f"{task}: this file belongs to another task."
+        )
+
+
+def _check_folder(folder: RunFolder, cfg: DictConfig) -> None:
+    """Never mix two runs in one folder."""
+    file = folder.training / "config.yaml"
+    if not file.exists():
+        return
+    if not cfg.resume:
+        raise FileExistsError(
+            f"{folder.training.parent} already holds a run. Continue it with resume=true, or "
+            "choose another seed or log_dir, or delete that folder."
+        )
+    before = cast(DictConfig, OmegaConf.load(file))
+    changed = [
+        f"{key}: {before.get(key)} -> {cfg[key]}"
+        for key in configs.top_level_options()
+        if key not in _FREE_ON_RESUME and before.get(key) != cfg[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"resume=true would change the run in {folder.training.parent} "
+            f"({'; '.join(changed)}). Give the values it was started with."
+        )
+
+
+class _Stopped(Exception):
+    """A signal ended the training before its last update."""
+
+    def __init__(self, step: int, reason: str | None) -> None:
+        super().__init__(f"Stopped at update {step}; resume=true continues from there.")
+        self.exit_code = 128 + (signal.SIGTERM if reason == "SIGTERM" else signal.SIGINT)
+
+
+@contextmanager
+def _stop_on_signals(trainer: POGOTrainer) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: save and stop after the current updates; the second acts at once."""
+
+    def handler(number: int, frame: Any) -> None:
+        signal.signal(number, before[number])
+        name = signal.Signals(number).name
+        LOGGER.warning("%s: saving a checkpoint, then stopping (once more stops at once).", name)
+        trainer.request_stop(name)
+
+    before: dict[int, Any] = {}
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        before[number] = signal.getsignal(number)
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+class _Screen(logging.StreamHandler):
+    """Prints to stdout without tearing the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handlers = [file, _Screen()]
+    LOGGER.setLevel(logging.INFO)
+    for handler in handlers:
+        LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            LOGGER.removeHandler(handler)
+            handler.close()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def _hydra_main(cfg: DictConfig) -> None:
+    try:
+        run(cfg)
+    except _Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        _refuse(error)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"pogo: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Command line: one sentence and exit code 2 for bad input, 128 + signal when stopped."""
+    try:
+        configs.check_overrides(sys.argv[1:])
+    except ValueError as error:
+        _refuse(error)
+    _hydra_main()

@@ -1,0 +1,271 @@
+"""Networks: the transport map that acts, the critic, and copies of either."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import InteractionType, TensorDictModule, dispatch
+from torch import Tensor, nn
+from torchrl.data import Bounded, Composite, TensorSpec
+from torchrl.envs.utils import exploration_type
+from torchrl.modules import MLP, ValueOperator
+
+
+class TransportActor(TensorDictModule):
+    r"""A stochastic policy as a transport map: :math:`a = T(s, z)`, :math:`z \sim N(0, I)`.
+
+    .. math::
+        T(s, z) = \tfrac{high + low}{2} + \tfrac{high - low}{2} \tanh f(s, z),
+        \qquad \dim z = \dim a
+
+    The noise z is read from the tensordict where it stands there under ``noise_key``. Otherwise it
+    is drawn according to the exploration type: z = 0 under ``DETERMINISTIC``, ``MEAN`` and
+    ``MODE`` (and where none is set, as in TorchRL's probabilistic modules), z ~ N(0, I) under
+    ``RANDOM``.
+
+    Source: POGO, section on transport-map policies.
+
+    Args:
+        module: the network f, called as ``module(observation, z)``, with ``[*B, d]`` out.
+        action_spec: a :class:`~torchrl.data.Bounded` spec of shape ``[d]`` (or a ``Composite``
+            that holds it under the action's key); bounds may differ in each dimension and need not
+            be symmetric.
+        in_keys: the observation's key. Defaults to ``["observation"]``.
+        out_keys: the action's key. Defaults to ``["action"]``.
+        noise_key: where an explicit z is looked for. Defaults to ``"noise"``.
+
+    Raises:
+        ValueError: when the action spec is not bounded, or its bounds are not finite or empty.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> from torchrl.envs.utils import ExplorationType, set_exploration_type
+        >>> spec = Bounded(low=-torch.ones(2), high=torch.tensor([1.0, 3.0]))
+        >>> actor = TransportActor(make_transport_net(3, 2), spec)
+        >>> td = TensorDict({"observation": torch.zeros(5, 3)}, [5])
+        >>> with set_exploration_type(ExplorationType.RANDOM):
+        ...     actor(td)["action"].shape
+        torch.Size([5, 2])
+        >>> bool(spec.is_in(td["action"][0]))
+        True
+        >>> z = torch.randn(5, 2)
+        >>> torch.equal(actor(td.set("noise", z))["action"], actor(td.set("noise", z))["action"])
+        True
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        action_spec: TensorSpec,
+        *,
+        in_keys: Sequence[NestedKey] = ("observation",),
+        out_keys: Sequence[NestedKey] = ("action",),
+        noise_key: NestedKey = "noise",
+    ) -> None:
+        super().__init__(module, in_keys=list(in_keys), out_keys=list(out_keys))
+        self.noise_key = noise_key
+        self.action_spec = bounded_action_spec(action_spec, self.out_keys[0])
+        low, high = self.action_spec.space.low, self.action_spec.space.high
+        self.register_buffer("action_loc", (high + low) / 2)
+        self.register_buffer("action_scale", (high - low) / 2)
+
+    @property
+    def noise_dim(self) -> int:
+        """Dimension of z: that of the action."""
+        return self.action_spec.shape[-1]
+
+    @property
+    def _dispatch_keys(self) -> list[NestedKey]:
+        return [*self.in_keys, self.noise_key]
+
+    @dispatch(source="_dispatch_keys", auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action for the observation (and noise) in ``tensordict``."""
+        observation = tensordict.get(self.in_keys[0])
+        noise = tensordict.get(self.noise_key, None)
+        if noise is None:
+            noise = self._draw(observation)
+        action = self.action_loc + self.action_scale * self.module(observation, noise).tanh()
+        return tensordict.set(self.out_keys[0], action)
+
+    def _draw(self, observation: Tensor) -> Tensor:
+        shape = (*observation.shape[:-1], self.noise_dim)
+        if exploration_type() == InteractionType.RANDOM:
+            return torch.randn(shape, dtype=observation.dtype, device=observation.device)
+        return torch.zeros(shape, dtype=observation.dtype, device=observation.device)
+
+
+class TransportNet(nn.Module):
+    """An MLP on the concatenation ``[s, z]``: the network f inside a :class:`TransportActor`."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """``f(s, z)`` of shape ``[*B, d]`` for ``s`` of ``[*B, n]`` and ``z`` of ``[*B, d]``."""
+        return self.mlp(torch.cat([observation, noise], -1))
+
+
+class Normalized(nn.Module):
+    """A network f(s, z) that takes raw observations: ``f((s - mean) / std, z)``.
+
+    It carries the dataset's normalisation inside an actor that leaves training.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, module: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
+        """``f`` of the normalised observation."""
+        return self.module((observation - self.mean) / self.std, noise)
+
+
+def make_transport_net(
+    observation_dim: int, action_dim: int, hidden_sizes: Sequence[int] = (256, 256)
+) -> TransportNet:
+    """The default f(s, z): an MLP on ``[s, z]`` with ReLU, and z of the action's dimension."""
+    return TransportNet(
+        MLP(
+            in_features=observation_dim + action_dim,
+            out_features=action_dim,
+            num_cells=list(hidden_sizes),
+            activation_class=nn.ReLU,
+        )
+    )
+
+
+def make_actor(
+    observation_dim: int, action_spec: TensorSpec, hidden_sizes: Sequence[int] = (256, 256)
+) -> TransportActor:
+    """A transport-map actor with the default network, freshly initialised.
+
+    Args:
+        observation_dim: size of ``observation``.
+        action_spec: bounded spec of shape ``[d]``, see :class:`TransportActor`.
+        hidden_sizes: widths of the hidden layers. Defaults to ``(256, 256)``.
+
+    Returns:
+        A :class:`TransportActor` from ``observation`` (and ``noise``) to ``action``.
+
+    Raises:
+        ValueError: when the action spec is not bounded.
+
+    Example:
+        >>> import torch
+        >>> from torchrl.data import Bounded
+        >>> actor = make_actor(11, Bounded(low=-torch.ones(3), high=torch.ones(3)))
+        >>> actor(observation=torch.zeros(7, 11)).shape
+        torch.Size([7, 3])
+    """
+    spec = bounded_action_spec(action_spec, "action")
+    return TransportActor(make_transport_net(observation_dim, spec.shape[-1], hidden_sizes), spec)
+
+
+def make_qvalue(
+    observation_dim: int,
+    action_dim: int,
+    hidden_sizes: Sequence[int] = (256, 256),
+    layer_norm: bool = False,
+) -> ValueOperator:
+    """A critic Q(s, a): an MLP on ``[s, a]`` with ReLU.
+
+    Args:
+        observation_dim: size of ``observation``.
+        action_dim: size of ``action``.
+        hidden_sizes: widths of the hidden layers. Defaults to ``(256, 256)``.
+        layer_norm: put a LayerNorm after each hidden layer, which keeps Q from running away on
+            actions that the data do not hold (Ball et al., 2023). Defaults to ``False``.
+
+    Returns:
+        A TorchRL ``ValueOperator`` from ``observation``, ``action`` to ``state_action_value``
+        of shape ``[*B, 1]``.
+
+    Example:
+        >>> import torch
+        >>> qvalue = make_qvalue(11, 3)
+        >>> qvalue(observation=torch.zeros(7, 11), action=torch.zeros(7, 3)).shape
+        torch.Size([7, 1])
+    """
+    mlp = MLP(
+        in_features=observation_dim + action_dim,
+        out_features=1,
+        num_cells=list(hidden_sizes),
+        activation_class=nn.ReLU,
+        norm_class=nn.LayerNorm if layer_norm else None,
+        norm_kwargs=[{"normalized_shape": width} for width in hidden_sizes] if layer_norm else None,
+    )
+    return ValueOperator(mlp, in_keys=["observation", "action"])
+
+
+def bounded_action_spec(action_spec: TensorSpec, action_key: NestedKey) -> Bounded:
+    """The ``Bounded`` spec of shape ``[d]`` of one action, taken out of whatever holds it.
+
+    Raises:
+        ValueError: when there is none, or its bounds are not finite or empty.
+    """
+    if isinstance(action_spec, Composite):
+        leading = action_spec.ndim
+        action_spec = action_spec[action_key]
+        # an environment's batch dimensions are no part of one action
+        action_spec = action_spec[(0,) * leading] if leading else action_spec
+    if not isinstance(action_spec, Bounded):
+        raise ValueError(
+            f"action_spec must be a Bounded spec, got {type(action_spec).__name__}: POGO moves "
+            "continuous actions inside finite bounds. Pass Bounded(low=..., high=...)."
+        )
+    low, high = action_spec.space.low, action_spec.space.high
+    if low.dim() == 0 or not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        raise ValueError(
+            f"action_spec must have shape [action_dim] and finite bounds, got low={low.tolist()} "
+            f"and high={high.tolist()}."
+        )
+    if not bool((low < high).all()):
+        raise ValueError(
+            "action_spec has a lower bound that is not below the upper bound: "
+            f"low={low.tolist()}, high={high.tolist()}."
+        )
+    return action_spec
+
+
+def fresh_copies(module: nn.Module, count: int, name: str) -> list[nn.Module]:
+    """The module itself and ``count - 1`` copies with newly drawn parameters.
+
+    Raises:
+        ValueError: when a submodule owns parameters and cannot redraw them.
+    """
+    copies = [module]
+    for _ in range(count - 1):
+        twin = copy.deepcopy(module)
+        redraw_parameters(twin, name)
+        copies.append(twin)
+    return copies
+
+
+def redraw_parameters(module: nn.Module, name: str) -> None:
+    """Call ``reset_parameters`` of every submodule that owns parameters.
+
+    Raises:
+        ValueError: when a submodule owns parameters and has no such method.
+    """
+    for submodule in module.modules():
+        if next(submodule.parameters(recurse=False), None) is None:
+            continue
+        reset = getattr(submodule, "reset_parameters", None)
+        if reset is None:
+            raise ValueError(
+                f"{name} cannot be copied with new parameters: {type(submodule).__name__} owns "
+                f"parameters but has no reset_parameters(). Pass a list of {name}s instead."
+            )
+        reset()

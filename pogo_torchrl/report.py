@@ -1,0 +1,106 @@
+"""Run folders -> tables and curves. Reads files only; knows nothing of the training."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+MODES = ("deterministic", "stochastic")
+
+# Okabe and Ito's palette, readable by colour-blind people.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+class Curve(NamedTuple):
+    """Scores of one actor in one mode, by step."""
+
+    steps: list[int]
+    scores: list[float]
+
+
+def read_scores(path: str | Path) -> dict[tuple[int, str], Curve]:
+    """The curves in a run's ``evaluations.csv``, by ``(actor, mode)``.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+    """
+    curves: dict[tuple[int, str], Curve] = defaultdict(lambda: Curve([], []))
+    with Path(path).open(newline="") as file:
+        for row in csv.DictReader(file):
+            curve = curves[int(row["actor"]), row["mode"]]
+            curve.steps.append(int(row["step"]))
+            curve.scores.append(float(row["score"]))
+    return dict(curves)
+
+
+def score_table(path: str | Path, behaviour_score: float) -> str:
+    r"""Each actor's last and best score beside the score of the data's own behaviour.
+
+    Args:
+        path: a run's ``evaluations.csv``.
+        behaviour_score: mean D4RL score of the episodes in the dataset.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "evaluations.csv")
+        ...     _ = path.write_text("step,actor,mode,score\n"
+        ...                         "1,0,deterministic,40\n1,0,stochastic,38\n"
+        ...                         "2,0,deterministic,36\n2,0,stochastic,39\n")
+        ...     print(score_table(path, 30.0))
+        D4RL scores (0: random policy, 100: expert)
+                      deterministic      stochastic
+                        last    best    last    best
+          actor 0       36.0    40.0    39.0    39.0
+          dataset       30.0
+    """
+    curves = read_scores(path)
+    lines = [
+        "D4RL scores (0: random policy, 100: expert)",
+        f"{'':14}{'deterministic':>13}{'stochastic':>16}",
+        f"{'':14}{'last':>6}{'best':>8}{'last':>8}{'best':>8}",
+    ]
+    for actor in sorted({actor for actor, _ in curves}):
+        cells = [
+            value
+            for mode in MODES
+            for value in (curves[actor, mode].scores[-1], max(curves[actor, mode].scores))
+        ]
+        lines.append(f"  actor {actor:<6}" + "{:>6.1f}{:>8.1f}{:>8.1f}{:>8.1f}".format(*cells))
+    lines.append(f"  {'dataset':<12}{behaviour_score:>6.1f}")
+    return "\n".join(lines)
+
+
+def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_score: float) -> None:
+    """Draw the learning curves of all actors, deterministic solid and stochastic dashed.
+
+    Args:
+        path: a run's ``evaluations.csv``.
+        out: the figure to write; its ending gives the format.
+        title: stands above the axes.
+        behaviour_score: drawn as the dataset's level.
+    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for (actor, mode), curve in sorted(read_scores(path).items()):
+        axes.plot(
+            curve.steps,
+            curve.scores,
+            color=COLOURS[actor % len(COLOURS)],
+            linestyle="-" if mode == "deterministic" else "--",
+            marker="o" if len(curve.steps) < 20 else None,
+            markersize=4,
+            label=f"actor {actor}, {mode}",
+        )
+    axes.axhline(behaviour_score, color="0.5", linestyle=":", label="dataset's behaviour")
+    axes.set(xlabel="updates", ylabel="D4RL score", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,517 @@
+"""POGO's training on TorchRL's Trainer: sequential JKO steps, hooks, checkpoints, resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
+from torchrl.data import PrioritizedSampler, ReplayBuffer
+from torchrl.objectives import SoftUpdate
+from torchrl.objectives.utils import TargetNetUpdater
+from torchrl.trainers import Trainer, TrainerHookBase
+from torchrl.trainers.trainers import OptimizationStepper
+
+from pogo_torchrl.evaluation import Evaluation
+from pogo_torchrl.modules import TransportActor
+from pogo_torchrl.objectives import POGOLoss
+
+# A tick is the stretch of updates between two looks at hooks, signals and the progress bar.
+_LONGEST_TICK = 25
+
+
+class Ticks:
+    """Stands where an online trainer has its collector: yields stretches of updates.
+
+    Each item is an empty tensordict whose batch size is the number of updates until the next
+    multiple of any of ``intervals`` (or the end), so that hooks meet their steps exactly.
+
+    Example:
+        >>> ticks = Ticks(total=25, intervals=[10])
+        >>> [tick.numel() for tick in ticks]
+        [10, 10, 5]
+    """
+
+    init_random_frames = 0
+
+    def __init__(self, total: int, intervals: Sequence[int] = ()) -> None:
+        self.total = total
+        self.intervals = [total, *intervals]
+        self.step = 0
+
+    def __iter__(self) -> Iterator[TensorDict]:
+        while self.step < self.total:
+            ahead = [interval - self.step % interval for interval in self.intervals]
+            length = min(*ahead, self.total - self.step, _LONGEST_TICK)
+            self.step += length
+            yield TensorDict({}, [length])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step reached."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a step."""
+        self.step = state_dict["step"]
+
+    def set_seed(self, seed: int, static_seed: bool = False) -> int:
+        """Nothing is collected, so nothing is seeded."""
+        return seed
+
+    def update_policy_weights_(self, *args: Any, **kwargs: Any) -> None:
+        """No policy collects data."""
+
+    def shutdown(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to shut down."""
+
+
+class POGOOptimizationStepper(OptimizationStepper):
+    """One update of POGO: the critics, then the actors 0, 1, ..., each after the one before.
+
+    Actor i is trained against the just updated actor i - 1 and the just updated critic. There is
+    one Adam for the critics and one for each actor.
+
+    Args:
+        loss_module: the objective.
+        lr: learning rate of every Adam. Defaults to ``3e-4``.
+        policy_freq: critic steps per chain of actor steps. Defaults to ``1``.
+        compile: run the losses through ``torch.compile``. Defaults to ``False``.
+    """
+
+    def __init__(
+        self,
+        loss_module: POGOLoss,
+        *,
+        lr: float = 3e-4,
+        policy_freq: int = 1,
+        compile: bool = False,
+    ) -> None:
+        self.loss_module = loss_module
+        self._qvalue_loss, self._actor_loss = loss_module.qvalue_loss, loss_module.actor_loss
+        if compile:
+            self._qvalue_loss = torch.compile(self._qvalue_loss)
+            self._actor_loss = torch.compile(self._actor_loss)
+        self.policy_freq = policy_freq
+        self._steps = 0
+        self._actor_metrics: dict[str, Tensor] = {}
+        self._qvalue_params = list(loss_module.qvalue_network_params.parameters())
+        # The chain's parameters are stacked; the optimizer of actor i holds the i-th slices,
+        # which share their memory with the stack.
+        self._stacked_params = list(loss_module.actor_network_params.parameters())
+        self._actor_params = [
+            [nn.Parameter(stacked.data[i]) for stacked in self._stacked_params]
+            for i in range(loss_module.num_actors)
+        ]
+        self.optimizers = {
+            "qvalue": torch.optim.Adam(self._qvalue_params, lr=lr),
+            **{
+                f"actor_{i}": torch.optim.Adam(params, lr=lr)
+                for i, params in enumerate(self._actor_params)
+            },
+        }
+
+    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        """Update on one batch and return the detached scalars of all losses."""
+        metrics = self._qvalue_step(trainer, sub_batch)
+        # Steps without an actor update repeat the last values: the trainer averages over steps.
+        if self._steps % self.policy_freq == 0:
+            for index in range(self.loss_module.num_actors):
+                self._actor_metrics.update(self._actor_step(index, sub_batch))
+        self._steps += 1
+        return TensorDict({**metrics, **self._actor_metrics})
+
+    def _qvalue_step(self, trainer: Trainer, batch: TensorDictBase) -> dict[str, Tensor]:
+        loss, metadata = self._qvalue_loss(batch)
+        gradients = torch.autograd.grad(loss, self._qvalue_params)
+        self._apply("qvalue", self._qvalue_params, gradients)
+        td_error = metadata.pop("td_error")
+        if isinstance(getattr(trainer.replay_buffer, "sampler", None), PrioritizedSampler):
+            batch.set(self.loss_module.tensor_keys.priority, td_error.max(0)[0])
+            trainer.replay_buffer.update_tensordict_priority(batch)
+        return {"loss_qvalue": loss.detach(), **metadata}
+
+    def _actor_step(self, index: int, batch: TensorDictBase) -> dict[str, Tensor]:
+        loss, metadata = self._actor_loss(batch, index)
+        gradients = torch.autograd.grad(loss, self._stacked_params)
+        self._apply(f"actor_{index}", self._actor_params[index], [g[index] for g in gradients])
+        return metadata
+
+    def _apply(self, name: str, params: list[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        for parameter, gradient in zip(params, gradients):
+            parameter.grad = gradient
+        self.optimizers[name].step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer states, and the place in the cycle of ``policy_freq``."""
+        return {
+            "steps": self._steps,
+            "actor_metrics": dict(self._actor_metrics),
+            "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        device = self._qvalue_params[0].device
+        self._steps = state_dict["steps"]
+        self._actor_metrics = {k: v.to(device) for k, v in state_dict["actor_metrics"].items()}
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state_dict["optimizers"][name])
+
+
+class POGOTrainer(Trainer):
+    """TorchRL's Trainer for POGO: learns from an offline replay buffer, no environment needed.
+
+    Every update samples one batch, steps the critics and the chain in the method's order
+    (:class:`POGOOptimizationStepper`) and moves the targets. The global random state of torch is
+    the only source of randomness; it is part of the checkpoints, the dataset is not.
+
+    Hooks are TorchRL's (``register_op``); :class:`LogMetrics` and :class:`Evaluate` are those of
+    our command line. ``collected_frames`` counts updates.
+
+    Args:
+        loss_module: the objective.
+        replay_buffer: anything with ``sample()``, e.g. of
+            :func:`~pogo_torchrl.data.make_replay_buffer` or one of TorchRL's datasets.
+        total_steps: updates to reach.
+
+    Keyword Args:
+        lr: learning rate of every Adam. Defaults to ``3e-4``.
+        policy_freq: critic steps per chain of actor steps. Defaults to ``1``.
+        tau: Polyak step of the targets; used to make ``target_net_updater``. Defaults to
+            ``0.005``.
+        target_net_updater: TorchRL target updater of ``loss_module``. Defaults to
+            ``SoftUpdate(loss_module, tau=tau)``.
+        compile: run the losses through ``torch.compile``. Defaults to ``False``.
+        checkpoint_dir: folder for rotated checkpoints; ``None``: none are written.
+        checkpoint_interval: updates between two of them; one is always written at the end.
+            Defaults to ``50_000``.
+        keep_checkpoints: how many of the newest to keep. Defaults to ``2``.
+        progress_bar: show one, with speed and remaining time. Defaults to ``True``.
+        hooks: TorchRL trainer hooks to register.
+
+    Raises:
+        ValueError: for step counts or intervals below 1, or an empty replay buffer.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+        >>> from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
+        >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
+        >>> rb = TensorDictReplayBuffer(storage=LazyTensorStorage(64), batch_size=16)
+        >>> _ = rb.extend(TensorDict({
+        ...     "observation": torch.randn(64, 3), "action": spec.rand([64]),
+        ...     ("next", "observation"): torch.randn(64, 3),
+        ...     ("next", "reward"): torch.randn(64, 1),
+        ...     ("next", "done"): torch.zeros(64, 1, dtype=torch.bool),
+        ...     ("next", "terminated"): torch.zeros(64, 1, dtype=torch.bool)}, [64]))
+        >>> loss = POGOLoss(make_actor(3, spec), make_qvalue(3, 2), w2_weights=(0.2, 0.5))
+        >>> trainer = POGOTrainer(loss, rb, total_steps=3, progress_bar=False)
+        >>> trainer.train()
+        >>> trainer.collected_frames
+        3
+    """
+
+    def __init__(
+        self,
+        loss_module: POGOLoss,
+        replay_buffer: ReplayBuffer,
+        total_steps: int,
+        *,
+        lr: float = 3e-4,
+        policy_freq: int = 1,
+        tau: float = 0.005,
+        target_net_updater: TargetNetUpdater | None = None,
+        compile: bool = False,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_interval: int = 50_000,
+        keep_checkpoints: int = 2,
+        progress_bar: bool = True,
+        hooks: Sequence[TrainerHookBase] = (),
+    ) -> None:
+        self.check_settings(
+            total_steps,
+            lr=lr,
+            policy_freq=policy_freq,
+            tau=tau,
+            checkpoint_interval=checkpoint_interval,
+            keep_checkpoints=keep_checkpoints,
+        )
+        if len(replay_buffer) == 0:
+            raise ValueError("The replay buffer is empty: there is nothing to learn from.")
+
+        if target_net_updater is None and loss_module.delay_qvalue:
+            target_net_updater = SoftUpdate(loss_module, tau=tau)
+        self._intervals: list[int] = []
+        rotation = None
+        if checkpoint_dir is not None:
+            self._intervals.append(checkpoint_interval)
+            rotation = CheckpointRotation(checkpoint_dir, keep_last=keep_checkpoints, prefix="step")
+        super().__init__(
+            collector=Ticks(total_steps),
+            total_frames=total_steps,
+            frame_skip=1,
+            optim_steps_per_batch=1,  # set for each tick by optim_steps()
+            loss_module=loss_module,
+            optimization_stepper=POGOOptimizationStepper(
+                loss_module, lr=lr, policy_freq=policy_freq, compile=compile
+            ),
+            progress_bar=progress_bar,
+            # the trainer saves once MORE than the interval has passed
+            save_trainer_interval=checkpoint_interval - 1,
+            checkpoint=Checkpoint().register("rng", GlobalRNGState()),
+            checkpoint_rotation=rotation,
+            auto_log_optim_steps=False,  # it would keep every number of every step
+        )
+        # After super().__init__(), which would make the dataset a part of each checkpoint.
+        self._dataset = replay_buffer
+        self.register_op("process_optim_batch", self._sample)
+        if target_net_updater is not None:
+            self.register_op("post_optim", target_net_updater.step)
+        if progress_bar:
+            self.register_op("setup", self._start_progress_bar)
+            self.register_op("shutdown", self._close_progress_bar)
+        for hook in hooks:
+            hook.register(self)
+
+    @staticmethod
+    def check_settings(
+        total_steps: int,
+        *,
+        lr: float = 3e-4,
+        policy_freq: int = 1,
+        tau: float = 0.005,
+        checkpoint_interval: int = 50_000,
+        keep_checkpoints: int = 2,
+        **others: Any,
+    ) -> None:
+        """Check the numbers that the constructor takes, without a dataset.
+
+        Raises:
+            ValueError: naming the first that is out of range.
+
+        Example:
+            >>> POGOTrainer.check_settings(10, lr=-1.0)
+            Traceback (most recent call last):
+                ...
+            ValueError: lr=-1.0 must be a positive number, e.g. 3e-4.
+        """
+        for name, value in {
+            "total_steps": total_steps,
+            "policy_freq": policy_freq,
+            "checkpoint_interval": checkpoint_interval,
+            "keep_checkpoints": keep_checkpoints,
+        }.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value} must be an integer >= 1.")
+        if not (lr > 0 and math.isfinite(lr)):
+            raise ValueError(f"lr={lr} must be a positive number, e.g. 3e-4.")
+        if not 0 < tau <= 1:
+            raise ValueError(f"tau={tau} must be in (0, 1], e.g. 0.005.")
+
+    def add_interval(self, interval: int) -> None:
+        """Make every multiple of ``interval`` updates a boundary where ``post_steps`` hooks run."""
+        self._intervals.append(interval)
+        self.collector.intervals.append(interval)
+
+    def optim_steps(self, batch: TensorDictBase) -> None:
+        """As many updates as the tick is long."""
+        self.optim_steps_per_batch = batch.numel()
+        super().optim_steps(batch)
+
+    def _sample(self, batch: TensorDictBase) -> TensorDictBase:
+        return self._dataset.sample()
+
+    def _start_progress_bar(self) -> None:
+        self._pbar.unit = " updates"
+        self._pbar.initial = self._pbar.n = self.collected_frames
+        self._pbar.refresh()
+
+    def _close_progress_bar(self) -> None:
+        self._pbar.close()
+
+    def resume(self) -> int | None:
+        """Load the newest checkpoint of ``checkpoint_dir`` that is whole.
+
+        Returns:
+            The step it was taken at; ``None`` where there is none.
+        """
+        if self.checkpoint_rotation is None:
+            return None
+        for path in reversed(self.checkpoint_rotation.checkpoints()):
+            try:
+                self.load_from_file(path)
+            except (CheckpointError, OSError, RuntimeError, ValueError, KeyError):
+                continue
+            return self.collected_frames
+        return None
+
+
+class Sink(Protocol):
+    """Where rows of numbers go: a CSV file, TensorBoard, ..."""
+
+    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the rows of one step."""
+
+
+class LogMetrics(TrainerHookBase):
+    """Trainer hook: averages all losses and writes them every ``interval`` updates.
+
+    Adds ``std_i``, the spread of actor i's actions over z (standard deviation over 16 draws,
+    averaged over the last batch and the action dimensions): 0 means that the actor ignores z.
+    Its draws come from a stream of their own, so that logging leaves the training as it is.
+
+    Args:
+        sinks: where the rows go.
+        interval: updates between two rows. Defaults to ``1000``.
+    """
+
+    num_spread_samples = 16
+
+    def __init__(self, sinks: Sequence[Sink], interval: int = 1000) -> None:
+        if interval < 1:
+            raise ValueError(f"log_interval={interval} must be an integer >= 1.")
+        self.sinks = sinks
+        self.interval = interval
+        self._sums: TensorDictBase | None = None
+        self._count = 0
+        self._observation: Tensor | None = None
+        self._clock = time.perf_counter
+        self._started = self._last = (0.0, 0)
+
+    def register(self, trainer: POGOTrainer, name: str = "log_metrics") -> None:
+        """Register at the trainer's boundaries."""
+        self.trainer = trainer
+        trainer.add_interval(self.interval)
+        trainer.register_module(name, self)
+        trainer.register_op("setup", self._start)
+        trainer.register_op("post_optim_log", self._remember_batch)
+        trainer.register_op("post_optim_complete_log", self._accumulate)
+        trainer.register_op("post_steps", self._emit)
+
+    def _start(self) -> None:
+        self._started = self._last = (self._clock(), self.trainer.collected_frames)
+
+    def _remember_batch(self, batch: TensorDictBase) -> None:
+        self._observation = batch.get(self.trainer.loss_module.actor_network.in_keys[0])
+
+    def _accumulate(self, optim_steps: int, average_losses: TensorDictBase | None) -> None:
+        if average_losses is None:
+            return
+        length = self.trainer.optim_steps_per_batch
+        sums = average_losses.detach() * length
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._count += length
+
+    def _emit(self) -> None:
+        step = self.trainer.collected_frames
+        if self._sums is None or (step % self.interval and step < self.trainer.total_frames):
+            return
+        row = {k: v.item() for k, v in sorted((self._sums / self._count).items())}
+        row.update(self._spread())
+        now, (before, earlier) = self._clock(), self._last
+        # wall-clock columns last
+        row["updates_per_second"] = (step - earlier) / max(now - before, 1e-9)
+        row["seconds"] = now - self._started[0]
+        self._last, self._sums, self._count = (now, step), None, 0
+        for sink in self.sinks:
+            sink.write(step, [row])
+        self.trainer._log(log_pbar=True, loss_q=row["loss_qvalue"])
+        self.trainer._log_dict.clear()
+
+    @torch.no_grad()
+    def _spread(self) -> dict[str, float]:
+        loss, spread = self.trainer.loss_module, {}
+        assert self._observation is not None
+        generator = torch.Generator().manual_seed(0)
+        for i in range(loss.num_actors):
+            actor = loss.actor(i)
+            if not isinstance(actor, TransportActor):
+                continue
+            states = self._observation.expand(self.num_spread_samples, *self._observation.shape)
+            noise = torch.randn((*states.shape[:-1], actor.noise_dim), generator=generator)
+            actions = actor(states, noise.to(states))
+            spread[f"std_{i}"] = actions.std(0).mean().item()
+        return spread
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages since the last row."""
+        return {
+            "count": self._count,
+            "sums": dict(self._sums.items()) if self._sums is not None else {},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._count = state_dict["count"]
+        self._sums = TensorDict(state_dict["sums"]) if self._count else None
+        if self._sums is not None:
+            self._sums = self._sums.to(next(self.trainer.loss_module.parameters()).device)
+
+
+class Evaluate(TrainerHookBase):
+    """Trainer hook: evaluates the chain every ``interval`` updates and at the end.
+
+    Args:
+        evaluate: takes no argument and returns the evaluations of the chain as it is.
+        report: called with each list of evaluations, e.g. to print it.
+        sinks: where the rows go.
+        interval: updates between two evaluations.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], list[Evaluation]],
+        *,
+        sinks: Sequence[Sink] = (),
+        report: Callable[[list[Evaluation]], None] = lambda evaluations: None,
+        interval: int = 10_000,
+    ) -> None:
+        if interval < 1:
+            raise ValueError(f"eval_interval={interval} must be an integer >= 1.")
+        self.evaluate = evaluate
+        self.sinks = sinks
+        self.report = report
+        self.interval = interval
+
+    def register(self, trainer: POGOTrainer, name: str = "evaluate") -> None:
+        """Register at the trainer's boundaries."""
+        self.trainer = trainer
+        trainer.add_interval(self.interval)
+        trainer.register_op("post_steps", self._run)
+
+    def _run(self) -> None:
+        step = self.trainer.collected_frames
+        if step % self.interval and step < self.trainer.total_frames:
+            return
+        started = time.perf_counter()
+        evaluations = self.evaluate()
+        seconds = time.perf_counter() - started
+        rows = [
+            {
+                "actor": e.actor,
+                "mode": e.mode,
+                "return_mean": float(e.returns.mean()),
+                "return_std": float(e.returns.std()),
+                "score": float(e.scores.mean()),
+                "episode_length": float(e.lengths.mean()),
+                "seconds": seconds,
+            }
+            for e in evaluations
+        ]
+        for sink in self.sinks:
+            sink.write(step, rows)
+        self.report(evaluations)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: evaluations depend on the weights and their seed alone."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Nothing to load."""

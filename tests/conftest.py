@@ -1,0 +1,75 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded
+
+from pogo_torchrl import POGOLoss, make_actor, make_qvalue
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; run with `pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" in config.option.markexpr:
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow; run with `pytest -m slow`"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unit_spec():
+    """Two actions in [-1, 1]."""
+    return Bounded(low=-torch.ones(2), high=torch.ones(2))
+
+
+@pytest.fixture
+def wide_spec():
+    """Two actions whose bounds are neither symmetric nor equal."""
+    return Bounded(low=torch.tensor([-1.0, 0.5]), high=torch.tensor([3.0, 2.0]))
+
+
+@pytest.fixture
+def make_batch(unit_spec):
+    """Factory of offline batches: 3 observations; every second row is done, every fourth ends."""
+
+    def make(*batch_size: int, spec: Bounded = unit_spec, dtype=torch.float32) -> TensorDict:
+        batch_size = batch_size or (8,)
+        rows = torch.arange(torch.Size(batch_size).numel()).reshape(*batch_size, 1)
+        return TensorDict(
+            {
+                "observation": torch.randn(*batch_size, 3, dtype=dtype),
+                "action": spec.rand(batch_size).to(dtype),
+                "next": {
+                    "observation": torch.randn(*batch_size, 3, dtype=dtype),
+                    "reward": torch.randn(*batch_size, 1, dtype=dtype),
+                    "done": rows % 2 == 0,
+                    "terminated": rows % 4 == 0,
+                },
+            },
+            batch_size,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_loss(unit_spec):
+    """Factory of small losses on the batches of ``make_batch``: two actors unless told."""
+
+    def make(spec: Bounded = unit_spec, **kwargs) -> POGOLoss:
+        kwargs.setdefault("w2_weights", (0.2, 0.5))
+        actor, qvalue = make_actor(3, spec, (8, 8)), make_qvalue(3, 2, (8, 8))
+        return POGOLoss(actor, qvalue, **kwargs).make_value_estimator(gamma=0.9)
+
+    return make

@@ -1,0 +1,745 @@
+"""POGOLoss as a TorchRL loss module: TorchRL's own list for its losses, then what is ours."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+import torch._inductor.config
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import SoftUpdate
+from torchrl.objectives.utils import ValueEstimators
+from torchrl.objectives.value import TD0Estimator
+
+from pogo_torchrl import POGOLoss, TransportActor, make_actor, make_qvalue
+from pogo_torchrl.modules import make_transport_net
+
+ALL_PARAMS = ["actor_network_params", "qvalue_network_params"]
+ESTIMATORS = [ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda]
+
+
+def seeded(function, *args, seed=1, **kwargs):
+    torch.manual_seed(seed)
+    return function(*args, **kwargs)
+
+
+def gradients(loss, name):
+    return [p.grad for p in getattr(loss, name).parameters()]
+
+
+def set_target_values(loss, *values):
+    """Target critics that give constants."""
+    params = loss.target_qvalue_network_params.data
+    params.zero_()
+    params["module", "4", "bias"].copy_(torch.tensor(values)[:, None])
+
+
+def kwargs_of(batch):
+    return {"_".join(k) if isinstance(k, tuple) else k: v for k, v in batch.items(True, True)}
+
+
+def assert_outputs_equal(a, b):
+    assert set(a.keys()) == set(b.keys())
+    for key in a.keys():  # noqa: SIM118
+        torch.testing.assert_close(a[key], b[key])
+
+
+class TestTorchRLConventions:
+    @pytest.mark.parametrize("delay_actor", [False, True])
+    @pytest.mark.parametrize("delay_qvalue", [False, True])
+    def test_state_dict_round_trip(self, make_loss, make_batch, delay_actor, delay_qvalue):
+        first, second = (
+            make_loss(delay_actor=delay_actor, delay_qvalue=delay_qvalue) for _ in range(2)
+        )
+        batch = make_batch()
+        first(batch.clone()), second(batch.clone())  # a used loss takes a state as well
+        second.load_state_dict(first.state_dict())
+        out = [seeded(loss, batch.clone()) for loss in (first, second)]
+        assert_outputs_equal(*out)
+
+    @pytest.mark.parametrize("index", [0, 1, 2])
+    def test_actor_loss_trains_its_own_actor_only(self, make_loss, make_batch, index):
+        loss = make_loss(w2_weights=(0.2, 0.3, 0.4), delay_actor=True)
+        loss.actor_loss(make_batch(), index)[0].backward()
+        for gradient in gradients(loss, "actor_network_params"):
+            moved = gradient.flatten(1).abs().sum(1) > 0
+            assert moved.tolist() == [i == index for i in range(3)]
+        assert gradients(loss, "qvalue_network_params") == [None] * 6
+        assert not any(p.requires_grad for p in loss.target_actor_network_params.values(1, 1))
+
+    def test_qvalue_loss_trains_both_critics_and_nothing_else(self, make_loss, make_batch):
+        loss = make_loss(delay_actor=True)
+        loss.qvalue_loss(make_batch())[0].backward()
+        for gradient in gradients(loss, "qvalue_network_params"):
+            assert (gradient.flatten(1).abs().sum(1) > 0).all()
+        assert gradients(loss, "actor_network_params") == [None] * 6
+        assert not any(p.requires_grad for p in loss.target_qvalue_network_params.values(1, 1))
+
+    def test_forward_gives_each_term_its_own_gradients(self, make_loss, make_batch):
+        loss, batch = make_loss(), make_batch()
+        out = seeded(loss, batch)
+        (out["loss_actor"] + out["loss_qvalue"]).backward()
+        joint = [g.clone() for name in ALL_PARAMS for g in gradients(loss, name)]
+        loss.zero_grad()
+        out = seeded(loss, batch)
+        out["loss_actor"].backward()
+        out["loss_qvalue"].backward()
+        apart = [g for name in ALL_PARAMS for g in gradients(loss, name)]
+        assert all(g.abs().sum() > 0 for g in joint)
+        torch.testing.assert_close(joint, apart)
+
+    def test_default_keys(self, make_loss):
+        assert dataclasses.asdict(POGOLoss.default_keys()) == {
+            "action": "action",
+            "state_action_value": "state_action_value",
+            "priority": "td_error",
+            "reward": "reward",
+            "done": "done",
+            "terminated": "terminated",
+            "priority_weight": "priority_weight",
+        }
+        assert make_loss().tensor_keys == POGOLoss.default_keys()
+        with pytest.raises(ValueError, match="not an accepted"):
+            make_loss().set_keys(nonsense="action")
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    @pytest.mark.parametrize("set_first", [False, True])
+    def test_renamed_keys_give_the_same_losses(self, unit_spec, make_batch, estimator, set_first):
+        def build(obs, action, value):
+            torch.manual_seed(3)
+            actor = TransportActor(
+                make_transport_net(3, 2, (8,)),
+                Composite(**{action: unit_spec}),
+                in_keys=[obs],
+                out_keys=[action],
+            )
+            qvalue = ValueOperator(
+                make_qvalue(3, 2, (8,)).module, in_keys=[obs, action], out_keys=[value]
+            )
+            # the same seed: the second actor and critic are alike as well
+            return POGOLoss(actor, qvalue, w2_weights=(0.2, 0.5))
+
+        batch = make_batch(4, 3).set("priority_weight", torch.rand(4, 3))
+        names = {
+            "action": "act",
+            "state_action_value": "value",
+            "priority": "priority",
+            "reward": "gain",
+            "done": "over",
+            "terminated": "dead",
+            "priority_weight": "importance",
+        }
+        renamed = batch.clone()
+        renamed.rename_key_("observation", "obs").rename_key_("action", "act")
+        renamed.rename_key_("priority_weight", "importance")
+        for old, new in {"observation": "obs", **names}.items():
+            if old in batch["next"].keys():  # noqa: SIM118
+                renamed.rename_key_(("next", old), ("next", new))
+        plain, other = (
+            build("observation", "action", "state_action_value"),
+            build("obs", "act", "value"),
+        )
+        plain.make_value_estimator(estimator, gamma=0.8)
+        if set_first:
+            other.set_keys(**names)
+        other.make_value_estimator(estimator, gamma=0.8)
+        if not set_first:
+            other.set_keys(**names)
+        assert_outputs_equal(seeded(plain, batch), seeded(other, renamed))
+        torch.testing.assert_close(batch["td_error"], renamed["priority"])
+        assert set(other.in_keys) == {
+            "act", "obs", ("next", "obs"), ("next", "gain"), ("next", "over"), ("next", "dead"),
+        }  # fmt: skip
+
+    def test_in_keys(self, make_loss):
+        assert set(make_loss().in_keys) == {
+            "action",
+            "observation",
+            ("next", "observation"),
+            ("next", "reward"),
+            ("next", "done"),
+            ("next", "terminated"),
+        }
+
+    @pytest.mark.parametrize("length", [1, 3])
+    def test_out_keys_are_the_keys_of_the_output(self, make_loss, make_batch, length):
+        loss = make_loss(w2_weights=[0.2] * length)
+        out = loss(make_batch())
+        assert set(out.keys()) == set(loss.out_keys)
+        assert len(loss.out_keys) == 5 + 4 * length
+        assert {"loss_actor", "loss_qvalue", f"w2_{length - 1}", "q_actor_0"} <= set(out.keys())
+        for key, value in out.items():
+            assert value.shape == ()
+            assert torch.isfinite(value)
+            assert value.requires_grad == (key in ("loss_actor", "loss_qvalue"))
+
+    def test_dispatch_without_a_tensordict(self, make_loss, make_batch):
+        loss, batch = make_loss(), make_batch()
+        with_tensordict = seeded(loss, batch.clone())
+        values = seeded(loss, **kwargs_of(batch))
+        assert len(values) == len(loss.out_keys)
+        for key, value in zip(loss.out_keys, values):
+            torch.testing.assert_close(value, with_tensordict[key])
+
+    def test_dispatch_with_selected_out_keys(self, make_loss, make_batch):
+        loss, batch = make_loss(), make_batch()
+        expected = seeded(loss, batch.clone())
+        loss.select_out_keys("loss_actor", "loss_qvalue")
+        loss_actor, loss_qvalue = seeded(loss, **kwargs_of(batch))
+        torch.testing.assert_close(loss_actor, expected["loss_actor"])
+        torch.testing.assert_close(loss_qvalue, expected["loss_qvalue"])
+
+    @pytest.mark.parametrize("batch_size", [(8,), (4, 3)])
+    def test_reductions_agree(self, make_loss, make_batch, batch_size):
+        losses = {
+            r: seeded(make_loss, reduction=r, seed=2, w2_weights=(0.2, 0.3, 0.4))
+            for r in ("none", "mean", "sum")
+        }
+        batch = make_batch(*batch_size)
+        out = {r: seeded(loss, batch.clone()) for r, loss in losses.items()}
+        for key in ("loss_actor", "loss_qvalue"):
+            assert out["none"][key].shape == batch_size
+            torch.testing.assert_close(out["none"][key].mean(), out["mean"][key])
+            torch.testing.assert_close(out["none"][key].sum(), out["sum"][key])
+        assert_outputs_equal(
+            *(out[r].select("q_actor_2", "w2_1", "pred_value") for r in out if r != "sum")
+        )
+
+    def test_reset_parameters_recursive_redraws_everything(self, make_loss):
+        loss = make_loss(w2_weights=(0.2, 0.3, 0.4), delay_actor=True)
+        for p in loss.parameters():
+            p.data.fill_(7.0)
+        loss.reset_parameters_recursive()
+        for name in ALL_PARAMS:
+            params, target = getattr(loss, name), getattr(loss, f"target_{name}")
+            for key, value in params.items(True, True):
+                assert torch.equal(value, target[key])
+                if key[-1] not in ("weight", "bias"):
+                    continue
+                assert all(len(p.unique()) == p.numel() for p in value.data)
+                assert len(value.data.flatten(1).unique(dim=0)) == len(value)
+                fan_in = params[(*key[:-1], "weight")].shape[-1]
+                assert value.abs().max() <= 1 / math.sqrt(fan_in)
+                if value[0].numel() >= 16:
+                    assert value.abs().max() > 0.7 / math.sqrt(fan_in)
+
+    def test_reset_keeps_buffers_and_the_optimizers_parameters(self, make_loss, wide_spec):
+        loss = make_loss(wide_spec)
+        before = list(loss.parameters())
+        loss.reset_parameters_recursive()
+        assert all(a is b for a, b in zip(before, loss.parameters(), strict=True))
+        torch.testing.assert_close(
+            loss.actor_network_params["action_scale"], torch.tensor([2.0, 0.75]).expand(2, 2)
+        )
+
+
+class TestConstructor:
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"w2_weights": ()}, "w2_weights"),
+            ({"w2_weights": 0.2}, "w2_weights"),
+            ({"w2_weights": (0.2, -0.1)}, "w2_weights"),
+            ({"w2_weights": (0.2, math.nan)}, "w2_weights"),
+            ({"num_samples": 0}, "num_samples"),
+            ({"num_samples": 2.5}, "num_samples"),
+            ({"num_qvalue_nets": 0}, "num_qvalue_nets"),
+            ({"blur": 0.0}, "blur"),
+            ({"alpha": -1.0}, "alpha"),
+            ({"policy_noise": -0.1}, "policy_noise"),
+            ({"noise_clip": math.inf}, "noise_clip"),
+            ({"w2_backend": "fancy"}, "w2_backend"),
+            ({"q_normalization": "max"}, "q_normalization"),
+            ({"loss_function": "l3"}, "loss_function"),
+            ({"reduction": "median"}, "reduction"),
+            ({"bounds": (1.0, -1.0)}, "bounds"),
+            ({"bounds": (-math.inf, math.inf)}, "bounds"),
+            ({"bounds": (-1.0, 1.0), "action_spec": Bounded(-1, 1, (2,))}, "not both"),
+            ({"action_spec": Unbounded((2,))}, "Bounded"),
+        ],
+    )
+    def test_settings_out_of_range_raise(self, make_loss, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            make_loss(**kwargs)
+
+    def test_bounds_are_needed_where_the_actor_has_none(self):
+        actor = TensorDictModule(MLP(in_features=3, out_features=2), ["observation"], ["action"])
+        with pytest.raises(ValueError, match="bounds"):
+            POGOLoss(actor, make_qvalue(3, 2))
+
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {},
+            {"action_spec": Bounded(low=torch.tensor([-1.0, 0.5]), high=torch.tensor([3.0, 2.0]))},
+            {"bounds": (torch.tensor([-1.0, 0.5]), torch.tensor([3.0, 2.0]))},
+            {"bounds": ([-1.0, 0.5], [3.0, 2.0])},
+        ],
+        ids=["actor's", "spec", "tensors", "lists"],
+    )
+    def test_bounds_may_be_given_in_several_ways(self, make_loss, wide_spec, kwargs):
+        loss = make_loss(wide_spec, **kwargs)
+        assert torch.equal(loss.min_action, wide_spec.space.low)
+        assert torch.equal(loss.max_action, wide_spec.space.high)
+
+    def test_scalar_bounds(self, make_loss, make_batch):
+        loss, same = (seeded(make_loss, **k) for k in ({"bounds": (-1, 1)}, {}))
+        batch = make_batch()
+        assert_outputs_equal(seeded(loss, batch.clone()), seeded(same, batch.clone()))
+
+    @pytest.mark.parametrize("count", [1, 2, 4])
+    def test_lists_of_another_length_raise(self, unit_spec, count):
+        actors = [make_actor(3, unit_spec, (8,)) for _ in range(count)]
+        with pytest.raises(ValueError, match=rf"got {count} actors but needs 3"):
+            POGOLoss(actors, make_qvalue(3, 2, (8,)))
+        if count != 2:
+            qvalues = [make_qvalue(3, 2, (8,)) for _ in range(count)]
+            with pytest.raises(ValueError, match=rf"got {count} qvalue_networks but needs 2"):
+                POGOLoss(actors[0], qvalues)
+
+    @pytest.mark.parametrize("case", ["width", "depth", "layer", "bounds"])
+    def test_actors_that_differ_in_more_than_their_weights_raise(self, unit_spec, wide_spec, case):
+        other = {
+            "width": lambda: make_actor(3, unit_spec, (9, 8)),
+            "depth": lambda: make_actor(3, unit_spec, (8,)),
+            "layer": lambda: TransportActor(make_transport_net(3, 2, (8, 8)), unit_spec),
+            "bounds": lambda: make_actor(3, wide_spec, (8, 8)),
+        }[case]()
+        if case == "layer":
+            other.module.mlp[1] = nn.Tanh()
+        actors = [make_actor(3, unit_spec, (8, 8)), other]
+        with pytest.raises(ValueError, match="actor"):
+            POGOLoss(actors, make_qvalue(3, 2, (8,)), w2_weights=(0.2, 0.5))
+
+    def test_critics_that_differ_in_their_layers_raise(self, unit_spec):
+        qvalues = [make_qvalue(3, 2, (8,)), make_qvalue(3, 2, (8,), layer_norm=True)]
+        with pytest.raises(ValueError, match="qvalue_network"):
+            POGOLoss(make_actor(3, unit_spec, (8,)), qvalues)
+
+    @pytest.mark.parametrize("repeat", ["single", "same three times", "three"])
+    def test_all_actors_start_different(self, unit_spec, repeat):
+        actor = make_actor(3, unit_spec, (8,))
+        given = {
+            "single": actor,
+            "same three times": [actor] * 3,
+            "three": [make_actor(3, unit_spec, (8,)) for _ in range(3)],
+        }[repeat]
+        loss = POGOLoss(given, make_qvalue(3, 2, (8,)))
+        for params in (loss.actor_network_params, loss.qvalue_network_params):
+            for p in params.parameters():
+                assert len(p.data.flatten(1).unique(dim=0)) == len(p)
+        assert len(list(loss.actor_network_params.parameters())) == 4
+        assert loss.actor_network_params.shape == (3,)
+        assert loss.qvalue_network_params.shape == loss.target_qvalue_network_params.shape == (2,)
+
+    def test_the_given_actors_keep_their_weights_and_places(self, unit_spec):
+        actors = [make_actor(3, unit_spec, (8,)) for _ in range(3)]
+        loss = POGOLoss(actors, make_qvalue(3, 2, (8,)))
+        s, z = torch.randn(5, 3), torch.randn(5, 2)
+        for i, actor in enumerate(actors):
+            torch.testing.assert_close(loss.actor(i)(s, z), actor(s, z))
+
+    def test_the_same_actor_three_times_trains_three_different_actors(self, unit_spec, make_batch):
+        loss = POGOLoss([make_actor(3, unit_spec, (8,))] * 3, make_qvalue(3, 2, (8,)))
+        before = loss.actor_network_params.data.clone()
+        loss.actor_loss(make_batch())[0].backward()
+        torch.optim.SGD(loss.parameters(), lr=1.0).step()
+        steps = (loss.actor_network_params.data - before)["module", "mlp", "0", "weight"]
+        assert (steps.flatten(1).norm(dim=1) > 0).all()
+        assert len(steps.flatten(1).unique(dim=0)) == 3
+
+
+class TestTargets:
+    @pytest.mark.parametrize("delay_actor", [False, True])
+    def test_soft_update_moves_the_targets_without_a_warning(
+        self, make_loss, make_batch, delay_actor
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss = make_loss(delay_actor=delay_actor)
+            updater = SoftUpdate(loss, tau=0.25)
+            old = {k: v.clone() for k, v in loss.state_dict().items() if k.startswith("target")}
+            for p in loss.parameters():
+                p.data.add_(1.0)
+            loss(make_batch())
+            updater.step()
+        names = {k.split(".")[0] for k in old}
+        assert ("target_actor_network_params" in names) == delay_actor
+        for key, value in loss.state_dict().items():
+            if key in old and key.endswith(("weight", "bias")):
+                torch.testing.assert_close(value, old[key] + 0.25)
+            elif key in old:  # bounds
+                torch.testing.assert_close(value, old[key])
+
+    @pytest.mark.parametrize("delay_actor", [False, True])
+    @pytest.mark.parametrize("changed", ["online 0", "online 1", "target 0"])
+    def test_the_target_follows_actor_0_or_its_copy(
+        self, make_loss, make_batch, delay_actor, changed
+    ):
+        if changed == "target 0" and not delay_actor:
+            pytest.skip("has no copy")
+        loss, batch = make_loss(delay_actor=delay_actor), make_batch()
+        before = seeded(loss.qvalue_loss, batch)[1]["next_state_value"]
+        kind, index = changed.split()
+        name = "actor_network_params" if kind == "online" else "target_actor_network_params"
+        for key, value in getattr(loss, name).items(True, True):
+            if key[-1] == "bias":
+                value.data[int(index)] += 3.0
+        after = seeded(loss.qvalue_loss, batch)[1]["next_state_value"]
+        follows = changed == ("target 0" if delay_actor else "online 0")
+        assert (after != before) == follows
+
+    @pytest.mark.parametrize("delay_qvalue", [False, True])
+    def test_the_target_values_come_from_the_delayed_critics(
+        self, make_loss, make_batch, delay_qvalue
+    ):
+        loss, batch = make_loss(delay_qvalue=delay_qvalue), make_batch()
+        before = seeded(loss.qvalue_loss, batch)[1]
+        for p in loss.qvalue_network_params.parameters():
+            p.data.add_(1.0)
+        after = seeded(loss.qvalue_loss, batch)[1]
+        assert (after["next_state_value"] != before["next_state_value"]) == (not delay_qvalue)
+        assert after["pred_value"] != before["pred_value"]
+
+    def test_without_delayed_critics_the_targets_carry_no_gradient(self, make_loss, make_batch):
+        loss, batch = make_loss(delay_qvalue=False), make_batch()
+        # rewards only: the prediction's gradient is independent of the target's
+        value, metadata = loss.qvalue_loss(batch)
+        assert not metadata["target_value"].requires_grad
+        value.backward()
+        assert all(g is not None for g in gradients(loss, "qvalue_network_params"))
+
+    def test_the_smaller_critic_counts_and_time_outs_bootstrap(self, make_loss, make_batch):
+        loss, batch = make_loss(), make_batch()  # gamma = 0.9
+        set_target_values(loss, 5.0, 2.0)
+        target = batch["next", "reward"] + 0.9 * 2.0 * (~batch["next", "terminated"])
+        _, metadata = loss.qvalue_loss(batch)
+        assert metadata["next_state_value"] == 2.0
+        torch.testing.assert_close(metadata["target_value"], target.mean())
+
+
+class TestValueEstimators:
+    @pytest.mark.parametrize("gamma", [0.5, 0.9])
+    @pytest.mark.parametrize(
+        ("estimator", "lmbda"),
+        [
+            (None, 0),
+            (ValueEstimators.TD0, 0),
+            (ValueEstimators.TD1, 1),
+            (ValueEstimators.TDLambda, 0.7),
+        ],
+    )
+    def test_targets_of_each_estimator(self, make_loss, make_batch, estimator, lmbda, gamma):
+        loss, batch = make_loss(), make_batch(4, 3)
+        kwargs = {"lmbda": lmbda} if estimator is ValueEstimators.TDLambda else {}
+        assert loss.make_value_estimator(estimator, gamma=gamma, **kwargs) is loss
+        set_target_values(loss, 5.0, 2.0)
+        reward, going = batch["next", "reward"], 1.0 - batch["next", "terminated"].float()
+        cut = batch["next", "done"].clone()
+        cut[:, -1] = True  # the trajectory continues outside of the batch
+        step = torch.zeros(4, 1)
+        targets = []
+        for t in reversed(range(3)):
+            weight = lmbda * ~cut[:, t]
+            step = reward[:, t] + gamma * going[:, t] * ((1 - weight) * 2.0 + weight * step)
+            targets.append(step)
+        _, metadata = loss.qvalue_loss(batch)
+        torch.testing.assert_close(metadata["target_value"], torch.stack(targets).mean())
+
+    @pytest.mark.parametrize("as_instance", [False, True])
+    def test_an_estimator_class_or_instance_reads_the_keys_of_the_loss(
+        self, make_loss, make_batch, as_instance
+    ):
+        loss, batch = make_loss(), make_batch()
+        expected = seeded(loss.qvalue_loss, batch)[0]  # TD(0), gamma 0.9
+        if as_instance:
+            loss.make_value_estimator(TD0Estimator(gamma=0.9, value_network=None))
+        else:
+            loss.make_value_estimator(TD0Estimator, gamma=0.9, value_network=None)
+        torch.testing.assert_close(seeded(loss.qvalue_loss, batch)[0], expected)
+
+    def test_the_default_is_td0(self, make_loss, make_batch):
+        batch = make_batch()
+        default, td0 = (seeded(make_loss, seed=2) for _ in range(2))
+        default.make_value_estimator(gamma=0.7)
+        td0.make_value_estimator(ValueEstimators.TD0, gamma=0.7)
+        assert_outputs_equal(seeded(default, batch.clone()), seeded(td0, batch.clone()))
+
+    def test_advantage_estimators_are_refused(self, make_loss):
+        with pytest.raises(NotImplementedError):
+            make_loss().make_value_estimator(ValueEstimators.GAE)
+
+
+class TestPrioritizedReplay:
+    def test_td_error_is_the_larger_squared_error_of_each_sample(self, make_loss, make_batch):
+        loss, batch = make_loss(), make_batch()
+        seeded(loss, batch)
+        torch.manual_seed(1)
+        loss.actor_loss(batch)  # forward draws for the actors first
+        metadata = loss.qvalue_loss(batch)[1]
+        assert batch["td_error"].shape == (8,)
+        assert not batch["td_error"].requires_grad
+        torch.testing.assert_close(batch["td_error"], metadata["td_error"].max(0)[0])
+
+    def test_weights_make_a_weighted_mean(self, make_loss, make_batch):
+        loss, batch = make_loss(), make_batch()
+        weights = torch.rand(8)
+        weighted = seeded(loss, batch.clone().set("priority_weight", weights))
+        loss.reduction = "none"
+        per_sample = seeded(loss, batch.clone())
+        for key in ("loss_actor", "loss_qvalue"):
+            expected = (weights * per_sample[key]).sum() / weights.sum()
+            torch.testing.assert_close(weighted[key], expected)
+
+    def test_weights_can_be_ignored(self, make_loss, make_batch):
+        loss, batch = make_loss(use_prioritized_weights=False), make_batch()
+        out = seeded(loss, batch.clone().set("priority_weight", torch.rand(8)))
+        assert_outputs_equal(out, seeded(loss, batch.clone()))
+
+
+class TestChain:
+    @pytest.mark.parametrize("length", [1, 5])
+    @pytest.mark.parametrize("batch_size", [(8,), (4, 3), (1,)])
+    def test_lengths_and_batch_shapes(self, make_loss, make_batch, length, batch_size):
+        loss = make_loss(w2_weights=[0.1 * (i + 1) for i in range(length)])
+        out = loss(make_batch(*batch_size))
+        assert loss.num_actors == length
+        assert (out["loss_actor"] + out["loss_qvalue"]).isfinite()
+        losses = sum(out[f"loss_actor_{i}"] for i in range(length))
+        torch.testing.assert_close(out["loss_actor"].detach(), losses)
+
+    def test_a_single_actor_needs_no_divergence(self, make_loss, make_batch, monkeypatch):
+        def fail(*args, **kwargs):
+            raise AssertionError
+
+        monkeypatch.setattr("pogo_torchrl.objectives.sinkhorn_divergence", fail)
+        assert make_loss(w2_weights=(0.2,))(make_batch())["loss_actor"].isfinite()
+        with pytest.raises(AssertionError):
+            make_loss()(make_batch())
+
+    def test_weights_multiply_their_own_distance(self, make_loss, make_batch):
+        batch = make_batch()
+        out = [
+            seeded(seeded(make_loss, w2_weights=w, seed=2), batch.clone())
+            for w in ((0.2, 0.5), (1.2, 0.5), (0.2, 2.5))
+        ]
+        for i, (other, extra) in enumerate(((out[1], 1.0), (out[2], 2.0))):
+            expected = out[0]["loss_actor"] + extra * out[0][f"w2_{i}"]
+            torch.testing.assert_close(other["loss_actor"], expected)
+
+    def test_the_whole_chain_is_the_sum_of_its_actors_under_one_seed(self, make_loss, make_batch):
+        loss, batch = make_loss(w2_weights=(0.2, 0.3, 0.4)), make_batch()
+        total, metadata = seeded(loss.actor_loss, batch)
+        torch.manual_seed(1)
+        parts = [loss.actor_loss(batch, i) for i in range(3)]
+        torch.testing.assert_close(total, sum(value for value, _ in parts))
+        assert metadata == {k: v for _, part in parts for k, v in part.items()}
+
+    @pytest.mark.parametrize("index", [-1, 2, 7])
+    def test_actor_loss_of_an_actor_that_does_not_exist_raises(self, make_loss, make_batch, index):
+        with pytest.raises(IndexError, match=r"0\.\.1"):
+            make_loss().actor_loss(make_batch(), index)
+
+    def test_actor_losses_need_no_next_state(self, make_loss, make_batch):
+        loss, batch = make_loss(), make_batch()
+        assert loss.actor_loss(batch.exclude("next"))[0].isfinite()
+        assert loss.actor_loss(batch.select("observation"), 1)[0].isfinite()
+
+    def test_the_methods_leave_the_batch_as_it_is(self, make_loss, make_batch):
+        loss, batch = make_loss(), make_batch()
+        before = batch.clone()
+        loss.qvalue_loss(batch)
+        loss.actor_loss(batch)
+        assert set(batch.keys(True, True)) == set(before.keys(True, True))
+        assert (batch == before).all()
+        loss(batch)
+        assert set(batch.keys(True)) - set(before.keys(True)) == {"td_error"}
+
+    @pytest.mark.parametrize("kind", [None, *ExplorationType])
+    def test_losses_draw_noise_whatever_the_callers_exploration_type(
+        self, make_loss, make_batch, kind
+    ):
+        loss, batch = make_loss(), make_batch()
+        reference = seeded(loss, batch.clone())
+        with set_exploration_type(kind):
+            out = seeded(loss, batch.clone())
+            other = seeded(loss, batch.clone(), seed=2)
+        assert_outputs_equal(out, reference)
+        for key in ("w2_1", "q_actor_0", "q_actor_1", "next_state_value"):
+            assert other[key] != out[key]
+
+    @pytest.mark.parametrize("kind", ["probabilistic", "deterministic"])
+    def test_other_torchrl_actors_serve_as_well(self, unit_spec, make_batch, kind):
+        if kind == "probabilistic":
+            net = nn.Sequential(MLP(in_features=3, out_features=4, depth=1), NormalParamExtractor())
+            actor = ProbabilisticActor(
+                TensorDictModule(net, ["observation"], ["loc", "scale"]),
+                spec=Composite(action=unit_spec),
+                in_keys=["loc", "scale"],
+                distribution_class=TanhNormal,
+            )
+        else:
+            net = nn.Sequential(MLP(in_features=3, out_features=2, depth=1), nn.Tanh())
+            actor = TensorDictModule(net, ["observation"], ["action"])
+        loss = POGOLoss(actor, make_qvalue(3, 2, (8,)), action_spec=unit_spec)
+        out = loss(make_batch())
+        out["loss_actor"].backward()
+        for gradient in gradients(loss, "actor_network_params"):
+            assert (gradient.flatten(1).abs().sum(1) > 0).all()
+        td = loss.actor(-1)(TensorDict({"observation": torch.zeros(4, 3)}, [4]))
+        assert td["action"].shape == (4, 2)
+
+    @pytest.mark.parametrize("loss_function", ["l1", "smooth_l1", "l2"])
+    def test_loss_functions(self, make_loss, make_batch, loss_function):
+        loss, batch = make_loss(loss_function=loss_function), make_batch()
+        for p in loss.qvalue_network_params.parameters():
+            p.data.zero_()
+        set_target_values(loss, 0.0, 0.0)
+        function = {"l2": nn.MSELoss(), "l1": nn.L1Loss(), "smooth_l1": nn.SmoothL1Loss()}
+        reward = batch["next", "reward"]
+        expected = 2 * function[loss_function](reward, torch.zeros_like(reward))
+        torch.testing.assert_close(loss.qvalue_loss(batch)[0].detach(), expected)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_any_number_of_critics_looped_or_vmapped(self, make_loss, make_batch, count):
+        batch, out = make_batch(), []
+        for deactivate_vmap in (False, True):
+            loss = seeded(make_loss, num_qvalue_nets=count, deactivate_vmap=deactivate_vmap)
+            out.append(seeded(loss, batch.clone()))
+            assert loss.qvalue_network_params.shape == (count,)
+        assert_outputs_equal(*out)
+
+
+class TestActor:
+    def test_it_shares_the_trained_parameters(self, make_loss, make_batch):
+        loss, s = make_loss(), torch.randn(4, 5, 3)
+        policy = loss.actor(1)
+        assert isinstance(policy, TransportActor)
+        before = policy(s)
+        assert before.shape == (4, 5, 2)
+        loss(make_batch())["loss_actor"].backward()
+        torch.optim.Adam(loss.parameters(), lr=0.1).step()
+        after = policy(s)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, loss.actor(1)(s))
+        stacked = loss.actor_network_params["module", "mlp", "0", "weight"]
+        assert policy.module.mlp[0].weight.data_ptr() == stacked[1].data_ptr()
+
+    def test_it_follows_a_loaded_state_dict(self, make_loss):
+        loss, other, s = make_loss(), make_loss(), torch.randn(5, 3)
+        policy = loss.actor(0)
+        loss.load_state_dict(other.state_dict())
+        assert torch.equal(policy(s), other.actor(0)(s))
+
+    def test_a_deepcopy_is_a_snapshot(self, make_loss):
+        loss, s = make_loss(), torch.randn(5, 3)
+        snapshot = copy.deepcopy(loss.actor(0))
+        before = snapshot(s)
+        for p in loss.parameters():
+            p.data.add_(1.0)
+        assert torch.equal(snapshot(s), before)
+
+    def test_acting_between_losses_changes_nothing(self, make_loss, make_batch):
+        loss, batch = make_loss(), make_batch()
+        before = seeded(loss, batch.clone())
+        with torch.no_grad():
+            loss.actor(0)(batch.clone())
+        assert_outputs_equal(seeded(loss, batch.clone()), before)
+
+    def test_negative_indices_count_from_the_end(self, make_loss):
+        loss, s = make_loss(), torch.randn(5, 3)
+        assert torch.equal(loss.actor(-1)(s), loss.actor(1)(s))
+        assert torch.equal(loss.actor(-2)(s), loss.actor(0)(s))
+        assert not torch.equal(loss.actor(0)(s), loss.actor(1)(s))
+
+    @pytest.mark.parametrize("index", [2, -3])
+    def test_an_actor_that_does_not_exist_raises(self, make_loss, index):
+        with pytest.raises(IndexError, match=r"0\.\.1"):
+            make_loss().actor(index)
+
+
+class TestCopiesAndCasts:
+    @pytest.mark.parametrize("used", [False, True])
+    def test_a_deepcopy_is_equal_and_independent(self, make_loss, make_batch, used):
+        loss, batch = make_loss(), make_batch()
+        if used:
+            loss(batch.clone())
+        twin = copy.deepcopy(loss)
+        before = seeded(loss, batch.clone())
+        assert_outputs_equal(seeded(twin, batch.clone()), before)
+        for p in twin.parameters():
+            p.data.add_(1.0)
+        assert_outputs_equal(seeded(loss, batch.clone()), before)
+        fresh = make_loss()
+        fresh.load_state_dict(twin.state_dict())
+        assert_outputs_equal(seeded(twin, batch.clone()), seeded(fresh, batch.clone()))
+
+    @pytest.mark.parametrize("used", [False, True])
+    @pytest.mark.parametrize("delay_qvalue", [False, True])
+    def test_a_cast_to_float64(self, make_loss, make_batch, used, delay_qvalue):
+        loss, batch = make_loss(delay_actor=True, delay_qvalue=delay_qvalue), make_batch()
+        if used:
+            loss(batch.clone())
+        loss = loss.to(torch.float64)
+        double = batch.apply(lambda x: x.double() if x.is_floating_point() else x)
+        out = loss(double)
+        assert {v.dtype for v in out.values()} == {torch.float64}
+        assert loss.min_action.dtype == torch.float64
+        (out["loss_actor"] + out["loss_qvalue"]).backward()
+        assert loss.actor(0)(double["observation"]).dtype == torch.float64
+
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_actor_losses_follow_the_critic(self, make_loss, make_batch, index):
+        loss, batch = make_loss(q_normalization=None), make_batch()
+        before = seeded(loss.actor_loss, batch, index)[1][f"q_actor_{index}"]
+        loss.qvalue_network_params["module", "4", "bias"].data.copy_(torch.tensor([[2.0], [9.0]]))
+        loss.qvalue_network_params["module", "4", "weight"].data.zero_()
+        assert seeded(loss.actor_loss, batch, index)[1][f"q_actor_{index}"] == 2.0 != before
+
+    def test_repr_and_names(self, make_loss):
+        loss = make_loss(delay_actor=True)
+        assert "POGOLoss" in repr(loss)
+        prefixes = {name.split(".")[0] for name, _ in loss.named_parameters()}
+        assert prefixes == set(ALL_PARAMS)
+        assert len(list(loss.parameters())) == 12
+
+
+class TestCompile:
+    """Compiled losses give the numbers and gradients of the eager ones."""
+
+    def check(self, loss, batch, method, args, backend):
+        torch._dynamo.reset()
+        eager = getattr(loss, method)
+        compiled = torch.compile(eager, backend=backend)
+        for _ in range(2):
+            results = []
+            for function in (eager, compiled):
+                loss.zero_grad()
+                value, metadata = seeded(function, batch, *args)
+                value.backward()
+                grads = [p.grad.clone() for p in loss.parameters() if p.grad is not None]
+                results.append((value.detach(), metadata, grads))
+            assert len(results[0][2]) == 6
+            torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+            for p in loss.parameters():  # the second round sees other weights
+                p.data.add_(0.01)
+
+    @pytest.mark.parametrize(("method", "args"), [("qvalue_loss", ()), ("actor_loss", (0,))])
+    def test_traced(self, make_loss, make_batch, method, args):
+        self.check(make_loss(), make_batch(), method, args, "eager")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("method", ["qvalue_loss", "actor_loss"])
+    def test_compiled(self, make_loss, make_batch, method):
+        # inductor draws other random numbers than eager code unless told not to
+        with torch._inductor.config.patch(fallback_random=True):
+            self.check(make_loss(), make_batch(), method, (), "inductor")
