@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
@@ -16,7 +17,6 @@ from torchrl.envs.utils import ExplorationType, step_mdp
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import (
     ValueEstimators,
-    _cache_values,
     _vmap_func,
     dispatch_value_estimator,
     distance_loss,
@@ -68,7 +68,8 @@ class POGOLoss(LossModule):
             with newly drawn parameters for actors 1, 2, ..., or a list of ``len(w2_weights)``
             actors of one architecture. Any stochastic TorchRL actor serves; the method's is
             :class:`~pogo_torchrl.TransportActor`. The loss holds its own, stacked copy of the
-            parameters: take trained policies from :meth:`actor`.
+            parameters: take trained policies from :meth:`actor`. Actors and critics cannot share
+            layers.
         qvalue_network (TensorDictModule or list of them): one critic, copied ``num_qvalue_nets``
             times with new parameters, or the list.
 
@@ -211,11 +212,12 @@ class POGOLoss(LossModule):
         delay_actor: bool = False,
         delay_qvalue: bool = True,
         loss_function: str = "l2",
-        reduction: str = "mean",
+        reduction: str | None = "mean",
         deactivate_vmap: bool = False,
         use_prioritized_weights: str | bool = "auto",
     ) -> None:
         super().__init__()
+        reduction = "mean" if reduction is None else reduction
         self.w2_weights = _check_weights(w2_weights)
         _check_integer("num_qvalue_nets", num_qvalue_nets)
         _check_integer("num_samples", num_samples)
@@ -228,8 +230,6 @@ class POGOLoss(LossModule):
         _check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
         _check_choice("reduction", reduction, ("mean", "sum", "none"))
 
-        self._in_keys: list[NestedKey] | None = None
-        self._out_keys: list[NestedKey] | None = None
         self.num_actors = len(self.w2_weights)
         self.num_qvalue_nets = num_qvalue_nets
         self.num_samples = num_samples
@@ -264,6 +264,19 @@ class POGOLoss(LossModule):
         self.register_buffer("min_action", low)
         self.register_buffer("max_action", high)
         self._make_vmap()
+        self._set_in_keys()
+        self._out_keys: list[NestedKey] = [
+            "loss_actor",
+            "loss_qvalue",
+            *[
+                f"{name}_{i}"
+                for i in range(self.num_actors)
+                for name in ("loss_actor", "q_actor", "w2", "lmbd")
+            ],
+            "pred_value",
+            "target_value",
+            "next_state_value",
+        ]
 
     def _bounds(
         self, action_spec: TensorSpec | None, bounds: tuple | None, actor: TensorDictModule
@@ -273,8 +286,10 @@ class POGOLoss(LossModule):
         parameter = next(self.parameters())
         if bounds is not None:
             low, high = (torch.as_tensor(b, dtype=parameter.dtype) for b in bounds)
-            if not bool((low < high).all()):
-                raise ValueError(f"bounds=({bounds[0]}, {bounds[1]}): the lower must be below.")
+            if not bool(((low < high) & torch.isfinite(high - low)).all()):
+                raise ValueError(
+                    f"bounds=({bounds[0]}, {bounds[1]}) must be finite, the lower below the upper."
+                )
         else:
             if action_spec is None:
                 action_spec = getattr(actor, "action_spec", None)
@@ -293,12 +308,6 @@ class POGOLoss(LossModule):
             randomness=self.vmap_randomness,
             pseudo_vmap=self.deactivate_vmap,
         )
-
-    @property
-    @_cache_values
-    def _cached_detached_critic(self) -> TensorDictBase:
-        """Q1, frozen: the critic of the actors' terms."""
-        return self.qvalue_network_params.detach()[0]
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """The critics' loss, summed over the critics.
@@ -333,8 +342,11 @@ class POGOLoss(LossModule):
 
     def _next_value(self, tensordict: TensorDictBase) -> Tensor:
         """``min_j Qbar_j(s', a')`` with the smoothed action of actor 0, shape ``[*B]``."""
-        next_td = step_mdp(tensordict).select(*self.actor_network.in_keys, strict=False)
-        action = self._act(next_td, self.target_actor_network_params[0])
+        next_td = step_mdp(tensordict)
+        action = self._act(
+            next_td.select(*self.actor_network.in_keys, strict=False),
+            self.target_actor_network_params[0],
+        )
         action = functional.smoothed_target_action(
             action,
             torch.randn_like(action),
@@ -422,9 +434,8 @@ class POGOLoss(LossModule):
         """``Q1(s, action)`` with the critic frozen, shape ``[*B]``."""
         inputs = tensordict.select(*self.qvalue_network.in_keys, strict=False)
         inputs.set(self.tensor_keys.action, action)
-        with self._cached_detached_critic.to_module(
-            self.qvalue_network, preserve_module_state=False
-        ):
+        params = self.qvalue_network_params[0].detach()
+        with params.to_module(self.qvalue_network, preserve_module_state=False):
             out = self.qvalue_network(inputs)
         return out.get(self.tensor_keys.state_action_value).squeeze(-1)
 
@@ -518,7 +529,11 @@ class POGOLoss(LossModule):
         if isinstance(value_type, ValueEstimatorBase) or (
             isinstance(value_type, type) and issubclass(value_type, ValueEstimatorBase)
         ):
-            return LossModule.make_value_estimator(self, value_type, **hyperparams)
+            if isinstance(value_type, type):
+                hyperparams.setdefault("value_network", None)
+            LossModule.make_value_estimator(self, value_type, **hyperparams)
+            self._forward_value_estimator_keys()
+            return self
         dispatch_value_estimator(
             self,
             value_type,
@@ -551,16 +566,15 @@ class POGOLoss(LossModule):
             ("next", self.tensor_keys.done),
             ("next", self.tensor_keys.terminated),
             *self.actor_network.in_keys,
-            *[("next", key) for key in self.actor_network.in_keys],
             *self.qvalue_network.in_keys,
         ]
-        self._in_keys = list(dict.fromkeys(keys))
+        states = {*self.actor_network.in_keys, *self.qvalue_network.in_keys}
+        keys += [("next", key) for key in keys if key in states - {self.tensor_keys.action}]
+        self._in_keys: list[NestedKey] = list(dict.fromkeys(keys))
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """Keys that a batch must hold."""
-        if self._in_keys is None:
-            self._set_in_keys()
         return self._in_keys
 
     @in_keys.setter
@@ -568,18 +582,8 @@ class POGOLoss(LossModule):
         self._in_keys = values
 
     @property
-    def out_keys(self) -> list[NestedKey]:  # type: ignore[override]
+    def out_keys(self) -> list[NestedKey]:
         """Keys of the output, see the class."""
-        if self._out_keys is None:
-            actors = range(self.num_actors)
-            self._out_keys = [
-                "loss_actor",
-                "loss_qvalue",
-                *[f"{k}_{i}" for i in actors for k in ("loss_actor", "q_actor", "w2", "lmbd")],
-                "pred_value",
-                "target_value",
-                "next_state_value",
-            ]
         return self._out_keys
 
     @out_keys.setter
@@ -616,29 +620,26 @@ def _as_list(network, count: int, name: str, meaning: str) -> list[nn.Module]:
             networks[i] = fresh_copies(module, 2, name)[1]
     expected = _architecture(networks[0])
     for i, module in enumerate(networks[1:], start=1):
-        for mine, first in zip(_architecture(module), expected):
+        for mine, first in zip_longest(_architecture(module), expected, fillvalue="nothing"):
             if mine != first:
                 raise ValueError(
                     f"{name}s must share one architecture, but number {i} has {mine} where number "
                     f"0 has {first}: build all of them alike, or pass a single one."
                 )
-        if len(_architecture(module)) != len(expected):
-            raise ValueError(
-                f"{name}s must share one architecture, but number {i} and number 0 have different "
-                "layers: build all of them alike, or pass a single one."
-            )
     return networks
 
 
 def _architecture(module: nn.Module) -> list[str]:
+    """All that networks must have in common to be stacked, in words."""
     layers = [f"{name or 'module'}: {type(m).__name__}" for name, m in module.named_modules()]
     shapes = [f"{name} of shape {list(p.shape)}" for name, p in module.named_parameters()]
-    return layers + shapes
+    buffers = [f"{name} = {b.tolist()}" for name, b in module.named_buffers()]  # e.g. bounds
+    return layers + shapes + buffers
 
 
 def _check_weights(w2_weights: Sequence[float]) -> tuple[float, ...]:
     try:
-        weights = tuple(float(w) for w in w2_weights)
+        weights = () if isinstance(w2_weights, str) else tuple(float(w) for w in w2_weights)
     except (TypeError, ValueError):
         weights = ()
     if not weights or not all(math.isfinite(w) and w >= 0 for w in weights):

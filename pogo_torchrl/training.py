@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
-from torchrl.data import PrioritizedSampler, ReplayBuffer
+from torchrl.data import ReplayBuffer
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.trainers import Trainer, TrainerHookBase
@@ -118,7 +118,7 @@ class POGOOptimizationStepper(OptimizationStepper):
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Update on one batch and return the detached scalars of all losses."""
-        metrics = self._qvalue_step(trainer, sub_batch)
+        metrics = self._qvalue_step(sub_batch)
         # Steps without an actor update repeat the last values: the trainer averages over steps.
         if self._steps % self.policy_freq == 0:
             for index in range(self.loss_module.num_actors):
@@ -126,14 +126,11 @@ class POGOOptimizationStepper(OptimizationStepper):
         self._steps += 1
         return TensorDict({**metrics, **self._actor_metrics})
 
-    def _qvalue_step(self, trainer: Trainer, batch: TensorDictBase) -> dict[str, Tensor]:
+    def _qvalue_step(self, batch: TensorDictBase) -> dict[str, Tensor]:
         loss, metadata = self._qvalue_loss(batch)
         gradients = torch.autograd.grad(loss, self._qvalue_params)
         self._apply("qvalue", self._qvalue_params, gradients)
-        td_error = metadata.pop("td_error")
-        if isinstance(getattr(trainer.replay_buffer, "sampler", None), PrioritizedSampler):
-            batch.set(self.loss_module.tensor_keys.priority, td_error.max(0)[0])
-            trainer.replay_buffer.update_tensordict_priority(batch)
+        del metadata["td_error"]  # scalars only
         return {"loss_qvalue": loss.detach(), **metadata}
 
     def _actor_step(self, index: int, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -246,7 +243,8 @@ class POGOTrainer(Trainer):
         if len(replay_buffer) == 0:
             raise ValueError("The replay buffer is empty: there is nothing to learn from.")
 
-        if target_net_updater is None and loss_module.delay_qvalue:
+        delayed = loss_module.delay_qvalue or loss_module.delay_actor
+        if target_net_updater is None and delayed:
             target_net_updater = SoftUpdate(loss_module, tau=tau)
         self._intervals: list[int] = []
         rotation = None

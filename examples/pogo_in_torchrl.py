@@ -1,0 +1,74 @@
+"""POGOLoss in a plain TorchRL loop: any replay buffer, one optimizer, SoftUpdate.
+
+python examples/pogo_in_torchrl.py
+
+The data are random rollouts of Gymnasium's Pendulum, collected by TorchRL itself: nothing here
+knows of our trainer, our data or our environments. The forward pass evaluates the critics and the
+whole chain on one batch, as TorchRL's own losses do.
+"""
+
+import torch
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import GymEnv, StepCounter, TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.objectives import SoftUpdate
+
+from pogo_torchrl import POGOLoss, make_actor, make_qvalue
+
+
+def make_env() -> TransformedEnv:
+    """Pendulum with episodes of 200 steps; its actions lie in [-2, 2]."""
+    return TransformedEnv(GymEnv("Pendulum-v1"), StepCounter(max_steps=200))
+
+
+def collect(frames: int, batch_size: int) -> TensorDictReplayBuffer:
+    """An offline dataset: transitions of random actions."""
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(frames), batch_size=batch_size)
+    for batch in Collector(make_env, None, frames_per_batch=1000, total_frames=frames):
+        buffer.extend(batch.reshape(-1))
+    return buffer
+
+
+def evaluate(actor: torch.nn.Module, episodes: int = 5) -> float:
+    """Mean return of the deterministic policy (z = 0)."""
+    env = make_env()
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        rollouts = [env.rollout(200, actor) for _ in range(episodes)]
+    return sum(rollout["next", "reward"].sum().item() for rollout in rollouts) / episodes
+
+
+def main(steps: int = 1000, frames: int = 20_000, batch_size: int = 256) -> list[float]:
+    """Train a chain of two actors; returns the return of each."""
+    torch.manual_seed(0)
+    buffer = collect(frames, batch_size)
+    env = make_env()
+    observation_dim = env.observation_spec["observation"].shape[-1]
+    action_dim = env.action_spec.shape[-1]
+
+    loss = POGOLoss(
+        make_actor(observation_dim, env.action_spec),
+        make_qvalue(observation_dim, action_dim),
+        w2_weights=(0.1, 0.5),
+        action_spec=env.action_spec,
+    )
+    loss.make_value_estimator(gamma=0.99)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    targets = SoftUpdate(loss, tau=0.005)
+
+    for step in range(1, steps + 1):
+        losses = loss(buffer.sample())
+        (losses["loss_qvalue"] + losses["loss_actor"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        targets.step()
+        if step % 250 == 0:
+            print(step, {key: round(losses[key].item(), 3) for key in ("loss_qvalue", "w2_1")})
+
+    returns = [evaluate(loss.actor(i)) for i in range(2)]
+    print("mean return of each actor:", [round(r, 1) for r in returns])
+    return returns
+
+
+if __name__ == "__main__":
+    main()
