@@ -1,0 +1,280 @@
+"""Reading D4RL's files, and the replay buffers over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from pogo_torchrl.data import Normalization, make_replay_buffer, read_hdf5
+
+ROWS = 40
+HORIZON = 5
+
+
+def random_rows(
+    seed: int = 0, terminals_dtype: type = bool, timeouts: bool = True
+) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    rows = {
+        "observations": rng.normal(size=(ROWS, 3)),
+        "actions": rng.uniform(-1, 1, size=(ROWS, 2)),
+        "rewards": rng.normal(size=ROWS),
+        "terminals": (rng.random(ROWS) < 0.15).astype(terminals_dtype),
+    }
+    if timeouts:
+        rows["timeouts"] = rng.random(ROWS) < 0.15
+        rows["terminals"][7], rows["timeouts"][7] = 1, True  # both at once
+    return rows
+
+
+def write(path: Path, rows: dict[str, np.ndarray]) -> Path:
+    with h5py.File(path, "w") as file:
+        for key, array in rows.items():
+            file[key] = array
+    return path
+
+
+def qlearning_dataset(rows: dict[str, np.ndarray], max_episode_steps: int) -> dict[str, np.ndarray]:
+    """D4RL's own loop, restated; ``terminate_on_end=False`` as by default."""
+    out: dict[str, list] = {key: [] for key in ("obs", "next_obs", "action", "reward", "done")}
+    episode_step = 0
+    for i in range(len(rows["rewards"]) - 1):
+        done = bool(rows["terminals"][i])
+        if "timeouts" in rows:
+            final_timestep = rows["timeouts"][i]
+        else:
+            final_timestep = episode_step == max_episode_steps - 1
+        if final_timestep:
+            episode_step = 0
+            continue
+        if done:
+            episode_step = 0
+        out["obs"].append(rows["observations"][i].astype(np.float32))
+        out["next_obs"].append(rows["observations"][i + 1].astype(np.float32))
+        out["action"].append(rows["actions"][i].astype(np.float32))
+        out["reward"].append(rows["rewards"][i].astype(np.float32))
+        out["done"].append(done)
+        # D4RL resets the count and then adds this row to it
+        episode_step += 1
+    return {key: np.array(values) for key, values in out.items()}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    return write(tmp_path / "data.hdf5", random_rows())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [bool, np.float32, np.uint8])
+@pytest.mark.parametrize("timeouts", [True, False])
+def test_rows_are_those_of_qlearning_dataset(tmp_path, seed, dtype, timeouts):
+    rows = random_rows(seed, dtype, timeouts)
+    expected = qlearning_dataset(rows, HORIZON)
+    path = write(tmp_path / "data.hdf5", rows)
+    data = read_hdf5(path, max_episode_steps=HORIZON).transitions
+    for key, name in {
+        "observation": "obs",
+        "action": "action",
+        ("next", "observation"): "next_obs",
+        ("next", "reward"): "reward",
+        ("next", "terminated"): "done",
+    }.items():
+        values = data[key].numpy()
+        np.testing.assert_array_equal(values.reshape(expected[name].shape), expected[name])
+    for key in ("done", "terminated", "truncated"):
+        assert data["next", key].shape == (len(data), 1)
+        assert data["next", key].dtype == torch.bool
+    assert torch.equal(data["next", "done"], data["next", "terminated"])
+    assert not data["next", "truncated"].any()
+    floats = (data["observation"], data["action"], data["next", "observation"])
+    assert {t.dtype for t in (*floats, data["next", "reward"])} == {torch.float32}
+
+
+def test_the_last_row_has_no_next_observation(tmp_path):
+    rows = random_rows(timeouts=False)
+    rows["terminals"][:] = False
+    data = read_hdf5(write(tmp_path / "data.hdf5", rows)).transitions
+    assert len(data) == ROWS - 1
+
+
+def test_no_row_crosses_an_episode(tmp_path):
+    rows = random_rows()
+    rows["observations"][:, 0] = np.cumsum(rows["terminals"] | rows["timeouts"])
+    data = read_hdf5(write(tmp_path / "data.hdf5", rows)).transitions
+    alive = ~data["next", "terminated"].squeeze(-1)
+    # the mark rises in the row that ends an episode, so rows before that row see it rise
+    rise = (data["next", "observation"] - data["observation"])[alive, 0]
+    ends = rows["terminals"] | rows["timeouts"]
+    kept = ~rows["timeouts"][:-1]
+    next_ends = ends[1:][kept][alive.numpy()]
+    np.testing.assert_array_equal(rise.numpy().astype(bool), next_ends)
+
+
+def test_returns_of_complete_episodes(tmp_path):
+    rows = random_rows()
+    rows["rewards"] = np.arange(1.0, ROWS + 1)
+    for key, ends in (("terminals", [9]), ("timeouts", [3, 20])):
+        rows[key] = np.isin(np.arange(ROWS), ends)
+    returns = read_hdf5(write(tmp_path / "data.hdf5", rows)).episode_returns
+    assert returns.tolist() == [sum(range(1, 5)), sum(range(5, 11)), sum(range(11, 22))]
+    assert returns.dtype == np.float64
+
+
+def test_return_of_a_single_unfinished_episode(tmp_path):
+    rows = random_rows(timeouts=False)
+    rows["terminals"][:] = False
+    returns = read_hdf5(write(tmp_path / "data.hdf5", rows)).episode_returns
+    np.testing.assert_allclose(returns, [rows["rewards"].sum()])
+
+
+@pytest.mark.parametrize("key", ["observations", "actions", "rewards", "terminals"])
+def test_missing_key(tmp_path, key):
+    rows = random_rows()
+    del rows[key]
+    with pytest.raises(ValueError, match=rf"bad\.hdf5 lacks {key}"):
+        read_hdf5(write(tmp_path / "bad.hdf5", rows))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("actions", (ROWS - 1, 2)),
+        ("actions", (ROWS,)),
+        ("rewards", (ROWS, 2)),
+        ("rewards", (ROWS + 1,)),
+        ("terminals", (1,)),
+        ("timeouts", (ROWS - 1,)),
+    ],
+)
+def test_shapes_that_do_not_fit(tmp_path, key, shape):
+    rows = random_rows()
+    rows[key] = np.zeros(shape)
+    with pytest.raises(ValueError, match=rf"bad\.hdf5: {key} has shape"):
+        read_hdf5(write(tmp_path / "bad.hdf5", rows))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("key", ["observations", "actions", "rewards"])
+def test_values_that_are_not_finite(tmp_path, key, value):
+    rows = random_rows()
+    rows[key][11] = value
+    with pytest.raises(ValueError, match=rf"bad\.hdf5: {key}\[11.*not finite"):
+        read_hdf5(write(tmp_path / "bad.hdf5", rows))
+
+
+def test_column_vectors_are_accepted(tmp_path, file):
+    rows = random_rows()
+    for key in ("rewards", "terminals", "timeouts"):
+        rows[key] = rows[key][:, None]
+    columns = read_hdf5(write(tmp_path / "columns.hdf5", rows)).transitions
+    assert (columns == read_hdf5(file).transitions).all()
+
+
+@pytest.mark.parametrize("content", ["truncated", "text", "empty"])
+def test_damaged_files(tmp_path, file, content):
+    path = tmp_path / "bad.hdf5"
+    whole = file.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"no", "empty": b""}[content])
+    with pytest.raises(ValueError, match=r"bad\.hdf5 is not a readable HDF5 file"):
+        read_hdf5(path)
+
+
+def test_no_usable_row(tmp_path):
+    rows = {key: array[:1] for key, array in random_rows().items()}
+    with pytest.raises(ValueError, match=r"bad\.hdf5 holds 1 rows"):
+        read_hdf5(write(tmp_path / "bad.hdf5", rows))
+    rows = random_rows()
+    rows["timeouts"][:] = True
+    with pytest.raises(ValueError, match="no transition"):
+        read_hdf5(write(tmp_path / "bad.hdf5", rows))
+
+
+@pytest.mark.parametrize("path", ["missing.hdf5", "."])
+def test_missing_file(tmp_path, path):
+    with pytest.raises(FileNotFoundError, match=r"data\.path="):
+        read_hdf5(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "csv"}, r"data\.source='csv' is unknown.*local.*hdf5"),
+        ({"source": "hdf5"}, r"data\.path"),
+        ({"source": "local", "path": "x.hdf5"}, r"data\.path='x\.hdf5'.*hdf5 only"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_replay_buffer("hopper-medium-v2", **settings)
+
+
+@pytest.fixture
+def rb(file):
+    return make_replay_buffer("hopper-medium-v2", source="hdf5", path=file, batch_size=8)
+
+
+def test_normalisation(rb, file):
+    raw = read_hdf5(file).transitions
+    mean = raw["observation"].numpy().astype(np.float64).mean(0)
+    std = raw["observation"].numpy().astype(np.float64).std(0) + 1e-3
+    np.testing.assert_allclose(rb.normalization.mean, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rb.normalization.std, std, rtol=1e-5)
+    # the next observation by the statistics of the observation, not by its own
+    for key in ("observation", ("next", "observation")):
+        np.testing.assert_allclose(rb[:][key], (raw[key].numpy() - mean) / std, atol=1e-5)
+        assert rb[:][key].dtype == torch.float32
+    for key in ("action", ("next", "reward"), ("next", "terminated")):
+        assert torch.equal(rb[:][key], raw[key])
+
+
+def test_statistics_of_large_offsets():
+    observation = torch.full((10_000, 1), 1000.0) + torch.arange(10_000).reshape(-1, 1) % 2
+    mean, std = Normalization.of(observation)
+    assert mean.item() == pytest.approx(1000.5)
+    assert std.item() == pytest.approx(0.501, rel=1e-5)
+
+
+def test_without_normalisation_rows_stay_as_they_are(file):
+    rb = make_replay_buffer("hopper-medium-v2", source="hdf5", path=file, normalize=False)
+    data = read_hdf5(file)
+    assert (rb[:] == data.transitions).all()
+    assert torch.equal(rb.normalization.mean, torch.zeros(3))
+    assert torch.equal(rb.normalization.std, torch.ones(3))
+    np.testing.assert_array_equal(rb.episode_returns, data.episode_returns)
+
+
+def test_samples(rb):
+    assert len(rb) == len(rb[:])
+    sample = rb.sample()
+    assert sample.batch_size == (8,)
+    keys = ("observation", "action", *(("next", k) for k in ("observation", "reward")))
+    assert [sample[key].shape[-1] for key in keys] == [3, 2, 3, 1]
+    seen = torch.cat([rb.sample()["observation"] for _ in range(200)])
+    assert len(seen.unique(dim=0)) == len(rb)  # every row is drawn, with replacement
+    torch.manual_seed(3)
+    first = rb.sample()["observation"]
+    torch.manual_seed(3)
+    assert torch.equal(rb.sample()["observation"], first)
+
+
+@pytest.mark.parametrize("method", ["add", "extend"])
+def test_the_data_are_immutable(rb, method):
+    row = rb[:1] if method == "extend" else rb[0]
+    with pytest.raises(RuntimeError):
+        getattr(rb, method)(row)
+
+
+def test_local_source_is_the_generated_file(tmp_path):
+    settings = {"size": 100, "cache_dir": tmp_path, "normalize": False}
+    rb = make_replay_buffer("hopper-medium-v2", **settings)
+    (path,) = tmp_path.glob("*.hdf5")
+    assert (rb[:] == read_hdf5(path).transitions).all()
+    again = make_replay_buffer("hopper-medium-v2", **settings)
+    assert (rb[:] == again[:]).all()
+    other = make_replay_buffer("hopper-medium-v2", seed=1, **settings)
+    assert not torch.equal(other[0]["observation"], rb[0]["observation"])

@@ -1,0 +1,91 @@
+"""CSV files that survive a resume, and the way to TorchRL's loggers."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from pogo_torchrl.logging import LOGGERS, CSVSink, LoggerSink, make_logger
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.csv"
+
+
+def test_header_and_rows(path):
+    sink = CSVSink(path)
+    sink.write(5, [{"loss": 0.5, "name": "a,b"}])
+    sink.write(10, [{"loss": 1e-9, "name": "c"}, {"loss": 2.0, "name": "d"}])
+    assert path.read_text() == 'step,loss,name\n5,0.5,"a,b"\n10,1e-09,c\n10,2.0,d\n'
+
+
+def test_a_new_run_begins_anew(path):
+    path.write_text("step,loss\n1,2\n")
+    CSVSink(path).write(3, [{"score": 4}])
+    assert path.read_text() == "step,score\n3,4\n"
+
+
+@pytest.mark.parametrize(
+    "tail",
+    ["", "20,3.0\n30,4.0\n", "20,3.0\n3", "20", "20,3.0\n\x00\x00,1\n"],
+    ids=["whole", "later", "torn step", "torn row", "rubbish"],
+)
+def test_resume_drops_later_and_torn_rows(path, tail):
+    path.write_text("step,loss\n5,1.0\n10,2.0\n" + tail)
+    CSVSink(path, resume_step=10).write(15, [{"loss": 9.0}])
+    assert path.read_text() == "step,loss\n5,1.0\n10,2.0\n15,9.0\n"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("content", [None, "", "step,loss\n"])
+def test_resume_without_rows(path, content):
+    if content is not None:
+        path.write_text(content)
+    CSVSink(path, resume_step=10).write(15, [{"loss": 9.0}])
+    assert path.read_text() == "step,loss\n15,9.0\n"
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_other_columns_are_an_error(path, resumed):
+    sink = CSVSink(path)
+    sink.write(5, [{"loss": 1.0}])
+    if resumed:
+        sink = CSVSink(path, resume_step=5)
+    with pytest.raises(ValueError, match=r"metrics\.csv has the columns .*'loss'.*'reward'"):
+        sink.write(6, [{"reward": 1.0}])
+    assert path.read_text() == "step,loss\n5,1.0\n"
+
+
+class FakeLogger:
+    def __init__(self):
+        self.scalars = []
+
+    def log_scalar(self, name, value, step=None):
+        self.scalars.append((name, value, step))
+
+
+def test_names_of_scalars():
+    logger = FakeLogger()
+    LoggerSink(logger, "metrics").write(4, [{"loss_qvalue": 0.5, "w2_1": 2.0}])
+    row = {"actor": 1, "mode": "stochastic", "return_mean": 9.0, "score": 3.0}
+    LoggerSink(logger, "evaluations").write(6, [row])
+    assert logger.scalars == [
+        ("metrics/loss_qvalue", 0.5, 4),
+        ("metrics/w2_1", 2.0, 4),
+        ("evaluations/actor_1_stochastic/return_mean", 9.0, 6),
+        ("evaluations/actor_1_stochastic/score", 3.0, 6),
+    ]
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *args: None)
+    with pytest.raises(ImportError, match=rf'pip install "pogo_torchrl\[{name}\]"'):
+        make_logger(name, tmp_path, "run")
+
+
+def test_an_unknown_logger_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"logger\.backend='mlflow'.*tensorboard, wandb or null"):
+        make_logger("mlflow", tmp_path, "run")
