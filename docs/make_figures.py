@@ -50,7 +50,11 @@ def train(steps: int = 1500, batch: int = 256) -> tuple[POGOLoss, Tensor]:
     spec = Bounded(low=-torch.ones(1), high=torch.ones(1))
     qvalue = ValueOperator(ToyQ(), in_keys=["observation", "action"])
     loss = POGOLoss(
-        make_actor(1, spec, (64, 64)), qvalue, w2_weights=WEIGHTS, num_samples=16, delay_qvalue=False
+        make_actor(1, spec, (64, 64)),
+        qvalue,
+        w2_weights=WEIGHTS,
+        num_samples=16,
+        delay_qvalue=False,
     )
     optimizer = torch.optim.Adam(loss.actor_network_params.parameters(), lr=1e-3)
     data = -0.5 + 0.15 * torch.randn(4096, 1)

@@ -246,13 +246,12 @@ class POGOTrainer(Trainer):
         delayed = loss_module.delay_qvalue or loss_module.delay_actor
         if target_net_updater is None and delayed:
             target_net_updater = SoftUpdate(loss_module, tau=tau)
-        self._intervals: list[int] = []
-        rotation = None
+        ticks, rotation = Ticks(total_steps), None
         if checkpoint_dir is not None:
-            self._intervals.append(checkpoint_interval)
+            ticks.intervals.append(checkpoint_interval)
             rotation = CheckpointRotation(checkpoint_dir, keep_last=keep_checkpoints, prefix="step")
         super().__init__(
-            collector=Ticks(total_steps),
+            collector=ticks,
             total_frames=total_steps,
             frame_skip=1,
             optim_steps_per_batch=1,  # set for each tick by optim_steps()
@@ -315,7 +314,6 @@ class POGOTrainer(Trainer):
 
     def add_interval(self, interval: int) -> None:
         """Make every multiple of ``interval`` updates a boundary where ``post_steps`` hooks run."""
-        self._intervals.append(interval)
         self.collector.intervals.append(interval)
 
     def optim_steps(self, batch: TensorDictBase) -> None:

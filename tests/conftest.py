@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 
 from pogo_torchrl import POGOLoss, make_actor, make_qvalue
 
@@ -71,5 +71,17 @@ def make_loss(unit_spec):
         kwargs.setdefault("w2_weights", (0.2, 0.5))
         actor, qvalue = make_actor(3, spec, (8, 8)), make_qvalue(3, 2, (8, 8))
         return POGOLoss(actor, qvalue, **kwargs).make_value_estimator(gamma=0.9)
+
+    return make
+
+
+@pytest.fixture
+def make_buffer(make_batch):
+    """Factory of replay buffers over such batches."""
+
+    def make(rows: int = 64, batch_size: int = 16) -> TensorDictReplayBuffer:
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(rows), batch_size=batch_size)
+        buffer.extend(make_batch(rows))
+        return buffer
 
     return make

@@ -1,0 +1,120 @@
+"""Options, presets and config groups."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.utils import instantiate
+from torchrl.data import Bounded
+
+from pogo_torchrl import POGOLoss, POGOTrainer, configs, make_actor, make_qvalue
+from pogo_torchrl.data import SOURCES
+
+PUBLISHED = {
+    "halfcheetah-medium-v2": (0.01, 0.3),
+    "halfcheetah-medium-replay-v2": (0.05, 0.1),
+    "halfcheetah-medium-expert-v2": (0.4, 0.3),
+    "hopper-medium-v2": (0.1, 0.5),
+    "hopper-medium-replay-v2": (0.25, 0.1),
+    "hopper-medium-expert-v2": (0.3, 0.2),
+    "walker2d-medium-v2": (0.25, 0.2),
+    "walker2d-medium-replay-v2": (0.1, 0.5),
+    "walker2d-medium-expert-v2": (0.25, 0.3),
+}
+
+
+def composed(*overrides):
+    with initialize_config_module("pogo_torchrl.conf", version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def test_the_nine_locomotion_tasks_have_presets():
+    assert configs.tasks() == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_presets_hold_the_published_weights_the_second_repeated(task):
+    cfg = composed(f"task={task}")
+    first, second = PUBLISHED[task]
+    assert cfg.task == task
+    assert list(cfg.w2_weights) == [first, second, second]
+    assert cfg.lr == 3e-4
+
+
+def test_the_command_line_overrides_a_preset():
+    cfg = composed("task=hopper-medium-v2", "w2_weights=[1,2]", "data.source=hdf5", "lr=1e-4")
+    assert (list(cfg.w2_weights), cfg.data.source, cfg.lr) == ([1.0, 2.0], "hdf5", 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("total_steps=many", "total_steps"), ("resume=perhaps", "resume"), ("w2_weights=[a]", "w2")],
+)
+def test_wrong_types_are_refused_by_key(override, named):
+    with pytest.raises(Exception, match=named) as error:
+        composed(override)
+    assert named in f"{error.value} {error.value.__cause__}"
+
+
+@pytest.mark.parametrize(
+    ("argument", "answer"),
+    [
+        ("total_step=1", "total_steps"),
+        ("data.sorce=hdf5", "data.source"),
+        ("logger=wandb", "logger.backend"),
+        ("task=hoper-medium", "hopper-medium-v2"),
+    ],
+)
+def test_typos_are_answered_with_the_nearest_names(argument, answer):
+    with pytest.raises(ValueError, match=answer):
+        configs.check_overrides([argument])
+
+
+def test_known_options_and_hydra_flags_pass():
+    configs.check_overrides(
+        ["--help", "seed=1", "data.path=x", "hydra.verbose=true", "task=hopper-medium-v2"]
+    )
+
+
+def test_options_default_to_the_loss_s_defaults():
+    signature = inspect.signature(POGOLoss.__init__).parameters
+    for schema in (configs.RunConfig(), configs.POGOLossConfig()):
+        for name, parameter in signature.items():
+            if hasattr(schema, name) and parameter.default is not inspect.Parameter.empty:
+                default = parameter.default
+                expected = list(default) if isinstance(default, tuple) else default
+                assert getattr(schema, name) == expected, name
+
+
+def test_torchrl_s_groups_hold_pogo():
+    store = ConfigStore.instance().repo
+    assert "pogo.yaml" in store["loss"]
+    assert "td3_bc.yaml" in store["loss"] or "td3.yaml" in store["loss"]  # beside TorchRL's own
+    assert "pogo.yaml" in store["trainer"]
+
+
+def test_the_groups_instantiate(make_buffer):
+    spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
+    loss = instantiate(
+        configs.POGOLossConfig(w2_weights=[0.1, 0.2]),
+        actor_network=make_actor(3, spec, (8,)),
+        qvalue_network=make_qvalue(3, 2, (8,)),
+    )
+    assert isinstance(loss, POGOLoss)
+    assert loss.num_actors == 2
+    trainer = instantiate(
+        configs.POGOTrainerConfig(total_steps=2, progress_bar=False),
+        loss_module=loss,
+        replay_buffer=make_buffer(),
+    )
+    assert isinstance(trainer, POGOTrainer)
+    trainer.train()
+    assert trainer.collected_frames == 2
+
+
+def test_sources_are_named_in_the_help():
+    assert all(source in configs.options()["data.source"] for source in SOURCES)
