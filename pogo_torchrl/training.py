@@ -100,6 +100,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         self.policy_freq = policy_freq
         self._steps = 0
         self._actor_metrics: dict[str, Tensor] = {}
+        self.metrics = TensorDict()
         self._qvalue_params = list(loss_module.qvalue_network_params.parameters())
         # The chain's parameters are stacked; the optimizer of actor i holds the i-th slices,
         # which share their memory with the stack.
@@ -124,7 +125,8 @@ class POGOOptimizationStepper(OptimizationStepper):
             for index in range(self.loss_module.num_actors):
                 self._actor_metrics.update(self._actor_step(index, sub_batch))
         self._steps += 1
-        return TensorDict({**metrics, **self._actor_metrics})
+        self.metrics = TensorDict({**metrics, **self._actor_metrics})
+        return self.metrics.copy()  # the trainer averages in place
 
     def _qvalue_step(self, batch: TensorDictBase) -> dict[str, Tensor]:
         loss, metadata = self._qvalue_loss(batch)
@@ -387,23 +389,18 @@ class LogMetrics(TrainerHookBase):
         trainer.add_interval(self.interval)
         trainer.register_module(name, self)
         trainer.register_op("setup", self._start)
-        trainer.register_op("post_optim_log", self._remember_batch)
-        trainer.register_op("post_optim_complete_log", self._accumulate)
+        trainer.register_op("post_optim_log", self._add)
         trainer.register_op("post_steps", self._emit)
 
     def _start(self) -> None:
         self._started = self._last = (self._clock(), self.trainer.collected_frames)
 
-    def _remember_batch(self, batch: TensorDictBase) -> None:
+    def _add(self, batch: TensorDictBase) -> None:
+        # Update by update, so that a sum does not depend on where the other hooks' boundaries lie.
+        metrics = self.trainer.optimization_stepper.metrics
+        self._sums = metrics.clone() if self._sums is None else self._sums + metrics
+        self._count += 1
         self._observation = batch.get(self.trainer.loss_module.actor_network.in_keys[0])
-
-    def _accumulate(self, optim_steps: int, average_losses: TensorDictBase | None) -> None:
-        if average_losses is None:
-            return
-        length = self.trainer.optim_steps_per_batch
-        sums = average_losses.detach() * length
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._count += length
 
     def _emit(self) -> None:
         step = self.trainer.collected_frames

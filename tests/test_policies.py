@@ -100,7 +100,7 @@ def test_foreign_file(tmp_path, content):
 def test_newer_version(path):
     content = torch.load(path, weights_only=True)
     torch.save({**content, "version": 99}, path)
-    with pytest.raises(ValueError, match="version 99.*update pogo_torchrl"):
+    with pytest.raises(ValueError, match=r"version 99.*update pogo_torchrl"):
         load_actors(path)
 
 
