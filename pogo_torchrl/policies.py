@@ -104,6 +104,9 @@ def load_actors(path: str | Path, *, device: torch.device | str = "cpu") -> list
         raise ValueError(f"{path} is damaged or no policy file: {error}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} is no policy file of pogo_torchrl (checkpoints/policy.pt).")
+    missing = {"version", "hidden_sizes", "low", "high", "actors"} - content.keys()
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}.")
     if content["version"] > _VERSION:
         raise ValueError(
             f"{path} has format version {content['version']}, this release reads {_VERSION}: "

@@ -122,7 +122,8 @@ def _horizon_timeouts(terminals: np.ndarray, max_episode_steps: int) -> np.ndarr
     step = 0
     for i, terminal in enumerate(terminals):
         timeouts[i] = step == max_episode_steps - 1
-        step = 0 if terminal or timeouts[i] else step + 1
+        # d4rl resets its count at a terminal and then adds that very row to it
+        step = 0 if timeouts[i] else (0 if terminal else step) + 1
     return timeouts
 
 
