@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pogo_torchrl.files import atomic_write
 
 LOGGERS = ("tensorboard", "wandb")
 """Loggers beside the CSV files; each is an optional dependency."""
@@ -53,12 +53,10 @@ class CSVSink:
         if not self._columns:
             self._columns = None
             return
-        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
-        with temporary.open("w", newline="") as file:
+        with atomic_write(self.path, "x", newline="") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(r for r in whole if int(r["step"]) <= step)
-        os.replace(temporary, self.path)
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append the rows of one step."""

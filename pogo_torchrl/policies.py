@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torchrl.data import Bounded
 
+from pogo_torchrl.files import atomic_write
 from pogo_torchrl.modules import Normalized, TransportActor, make_transport_net
 
 _FORMAT = "pogo_torchrl.actors"
@@ -65,15 +64,8 @@ def save_actors(
         "high": space.high.cpu(),
         "actors": [{k: v.cpu() for k, v in actor.module.state_dict().items()} for actor in actors],
     }
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        torch.save(content, file)
 
 
 def load_actors(path: str | Path, *, device: torch.device | str = "cpu") -> list[TransportActor]:

@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import os
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from pogo_torchrl.data.policies import LinearPolicy, load_manifest, load_policies
 from pogo_torchrl.envs import make_env, split_task
 from pogo_torchrl.envs.locomotion import clip
+from pogo_torchrl.files import atomic_write, cache_folder, cannot_write, make_writable
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -122,13 +122,13 @@ def behaviour_dataset(
     name = (
         f"{environment}-{level}-v2_size{size}_seed{seed}_{_fingerprint(environment, policies)}.hdf5"
     )
-    folder = _cache_folder(cache_dir)
+    folder = cache_folder(cache_dir)
     path = folder / name
     if path.exists():
         if _is_intact(path):
             return path
         _LOGGER.warning("%s is damaged and is generated again", path)
-    _make_writable(folder)  # before the work, not after it
+    make_writable(folder)  # before the work, not after it
 
     bar = tqdm(total=size, unit="step", desc=f"Generating {task}", disable=not progress)
     with bar:
@@ -142,7 +142,11 @@ def behaviour_dataset(
         "generator_version": _VERSION,
         "mujoco_version": mujoco.__version__,
     }
-    _write_atomically(path, _to_hdf5(rows, metadata))
+    try:
+        with atomic_write(path) as file:
+            file.write(_to_hdf5(rows, metadata))
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     return path
 
 
@@ -266,37 +270,6 @@ def _to_hdf5(rows: Rows, metadata: dict[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def _write_atomically(path: Path, content: memoryview) -> None:
-    """Write a file that appears under its name only when all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _cannot_write(path.parent, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _make_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError("no permission to write")
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-
-
-def _cannot_write(folder: Path, error: OSError) -> OSError:
-    return OSError(
-        f"cannot write the dataset to {folder} ({error.strerror or error}); free some space there "
-        "or choose another folder with cache_dir"
-    )
-
-
 def _is_intact(path: Path) -> bool:
     try:
         with h5py.File(path) as file:
@@ -323,14 +296,6 @@ def _fingerprint(environment: str, policies: dict[str, LinearPolicy]) -> str:
     }
     generator = f"{_VERSION} {_PARTS} {MAX_NOISE[environment]} {_digest(weights)}"
     return hashlib.sha256(generator.encode()).hexdigest()[:8]
-
-
-def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    # As the XDG specification asks for, an empty variable counts as an unset one.
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "pogo_torchrl"
 
 
 def _usable_cores() -> int:

@@ -11,6 +11,8 @@ import torch
 from tensordict import TensorDict
 
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals")
+PIECE = 65_536
+"""Rows read at a time."""
 
 
 class Dataset(NamedTuple):
@@ -67,53 +69,104 @@ def read_hdf5(path: str | Path, *, max_episode_steps: int = 1000) -> Dataset:
         [2.0, 1.0]
     """
     path = Path(path).expanduser()
-    arrays = _read_arrays(path)
-    terminals = arrays["terminals"] != 0
-    if "timeouts" in arrays:
-        timeouts = arrays["timeouts"] != 0
+    if not path.is_file():
+        raise FileNotFoundError(f"data.path={str(path)!r} is not a file.")
+    try:
+        with h5py.File(path) as file:
+            return _read(file, path, max_episode_steps)
+    except OSError as error:
+        raise ValueError(f"{path} is not a readable HDF5 file: {error}.") from error
+
+
+def _read(file: h5py.File, path: Path, max_episode_steps: int) -> Dataset:
+    _check_layout(file, path)
+    rewards, terminals = (_column(file, key, path) for key in ("rewards", "terminals"))
+    terminals = terminals != 0
+    if "timeouts" in file:
+        timeouts = _column(file, "timeouts", path) != 0
     else:
         timeouts = _horizon_timeouts(terminals, max_episode_steps)
     rows = np.flatnonzero(~timeouts[:-1])
     if rows.size == 0:
         raise ValueError(f"{path} holds no transition to learn from ({len(timeouts)} rows).")
-    return Dataset(
-        transitions=_to_tensordict(arrays, terminals, rows),
-        episode_returns=_episode_returns(arrays["rewards"], terminals | timeouts),
+    observation, next_observation = _gather(file, "observations", path, rows, rows + 1)
+    (action,) = _gather(file, "actions", path, rows)
+    terminated = torch.from_numpy(terminals[rows]).unsqueeze(-1)
+    transitions = TensorDict(
+        {
+            "observation": observation,
+            "action": action,
+            "next": TensorDict(
+                {
+                    "observation": next_observation,
+                    "reward": torch.from_numpy(rewards[rows].astype(np.float32)).unsqueeze(-1),
+                    "done": terminated.clone(),
+                    "terminated": terminated,
+                    "truncated": torch.zeros_like(terminated),
+                },
+                [len(rows)],
+            ),
+        },
+        [len(rows)],
     )
+    return Dataset(transitions, _episode_returns(rewards, terminals | timeouts))
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"data.path={str(path)!r} is not a file.")
-    try:
-        with h5py.File(path) as file:
-            missing = [key for key in REQUIRED_KEYS if key not in file]
-            if missing:
-                raise ValueError(
-                    f"{path} lacks {', '.join(missing)}: a file in D4RL's layout holds "
-                    f"{', '.join(REQUIRED_KEYS)} (and timeouts)."
-                )
-            keys = [*REQUIRED_KEYS, *(["timeouts"] if "timeouts" in file else [])]
-            arrays = {key: file[key][()] for key in keys}
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable HDF5 file: {error}.") from error
-    rows = len(arrays["observations"])
-    for key, array in arrays.items():
-        if key in ("observations", "actions"):
-            fits = array.ndim == 2 and len(array) == rows
-        else:
-            arrays[key] = array = array.reshape(-1) if array.size == len(array) else array
-            fits = array.shape == (rows,)
-        if not fits:
+def _check_layout(file: h5py.File, path: Path) -> None:
+    missing = [key for key in REQUIRED_KEYS if not isinstance(file.get(key), h5py.Dataset)]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: a file in D4RL's layout holds "
+            f"{', '.join(REQUIRED_KEYS)} (and timeouts)."
+        )
+    rows = len(file["observations"]) if file["observations"].shape else 0
+    for key in (*REQUIRED_KEYS, "timeouts"):
+        if key not in file:
+            continue
+        shape, dtype = file[key].shape, file[key].dtype
+        if dtype.kind not in "biuf":
+            raise ValueError(f"{path}: {key} holds {dtype}; numbers are needed.")
+        matrix = key in ("observations", "actions")
+        fits = len(shape) == 2 if matrix else shape in ((rows,), (rows, 1))
+        if not fits or shape[0] != rows:
             raise ValueError(
-                f"{path}: {key} has shape {array.shape}, which does not fit {rows} observations."
+                f"{path}: {key} has shape {shape}, which does not fit {rows} observations."
             )
-        if not np.isfinite(array).all():
-            bad = np.argwhere(~np.isfinite(array))[0]
-            raise ValueError(f"{path}: {key}{bad.tolist()} is not finite; repair or drop that row.")
     if rows < 2:
         raise ValueError(f"{path} holds {rows} rows; at least 2 are needed.")
-    return arrays
+
+
+def _column(file: h5py.File, key: str, path: Path) -> np.ndarray:
+    column = file[key][()].reshape(-1)
+    _check_finite(column, key, path, 0)
+    return column
+
+
+def _check_finite(array: np.ndarray, key: str, path: Path, first_row: int) -> None:
+    if np.isfinite(array).all():
+        return
+    bad = np.argwhere(~np.isfinite(array))[0]
+    bad[0] += first_row
+    raise ValueError(f"{path}: {key}{bad.tolist()} is not finite; repair or drop that row.")
+
+
+def _gather(
+    file: h5py.File, key: str, path: Path, *selections: np.ndarray
+) -> tuple[torch.Tensor, ...]:
+    """The given rows of an array, as float32 tensors.
+
+    The array is read piece by piece: D4RL's largest files hold two million transitions, and
+    whole copies on the way would double the memory.
+    """
+    array = file[key]
+    out = tuple(torch.empty(len(rows), array.shape[1]) for rows in selections)
+    for start in range(0, len(array), PIECE):
+        piece = array[start : start + PIECE].astype(np.float32, copy=False)
+        _check_finite(piece, key, path, start)
+        for rows, tensor in zip(selections, out):
+            first, last = np.searchsorted(rows, (start, start + len(piece)))
+            tensor[first:last] = torch.from_numpy(piece[rows[first:last] - start])
+    return out
 
 
 def _horizon_timeouts(terminals: np.ndarray, max_episode_steps: int) -> np.ndarray:
@@ -125,32 +178,6 @@ def _horizon_timeouts(terminals: np.ndarray, max_episode_steps: int) -> np.ndarr
         # d4rl resets its count at a terminal and then adds that very row to it
         step = 0 if timeouts[i] else (0 if terminal else step) + 1
     return timeouts
-
-
-def _to_tensordict(
-    arrays: dict[str, np.ndarray], terminals: np.ndarray, rows: np.ndarray
-) -> TensorDict:
-    def tensor(key: str, index: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(arrays[key][index].astype(np.float32))
-
-    terminated = torch.from_numpy(terminals[rows]).unsqueeze(-1)
-    return TensorDict(
-        {
-            "observation": tensor("observations", rows),
-            "action": tensor("actions", rows),
-            "next": TensorDict(
-                {
-                    "observation": tensor("observations", rows + 1),
-                    "reward": tensor("rewards", rows).unsqueeze(-1),
-                    "done": terminated.clone(),
-                    "terminated": terminated,
-                    "truncated": torch.zeros_like(terminated),
-                },
-                [len(rows)],
-            ),
-        },
-        [len(rows)],
-    )
 
 
 def _episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:

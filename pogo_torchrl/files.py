@@ -1,0 +1,80 @@
+"""Files that are whole or absent, and the folder that downloads and generated data are kept in."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def atomic_write(path: Path, mode: str = "xb", **options: Any) -> Iterator[IO[Any]]:
+    """Open a file for writing that appears under its name only when all of it is on the disk.
+
+    Args:
+        path: the file, new or to be replaced; its folder must exist.
+        mode: ``"xb"`` (bytes, the default) or ``"x"`` (text).
+        options: passed on to :func:`open`.
+
+    Raises:
+        OSError: when it cannot be written; what stood under the name before still does.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "a.txt")
+        ...     with atomic_write(path, "x") as file:
+        ...         _ = file.write("whole")
+        ...         path.exists()
+        ...     path.read_text(), len(list(Path(folder).iterdir()))
+        False
+        ('whole', 1)
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder given, or ``$XDG_CACHE_HOME/pogo_torchrl``, or ``~/.cache/pogo_torchrl``.
+
+    Example:
+        >>> cache_folder("data").name
+        'data'
+    """
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    # As the XDG specification asks for, an empty variable counts as an unset one.
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "pogo_torchrl"
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, so that what will be written there does not fail after the work.
+
+    Raises:
+        OSError: saying that ``folder`` cannot be written, and what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(folder: Path, error: OSError) -> OSError:
+    """The error to raise when a dataset cannot be kept in ``folder``."""
+    return OSError(
+        f"cannot write the dataset to {folder} ({error.strerror or error}); free some space there "
+        "or choose another folder with cache_dir"
+    )
