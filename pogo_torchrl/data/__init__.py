@@ -1,6 +1,7 @@
 """Offline data as TorchRL replay buffers: one function, one layout, several sources."""
 
 from pogo_torchrl.data.behaviour import behaviour_dataset
+from pogo_torchrl.data.d4rl import D4RLReplay
 from pogo_torchrl.data.hdf5 import read_hdf5
 from pogo_torchrl.data.replay import (
     SOURCES,
@@ -11,6 +12,7 @@ from pogo_torchrl.data.replay import (
 
 __all__ = [
     "SOURCES",
+    "D4RLReplay",
     "Normalization",
     "OfflineReplayBuffer",
     "behaviour_dataset",

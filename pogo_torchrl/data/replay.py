@@ -12,9 +12,12 @@ from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
 from pogo_torchrl.data.behaviour import behaviour_dataset
+from pogo_torchrl.data.d4rl import read_d4rl
 from pogo_torchrl.data.hdf5 import read_hdf5
+from pogo_torchrl.data.minari import read_minari
+from pogo_torchrl.envs import max_episode_steps
 
-SOURCES = ("local", "hdf5")
+SOURCES = ("local", "d4rl", "minari", "hdf5")
 """Accepted values of ``source``, see :func:`make_replay_buffer`."""
 
 STD_EPSILON = 1e-3
@@ -64,12 +67,13 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         episode_returns: np.ndarray,
         batch_size: int = 256,
     ) -> None:
-        transitions = transitions.clone(recurse=False)
-        for key in ("observation", ("next", "observation")):
-            normalized = (transitions[key] - normalization.mean) / normalization.std
-            transitions.set(key, normalized)
+        observations = ("observation", ("next", "observation"))
+        # Into memory, also what is memory-mapped; each tensor once, since datasets are large.
+        rows = transitions.exclude(*observations).clone()
+        for key in observations:
+            rows[key] = (transitions[key] - normalization.mean).div_(normalization.std)
         super().__init__(
-            storage=TensorStorage(transitions),
+            storage=TensorStorage(rows),
             sampler=RandomSampler(),
             writer=ImmutableDatasetWriter(),
             batch_size=batch_size,
@@ -83,8 +87,10 @@ def make_replay_buffer(
     *,
     source: str = "local",
     path: str | Path | None = None,
+    mirror: str | Path | None = None,
     batch_size: int = 256,
     normalize: bool = True,
+    reward_shift: float = 0.0,
     size: int = 100_000,
     seed: int = 0,
     cache_dir: str | Path | None = None,
@@ -95,16 +101,24 @@ def make_replay_buffer(
     Args:
         task: a D4RL task name, e.g. ``"hopper-medium-v2"``.
         source: ``"local"``: rolled out once from the behaviour policies in the package and kept
-            in a cache folder (no download); ``"hdf5"``: the file ``path`` in D4RL's layout.
-        path: the file, with ``source="hdf5"`` only.
+            in a cache folder (no download); ``"d4rl"``: D4RL's own dataset of the task,
+            downloaded once, see :class:`~pogo_torchrl.data.d4rl.D4RLReplay`; ``"minari"``: the
+            Minari dataset ``path``, downloaded unless it is there, see
+            :func:`~pogo_torchrl.data.minari.read_minari`; ``"hdf5"``: the file ``path`` in D4RL's
+            layout.
+        path: the file, with ``source="hdf5"``; the dataset's id, with ``source="minari"``.
+        mirror: with ``source="d4rl"``, the address or the folder of a copy of D4RL's files.
+            Defaults to D4RL's own server.
         batch_size: rows of a sample. Defaults to ``256``.
         normalize: see the observations as ``(observation - mean) / (std + 1e-3)``, statistics of
             this dataset. Defaults to ``True``.
+        reward_shift: added to every reward; ``-1`` is usual for antmaze. ``rb.episode_returns``
+            are those of the rewards without it. Defaults to ``0``.
         size: transitions to roll out, with ``source="local"``. Defaults to ``100_000``.
         seed: seed of these rollouts. Defaults to ``0``: the data do not change with the seed of
             the training.
-        cache_dir: folder of these rollouts, see
-            :func:`~pogo_torchrl.data.behaviour.behaviour_dataset`.
+        cache_dir: folder of these rollouts and of D4RL's files. Defaults to
+            ``$XDG_CACHE_HOME/pogo_torchrl`` or ``~/.cache/pogo_torchrl``.
         device: where the data live. Defaults to ``"cpu"``.
 
     Returns:
@@ -122,20 +136,17 @@ def make_replay_buffer(
         >>> rb.sample()["action"].shape  # doctest: +SKIP
         torch.Size([256, 3])
     """
-    if source not in SOURCES:
-        raise ValueError(f"data.source={source!r} is unknown; choose one of {list(SOURCES)}.")
-    if source == "hdf5" and path is None:
-        raise ValueError("data.source='hdf5' needs data.path=FILE, a file in D4RL's layout.")
-    if source != "hdf5" and path is not None:
-        raise ValueError(
-            f"data.path={str(path)!r} is read with data.source=hdf5 only, got {source!r}."
-        )
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be an integer >= 1.")
-    if source == "local":
-        path = behaviour_dataset(task, size=size, seed=seed, cache_dir=cache_dir)
-    data = read_hdf5(path)  # type: ignore[arg-type]
-    transitions = data.transitions.to(device)
+    _check_arguments(source, path, mirror, batch_size)
+    if source == "d4rl":
+        data = read_d4rl(task, mirror=mirror, cache_dir=cache_dir)
+    elif source == "minari":
+        data = read_minari(str(path))
+    else:
+        if source == "local":
+            path = behaviour_dataset(task, size=size, seed=seed, cache_dir=cache_dir)
+        data = read_hdf5(str(path), max_episode_steps=max_episode_steps(task))
+    transitions = data.transitions.to(device).clone(recurse=False)
+    transitions["next", "reward"] = transitions["next", "reward"] + reward_shift
     statistics = Normalization.of if normalize else Normalization.identity
     return OfflineReplayBuffer(
         transitions,
@@ -143,3 +154,23 @@ def make_replay_buffer(
         episode_returns=data.episode_returns,
         batch_size=batch_size,
     )
+
+
+def _check_arguments(
+    source: str, path: str | Path | None, mirror: str | Path | None, batch_size: int
+) -> None:
+    if source not in SOURCES:
+        raise ValueError(f"data.source={source!r} is unknown; choose one of {list(SOURCES)}.")
+    needs = {"hdf5": "FILE, a file in D4RL's layout", "minari": "ID, a Minari dataset"}
+    if source in needs and path is None:
+        raise ValueError(f"data.source={source!r} needs data.path={needs[source]}.")
+    if source not in needs and path is not None:
+        raise ValueError(
+            f"data.path={str(path)!r} is read with data.source=hdf5 or minari only, got {source!r}."
+        )
+    if source != "d4rl" and mirror is not None:
+        raise ValueError(
+            f"data.mirror={str(mirror)!r} is used with data.source=d4rl only, got {source!r}."
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be an integer >= 1.")

@@ -1,0 +1,93 @@
+"""Downloads that end whole or not at all."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import ssl
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pogo_torchrl.files import atomic_write
+
+RETRY_SECONDS = (1.0, 4.0, 16.0)
+"""Waits before the second, third and fourth attempt."""
+
+_TRANSIENT = (408, 425, 429)
+"""HTTP errors below 500 that may pass."""
+
+
+def download(url: str, path: Path, *, timeout: float = 30.0, progress: bool = True) -> None:
+    """Download a file, with a progress bar and retries.
+
+    It is written under a temporary name beside ``path`` and renamed when it is whole: ``path``
+    never holds a part of it.
+
+    Args:
+        url: ``http``, ``https`` or ``file``. Proxies are taken from the environment.
+        path: where the file goes; its folder must exist.
+        timeout: seconds to wait for the server, at the start and at every pause. Defaults to
+            ``30.0``.
+        progress: show a progress bar on stderr. Defaults to ``True``.
+
+    Raises:
+        FileNotFoundError: when the server has no such file.
+        ConnectionError: when the server cannot be reached, is silent, breaks off or answers with
+            another error, also after three more attempts; the message says which.
+        OSError: when the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     source = Path(folder, "source")
+        ...     _ = source.write_bytes(b"data")
+        ...     download(source.as_uri(), Path(folder, "copy"), progress=False)
+        ...     Path(folder, "copy").read_bytes()
+        b'data'
+    """
+    for wait in (*RETRY_SECONDS, None):
+        try:
+            return _attempt(url, path, timeout, progress)
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 410):
+                raise FileNotFoundError(f"{url}: {error.reason}") from error
+            reason = f"HTTP {error.code}, {error.reason}"
+            if error.code < 500 and error.code not in _TRANSIENT:
+                wait = None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, FileNotFoundError):
+                raise FileNotFoundError(f"{url}: no such file") from error
+            reason = str(error.reason)
+        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            reason = str(error) or type(error).__name__
+        if wait is None:
+            raise ConnectionError(f"{url}: {reason}")
+        time.sleep(wait)
+
+
+def _attempt(url: str, path: Path, timeout: float, progress: bool) -> None:
+    with urllib.request.urlopen(url, timeout=timeout) as response:
+        length = response.headers.get("Content-Length")
+        total = int(length) if length is not None else None
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=not progress)
+        with bar, atomic_write(path) as file:
+            shutil.copyfileobj(_Counted(response, bar), file, 1 << 20)
+            if total is not None and file.tell() != total:
+                raise ConnectionError(f"broke off after {file.tell()} of {total} bytes")
+
+
+class _Counted:
+    """A response that shows on a bar what was read from it."""
+
+    def __init__(self, response: http.client.HTTPResponse, bar: tqdm) -> None:
+        self._response = response
+        self._bar = bar
+
+    def read(self, size: int) -> bytes:
+        block = self._response.read(size)
+        self._bar.update(len(block))
+        return block
