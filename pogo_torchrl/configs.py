@@ -29,15 +29,32 @@ class DataConfig:
     """Where the transitions come from."""
 
     source: str = _option(
-        "local", "local (rolled out here from bundled policies) or hdf5 (a file in D4RL's layout)"
+        "local",
+        "local (rolled out here from bundled policies), d4rl (downloaded), minari or hdf5 (a file "
+        "in D4RL's layout)",
     )
-    path: str | None = _option(None, "the file, with data.source=hdf5")
+    path: str | None = _option(None, "the file, with hdf5; the dataset's id, with minari")
+    mirror: str | None = _option(
+        None, "address or folder of a copy of D4RL's files, with d4rl; null: D4RL's own server"
+    )
     size: int = _option(100_000, "transitions to roll out, with data.source=local")
     seed: int = _option(0, "seed of these rollouts; the training's seed leaves the data alone")
     cache_dir: str | None = _option(
-        None, "folder of these rollouts; null: pogo_torchrl in your cache folder (~/.cache)"
+        None, "folder of rollouts and downloads; null: pogo_torchrl in your cache folder (~/.cache)"
     )
     normalize: bool = _option(True, "normalise observations by the data's mean and std")
+    reward_shift: float = _option(0.0, "added to every reward (presets: -1 for antmaze)")
+
+
+@dataclass
+class EnvConfig:
+    """Where policies are evaluated."""
+
+    backend: str = _option(
+        "mujoco", "mujoco (D4RL's physics on the installed MuJoCo) or d4rl (D4RL's own, an extra)"
+    )
+    id: str | None = _option(None, "another Gymnasium environment; null: the task's own")
+    max_episode_steps: int | None = _option(None, "horizon of an episode; null: the task's own")
 
 
 @dataclass
@@ -84,6 +101,7 @@ class RunConfig:
     hidden_sizes: list[int] = _option([256, 256], "widths of the hidden layers of all networks")
     critic_layer_norm: bool = _option(False, "LayerNorm in the critics")
     data: DataConfig = field(default_factory=DataConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
@@ -192,7 +210,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
             ...
         ValueError: total_step is no option; did you mean total_steps? (--help lists all)
     """
-    known = [*options(), "data"]
+    known = [*options(), "data", "env", "logger"]
     for argument in arguments:
         key, separator, value = argument.partition("=")
         if argument.startswith("-") or not separator:
