@@ -204,7 +204,7 @@ def test_missing_file(tmp_path, path):
     [
         ({"source": "csv"}, r"data\.source='csv' is unknown.*local.*hdf5"),
         ({"source": "hdf5"}, r"data\.path"),
-        ({"source": "local", "path": "x.hdf5"}, r"data\.path='x\.hdf5'.*hdf5 only"),
+        ({"source": "local", "path": "x.hdf5"}, r"data\.path='x\.hdf5'.*hdf5 or minari only"),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )

@@ -8,6 +8,7 @@ made in another way is made again instead of being read.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -83,7 +84,9 @@ class D4RLReplay(D4RLExperienceReplay):
         task = "-".join((*split_task(task), "v2"))
         root = cache_folder(cache_dir) / "d4rl"
         make_writable(root)
-        self.metadata, self.specs = {}, None  # as TorchRL's, which D4RL's files do not fill
+        # TorchRL's attributes, which it leaves empty for direct downloads.
+        self.metadata: dict[str, Any] = {}
+        self.specs = None
         # Of several runs that start at once, one downloads.
         with FileLock(root / f".{task}.lock"):
             self._file = _fetch(task, mirror, root, progress)
@@ -129,7 +132,11 @@ def read_d4rl(
 ) -> Dataset:
     """The transitions of a D4RL task, in memory; arguments as of :class:`D4RLReplay`."""
     replay = D4RLReplay(task, mirror=mirror, cache_dir=cache_dir)
-    return Dataset(replay[:], replay.episode_returns)
+    data = Dataset(replay[:], replay.episode_returns)
+    # Replay buffers hold on to their tensors in reference cycles, and these tensors are large.
+    del replay
+    gc.collect()
+    return data
 
 
 def _fetch(task: str, mirror: str | Path | None, root: Path, progress: bool) -> Path:

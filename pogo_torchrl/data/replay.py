@@ -13,7 +13,7 @@ from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
 from pogo_torchrl.data.behaviour import behaviour_dataset
 from pogo_torchrl.data.d4rl import read_d4rl
-from pogo_torchrl.data.hdf5 import read_hdf5
+from pogo_torchrl.data.hdf5 import PIECE, read_hdf5
 from pogo_torchrl.data.minari import read_minari
 from pogo_torchrl.envs import max_episode_steps
 
@@ -40,8 +40,12 @@ class Normalization(NamedTuple):
             >>> n.mean.item(), round(n.std.item(), 6)
             (1.0, 1.001)
         """
-        std, mean = torch.std_mean(observation.double(), dim=0, correction=0)
-        return cls(mean.to(observation.dtype), (std + STD_EPSILON).to(observation.dtype))
+        # Piece by piece: a whole copy in float64 would be the largest array of all.
+        pieces, rows = observation.split(PIECE), len(observation)
+        mean = torch.stack([piece.double().sum(dim=0) for piece in pieces]).sum(dim=0) / rows
+        squares = torch.stack([((piece - mean) ** 2).sum(dim=0) for piece in pieces])
+        std = (squares.sum(dim=0) / rows).sqrt() + STD_EPSILON
+        return cls(mean.to(observation.dtype), std.to(observation.dtype))
 
     @classmethod
     def identity(cls, observation: torch.Tensor) -> Normalization:
@@ -53,8 +57,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
     """An immutable TorchRL replay buffer over a whole dataset, sampled uniformly.
 
     Args:
-        transitions: raw transitions, batch size ``[rows]``.
-        normalization: applied here, once, to ``observation`` and ``next.observation``.
+        transitions: the rows as they are sampled, batch size ``[rows]``.
+        normalization: how their observations were normalised.
         episode_returns: undiscounted returns of the episodes in the data.
         batch_size: rows of a sample.
     """
@@ -67,13 +71,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         episode_returns: np.ndarray,
         batch_size: int = 256,
     ) -> None:
-        observations = ("observation", ("next", "observation"))
-        # Into memory, also what is memory-mapped; each tensor once, since datasets are large.
-        rows = transitions.exclude(*observations).clone()
-        for key in observations:
-            rows[key] = (transitions[key] - normalization.mean).div_(normalization.std)
         super().__init__(
-            storage=TensorStorage(rows),
+            storage=TensorStorage(transitions),
             sampler=RandomSampler(),
             writer=ImmutableDatasetWriter(),
             batch_size=batch_size,
@@ -145,15 +144,36 @@ def make_replay_buffer(
         if source == "local":
             path = behaviour_dataset(task, size=size, seed=seed, cache_dir=cache_dir)
         data = read_hdf5(str(path), max_episode_steps=max_episode_steps(task))
-    transitions = data.transitions.to(device).clone(recurse=False)
-    transitions["next", "reward"] = transitions["next", "reward"] + reward_shift
+    raw, episode_returns = data.transitions.clone(recurse=False), data.episode_returns
+    del data
     statistics = Normalization.of if normalize else Normalization.identity
+    normalization = statistics(raw["observation"])
     return OfflineReplayBuffer(
-        transitions,
-        normalization=statistics(transitions["observation"]),
-        episode_returns=data.episode_returns,
+        _prepare(raw, normalization, reward_shift, device),
+        normalization=Normalization(*(values.to(device) for values in normalization)),
+        episode_returns=episode_returns,
         batch_size=batch_size,
     )
+
+
+def _prepare(
+    raw: TensorDict, normalization: Normalization, reward_shift: float, device: torch.device | str
+) -> TensorDict:
+    """The rows as they are sampled, in memory; ``raw`` is emptied, tensor by tensor.
+
+    Datasets are large, and two whole copies may not fit.
+    """
+    rows = TensorDict({}, raw.batch_size)
+    for key in list(raw.keys(include_nested=True, leaves_only=True)):
+        values = raw.pop(key)
+        if key in ("observation", ("next", "observation")):
+            values = (values - normalization.mean).div_(normalization.std)
+        elif key == ("next", "reward"):
+            values = values + reward_shift
+        else:
+            values = values.clone()  # it may be memory-mapped
+        rows[key] = values.to(device)
+    return rows
 
 
 def _check_arguments(
