@@ -12,8 +12,10 @@ import mujoco
 import numpy as np
 import pytest
 
-from pogo_torchrl.envs import TASKS, make_env, score, split_task
+from pogo_torchrl.envs import TASKS, base, check_physics, make_env, score, split_task
+from pogo_torchrl.envs.locomotion import D4RLHopper
 from pogo_torchrl.envs.physics import compile_legacy, restore_contact_margin
+from pogo_torchrl.envs.selfcheck import ALLOWED_ERROR, warn_if_physics_differ
 
 ENVIRONMENTS = ("halfcheetah", "hopper", "walker2d")
 # 40 transitions per environment under random actions, recorded in D4RL's own version 2 environments
@@ -44,8 +46,8 @@ def test_steps_agree_with_d4rl(environment):
         assert terminated == rows["done"][i]
         assert not truncated
     for key, values in errors.items():
-        assert np.median(values) <= 1e-6, key
-        assert np.max(values) <= 1e-5, key
+        assert np.median(values) <= 1e-9, key
+        assert np.max(values) <= 1e-6, key
     if environment != "halfcheetah":
         assert rows["done"].sum() >= 5  # terminations are among them
 
@@ -156,8 +158,8 @@ import numpy as np
 import pogo_torchrl  # and with it TorchRL, which has warnings of its own
 warnings.simplefilter("error")
 from pogo_torchrl.envs import make_env
-for name in ("halfcheetah", "hopper", "walker2d"):
-    env = make_env(f"{name}-medium-v2")
+for name in ("halfcheetah-medium", "hopper-medium", "walker2d-medium", "antmaze-umaze"):
+    env = make_env(name)
     env.reset(seed=0)
     env.step(np.zeros(env.action_space.shape, dtype=np.float32))
     env.close()
@@ -205,6 +207,97 @@ def test_unknown_task(function, task):
     assert "hopper-" in str(error.value)
 
 
-def test_antmaze_is_not_there_yet():
-    with pytest.raises(NotImplementedError, match="antmaze-umaze-v2"):
-        make_env("antmaze-umaze-v2")
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_are_registered_with_gymnasium(task):
+    env = gymnasium.make(f"pogo_torchrl/{task}")
+    assert isinstance(env, gymnasium.wrappers.TimeLimit)
+    assert env.env is env.unwrapped
+    ours = make_env(task.removesuffix("-v2"))
+    assert type(env.unwrapped) is type(ours.unwrapped)
+    assert env.spec.max_episode_steps == ours.spec.max_episode_steps
+    np.testing.assert_array_equal(env.reset(seed=4)[0], ours.reset(seed=4)[0])
+
+
+def test_gymnasium_finds_the_tasks_alone(tmp_path):
+    code = """
+import gymnasium
+env = gymnasium.make("pogo_torchrl.envs:pogo_torchrl/antmaze-umaze-v2", render_mode="rgb_array")
+print(env.spec.max_episode_steps, env.reset(seed=0)[0].shape, env.render_mode)
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.stdout == "700 (29,) rgb_array\n", result.stderr
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend='bullet' is unknown; use one of mujoco, d4rl"):
+        make_env("hopper-medium-v2", backend="bullet")
+
+
+@pytest.mark.parametrize("environment", [*ENVIRONMENTS, "antmaze"])
+def test_installed_physics_pass_the_check(environment):
+    assert check_physics(environment) <= ALLOWED_ERROR / 10
+
+
+@pytest.fixture
+def forget_checks():
+    warn_if_physics_differ.cache_clear()
+    yield
+    warn_if_physics_differ.cache_clear()
+
+
+def perturb(monkeypatch, environment: str) -> None:
+    """Make gravity stronger by a thousandth, in all models compiled from now on."""
+    cls = type(make_env(next(t for t in TASKS if t.startswith(environment))).unwrapped)
+    build = cls.build_spec
+
+    def stronger(path, key):
+        spec = build(path, key)
+        spec.option.gravity[2] *= 1.001
+        return spec
+
+    monkeypatch.setattr(cls, "build_spec", staticmethod(stronger))
+    base._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("environment", ["hopper", "antmaze"])
+def test_physics_that_differ_are_reported_once(environment, monkeypatch, caplog, forget_checks):
+    tasks = [task for task in TASKS if task.startswith(environment)][:2]
+    try:
+        perturb(monkeypatch, environment)
+        warn_if_physics_differ.cache_clear()
+        with caplog.at_level(logging.WARNING, "pogo_torchrl.envs"):
+            for task in tasks * 2:
+                make_env(task)
+        assert check_physics(environment) > ALLOWED_ERROR
+    finally:
+        base._compiled.cache_clear()
+    [record] = caplog.records
+    message = record.getMessage()
+    assert "\n" not in message
+    for part in (
+        environment,
+        f"MuJoCo {mujoco.__version__}",
+        "allowed 1e-05",
+        "pip install mujoco",
+    ):
+        assert part in message
+
+
+def test_physics_that_agree_are_not_mentioned(caplog, forget_checks):
+    np.random.seed(0)  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    with caplog.at_level(logging.DEBUG, "pogo_torchrl.envs"):
+        for task in TASKS:
+            make_env(task)
+    assert not caplog.records
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+def test_a_simulation_that_fails_is_a_deviation(monkeypatch):
+    monkeypatch.setattr(D4RLHopper, "_get_obs", lambda self: np.zeros(11))
+    monkeypatch.setattr(D4RLHopper, "is_healthy", False)
+    assert check_physics("hopper") == np.inf
+    with pytest.raises(ValueError, match="environment='ant' is unknown"):
+        check_physics("ant")

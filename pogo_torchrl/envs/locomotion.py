@@ -1,8 +1,8 @@
 """HalfCheetah, Hopper and Walker2d as D4RL's version 2 tasks saw them.
 
 Gymnasium's `-v4` environments have D4RL's observations, rewards and terminations (the `-v5` ones do
-not). What remains is to restore the physics of MuJoCo 2.1.0 and to clip actions as D4RL's
-`NormalizedBoxEnv` does.
+not). What remains is to restore the physics of MuJoCo 2.1.0 and D4RL's treatment of actions, which
+`LegacyMujocoEnv` does.
 """
 
 from __future__ import annotations
@@ -10,41 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import mujoco
 import numpy as np
-from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
 from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
 from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
-from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from pogo_torchrl.envs.physics import compile_legacy
+from pogo_torchrl.envs.base import LegacyMujocoEnv, clip
 
 
-class _D4RLPhysics(MujocoEnv):
-    """MuJoCo 2.1.0 physics and clipped actions for the Gymnasium class next in the bases."""
+class _Locomotion(LegacyMujocoEnv):
+    """What all three share."""
 
-    action_space: Box
+    _ctrl_cost_weight: float
 
-    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        model = compile_legacy(mujoco.MjSpec.from_file(self.fullpath))
-        # As in Gymnasium: room for images of the requested size.
-        model.vis.global_.offwidth = max(model.vis.global_.offwidth, self.width)
-        model.vis.global_.offheight = max(model.vis.global_.offheight, self.height)
-        return model, mujoco.MjData(model)
-
-    def _step_mujoco_simulation(self, ctrl: NDArray[Any], n_frames: int) -> None:
-        # Gymnasium also computes contact forces on the bodies here, which these tasks do not use.
-        self.data.ctrl[:] = ctrl
-        mujoco.mj_step(self.model, self.data, nstep=n_frames)
-
-    def step(self, action: NDArray[Any]) -> tuple[NDArray[np.float64], Any, bool, bool, dict]:
-        # Clip before the step, so that the control cost is that of the action which acts.
-        return super().step(clip(action, self.action_space.low, self.action_space.high))
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # NumPy 2 would round the cost of a float32 action to float32, which D4RL's NumPy did not.
+        self._ctrl_cost_weight = np.float64(self._ctrl_cost_weight)
 
 
-class _Falling(_D4RLPhysics):
+class _Falling(_Locomotion):
     """What Hopper and Walker2d share; the same numbers as Gymnasium's, in a third of the time."""
 
     _healthy_reward: float
@@ -57,7 +43,7 @@ class _Falling(_D4RLPhysics):
         return np.concatenate([self.data.qpos[1:], clip(self.data.qvel, -10.0, 10.0)])
 
 
-class D4RLHalfCheetah(_D4RLPhysics, HalfCheetahEnv):
+class D4RLHalfCheetah(_Locomotion, HalfCheetahEnv):
     """HalfCheetah: observation [17], action [6] in [-1, 1]; reward is speed minus control cost."""
 
 
@@ -77,12 +63,7 @@ class D4RLWalker2d(_Falling, Walker2dEnv):
     """Walker2d: observation [17], action [6] in [-1, 1]; ends when the walker falls."""
 
 
-def clip(values: NDArray[Any], low: Any, high: Any) -> NDArray[Any]:
-    """`numpy.clip`, which spends most of its time on other things than clipping short vectors."""
-    return np.minimum(np.maximum(values, low), high)
-
-
-LOCOMOTION: dict[str, Callable[..., MujocoEnv]] = {
+LOCOMOTION: dict[str, Callable[..., LegacyMujocoEnv]] = {
     "halfcheetah": D4RLHalfCheetah,
     "hopper": D4RLHopper,
     "walker2d": D4RLWalker2d,

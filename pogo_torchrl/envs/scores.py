@@ -43,6 +43,10 @@ TASKS: tuple[str, ...] = tuple(
     f"{environment}-{level}-v2" for environment, levels in _LEVELS.items() for level in levels
 )
 
+# Steps after which an episode is truncated: `max_episode_steps` in d4rl's registrations.
+_MAX_EPISODE_STEPS = 1000
+_MAX_EPISODE_STEPS_UMAZE = 700
+
 Returns = TypeVar("Returns", float, NDArray[np.floating])
 
 
@@ -72,6 +76,30 @@ def split_task(task: str) -> tuple[str, str]:
         )
     environment, level = name.removesuffix("-v2").split("-", maxsplit=1)
     return environment, level
+
+
+def max_episode_steps(task: str) -> int:
+    """Steps after which D4RL truncates an episode.
+
+    Args:
+        task: a D4RL task name, as for `split_task`.
+
+    Returns:
+        700 in antmaze's smallest maze, 1000 elsewhere.
+
+    Raises:
+        ValueError: for an unknown task.
+
+    Source: the registrations of d4rl 1.1.
+
+    Example:
+        >>> max_episode_steps("hopper-medium-v2"), max_episode_steps("antmaze-umaze-diverse-v2")
+        (1000, 700)
+    """
+    environment, level = split_task(task)
+    if environment == "antmaze" and level.startswith("umaze"):
+        return _MAX_EPISODE_STEPS_UMAZE
+    return _MAX_EPISODE_STEPS
 
 
 def score(task: str, returns: Returns) -> Returns:
