@@ -210,7 +210,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
             ...
         ValueError: total_step is no option; did you mean total_steps? (--help lists all)
     """
-    known = [*options(), "data", "env", "logger"]
+    known = [*options(), "data"]
     for argument in arguments:
         key, separator, value = argument.partition("=")
         if argument.startswith("-") or not separator:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium.spaces import Box
@@ -44,9 +46,12 @@ class Evaluator:
         task: a D4RL task name.
         episodes: episodes per actor and mode. Defaults to ``10``.
         seed: seed of start states and noise. Defaults to ``0``.
+        env_fn: makes an environment, whose returns are scored as the task's. Defaults to
+            :func:`~pogo_torchrl.envs.make_env` of ``task``.
 
     Raises:
-        ValueError: for an unknown task, or less than one episode.
+        ValueError: for an unknown task, less than one episode, or an environment whose
+            observations or actions are not vectors.
 
     Example:
         >>> import torch
@@ -57,14 +62,25 @@ class Evaluator:
         [(0, 'deterministic', (2,)), (0, 'stochastic', (2,))]
     """
 
-    def __init__(self, task: str, *, episodes: int = 10, seed: int = 0) -> None:
+    def __init__(
+        self,
+        task: str,
+        *,
+        episodes: int = 10,
+        seed: int = 0,
+        env_fn: Callable[[], gymnasium.Env] | None = None,
+    ) -> None:
         if episodes < 1:
             raise ValueError(f"eval_episodes={episodes} must be an integer >= 1.")
         self.task = task
         self.episodes = episodes
         self.seed = seed
-        self._envs = [make_env(task)]
+        self._make_env = env_fn or partial(make_env, task)
+        self._envs = [self._make_env()]
         observations, actions = self._envs[0].observation_space, self._envs[0].action_space
+        for name, space in (("observations", observations), ("actions", actions)):
+            if not isinstance(space, Box) or len(space.shape) != 1:
+                raise ValueError(f"{self._envs[0]} has {name} in {space}; vectors are needed.")
         assert isinstance(observations, Box)
         assert isinstance(actions, Box)
         self._action_space = actions
@@ -90,7 +106,7 @@ class Evaluator:
         shape = (len(actors), len(MODES), self.episodes)
         slots = list(np.ndindex(shape))
         while len(self._envs) < len(slots):
-            self._envs.append(make_env(self.task))
+            self._envs.append(self._make_env())
         seeds = [
             np.random.SeedSequence(self.seed, spawn_key=(episode,)).spawn(2)
             for episode in range(self.episodes)

@@ -6,11 +6,13 @@ import logging
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
+import gymnasium
 import hydra
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from pogo_torchrl import configs
 from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
-from pogo_torchrl.envs import score
+from pogo_torchrl.envs import make_env, max_episode_steps, score, split_task
 from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
 from pogo_torchrl.logging import CSVSink, LoggerSink, make_logger
 from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
@@ -34,7 +36,7 @@ LOGGER = logging.getLogger("pogo_torchrl")
 _FREE_ON_RESUME = {
     "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
     "resume", "device", "compile", "log_dir", "checkpoint_dir", "save_model", "logger",
-    "progress_bar",
+    "progress_bar", "env",
 }  # fmt: skip
 
 
@@ -69,7 +71,9 @@ def run(cfg: DictConfig) -> list[Evaluation]:
     # Everything that can be refused is refused before data are made or folders written.
     folder = RunFolder.of(cfg)
     device = _device(cfg.device)
-    evaluator = Evaluator(cfg.task, episodes=cfg.eval_episodes, seed=cfg.seed)
+    evaluator = Evaluator(
+        cfg.task, episodes=cfg.eval_episodes, seed=cfg.seed, env_fn=_env_fn(cfg.task, cfg.env)
+    )
     settings = {
         "lr": cfg.lr,
         "policy_freq": cfg.policy_freq,
@@ -144,6 +148,27 @@ def _finish(
         policy = folder.checkpoints / "policy.pt"
         save_actors(policy, chain, hidden_sizes=cfg.hidden_sizes)
         LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
+
+
+def _env_fn(task: str, cfg: DictConfig) -> Callable[[], gymnasium.Env]:
+    """Makes the task's environment, or the one that ``env.id`` names."""
+    own = f"pogo_torchrl/{'-'.join(split_task(task))}-v2"
+    horizon = cfg.max_episode_steps or max_episode_steps(task)
+    if cfg.id in (None, own) and horizon == max_episode_steps(task):
+        return partial(make_env, task, backend=cfg.backend)
+    if cfg.backend != "mujoco":
+        raise ValueError(
+            f"env.backend={cfg.backend} takes the environment and the horizon of the task; leave "
+            "env.id and env.max_episode_steps out."
+        )
+    if horizon < 1:
+        raise ValueError(f"env.max_episode_steps={horizon} must be an integer >= 1.")
+    env_id = cfg.id or own
+    try:
+        gymnasium.spec(env_id)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(f"env.id={env_id} is no Gymnasium environment: {error}") from error
+    return partial(gymnasium.make, env_id, max_episode_steps=horizon)
 
 
 def _make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss:

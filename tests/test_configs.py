@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import gymnasium
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -13,6 +14,7 @@ from torchrl.data import Bounded
 
 from pogo_torchrl import POGOLoss, POGOTrainer, configs, make_actor, make_qvalue
 from pogo_torchrl.data import SOURCES
+from pogo_torchrl.envs import max_episode_steps
 
 PUBLISHED = {
     "halfcheetah-medium-v2": (0.01, 0.3),
@@ -24,6 +26,12 @@ PUBLISHED = {
     "walker2d-medium-v2": (0.25, 0.2),
     "walker2d-medium-replay-v2": (0.1, 0.5),
     "walker2d-medium-expert-v2": (0.25, 0.3),
+    "antmaze-umaze-v2": (0.5, 0.5),
+    "antmaze-umaze-diverse-v2": (0.2, 0.5),
+    "antmaze-medium-play-v2": (0.05, 0.3),
+    "antmaze-medium-diverse-v2": (0.05, 0.3),
+    "antmaze-large-play-v2": (0.01, 0.3),
+    "antmaze-large-diverse-v2": (0.05, 0.3),
 }
 
 
@@ -32,7 +40,7 @@ def composed(*overrides):
         return compose("config", overrides=list(overrides))
 
 
-def test_the_nine_locomotion_tasks_have_presets():
+def test_the_fifteen_tasks_have_presets():
     assert configs.tasks() == sorted(PUBLISHED)
 
 
@@ -42,7 +50,18 @@ def test_presets_hold_the_published_weights_the_second_repeated(task):
     first, second = PUBLISHED[task]
     assert cfg.task == task
     assert list(cfg.w2_weights) == [first, second, second]
-    assert cfg.lr == 3e-4
+    antmaze = task.startswith("antmaze")
+    assert (cfg.lr, cfg.eval_episodes) == ((1e-4, 100) if antmaze else (3e-4, 10))
+    assert cfg.data.reward_shift == (-1 if antmaze else 0)
+    assert cfg.data.normalize
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_presets_name_the_task_s_own_environment_and_horizon(task):
+    env = composed(f"task={task}").env
+    assert gymnasium.spec(env.id).max_episode_steps == env.max_episode_steps
+    assert env.id == f"pogo_torchrl/{task}"
+    assert env.max_episode_steps == max_episode_steps(task)
 
 
 def test_the_command_line_overrides_a_preset():
@@ -67,6 +86,8 @@ def test_wrong_types_are_refused_by_key(override, named):
         ("data.sorce=hdf5", "data.source"),
         ("logger=wandb", "logger.backend"),
         ("task=hoper-medium", "hopper-medium-v2"),
+        ("task=antmaze-large", "antmaze-large-play-v2"),
+        ("env.backened=d4rl", "env.backend"),
     ],
 )
 def test_typos_are_answered_with_the_nearest_names(argument, answer):

@@ -10,10 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium
+import h5py
+import numpy as np
 import pytest
 import torch
 
 from pogo_torchrl import load_actors
+from pogo_torchrl.envs import make_env
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pogo_offline.py"
 SMALL = [
@@ -152,6 +156,11 @@ def test_a_resumed_run_writes_what_a_long_one_writes(finished, cache, tmp_path):
         (["data.source=hdf5"], "data.path"),
         (["lr=-1"], "lr=-1"),
         (["log_interval=0"], "log_interval"),
+        (["data.source=minari"], "data.path"),
+        (["data.mirror=copy"], "data.mirror"),
+        (["env.id=Hoper-v5"], "env.id=Hoper-v5"),
+        (["env.id=Hopper-v5", "env.backend=d4rl"], "env.backend=d4rl"),
+        (["env.max_episode_steps=-1"], "env.max_episode_steps=-1"),
     ],
 )
 def test_bad_input_gets_one_sentence(cache, tmp_path, arguments, answer):
@@ -159,6 +168,52 @@ def test_bad_input_gets_one_sentence(cache, tmp_path, arguments, answer):
     assert process.returncode == 2
     assert answer in process.stderr
     assert len(process.stderr.strip().splitlines()) == 1
+
+
+def random_episodes(path, env, length, episodes=3):
+    """A file in D4RL's layout, of random actions."""
+    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+    data = {key: [] for key in keys}
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=episode)
+        env.action_space.seed(episode)
+        for step in range(length):
+            action = env.action_space.sample()
+            following, reward, terminated, _, _ = env.step(action)
+            row = (observation, action, reward, terminated, step == length - 1)
+            for key, value in zip(keys, row):
+                data[key].append(value)
+            observation = following
+    with h5py.File(path, "w") as file:
+        for key, values in data.items():
+            file[key] = np.array(values)
+
+
+def test_antmaze_starts_trains_and_evaluates(cache, tmp_path):
+    random_episodes(tmp_path / "data.hdf5", make_env("antmaze-umaze-v2"), 20)
+    process = pogo(
+        cache, tmp_path, "task=antmaze-umaze-v2", "data.source=hdf5", "data.path=data.hdf5",
+        "total_steps=4", "env.max_episode_steps=25",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "Actor 1 - Stochastic: 0.0, D4RL score: 0.0" in process.stdout
+    folder = tmp_path / "logs" / "antmaze-umaze-v2" / "w2_0.1_0.5" / "seed_0"
+    assert len(rows(folder / "training" / "evaluations.csv")) == 4
+
+
+def test_another_environment(cache, tmp_path):
+    random_episodes(tmp_path / "data.hdf5", gymnasium.make("Pendulum-v1"), 20)
+    process = pogo(
+        cache, tmp_path, "env.id=Pendulum-v1", "data.source=hdf5", "data.path=data.hdf5",
+        "total_steps=4", "env.max_episode_steps=25",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "  Actor 0 - Deterministic: -" in process.stdout  # a pendulum's returns are negative
+    process = pogo(
+        cache, tmp_path, "data.source=hdf5", "data.path=data.hdf5", "log_dir=other"
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "(3, 1), task=hopper-medium-v2 has (11, 3)" in process.stderr
 
 
 def test_help_lists_every_option(cache, tmp_path):
