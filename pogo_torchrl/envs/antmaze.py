@@ -187,6 +187,21 @@ class D4RLAntMaze(LegacyMujocoEnv, EzPickle):
         return {"goal": self._goal}
 
 
+def is_free(maze: str, positions: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether positions [n, 2] lie inside a maze and not in its walls, [n].
+
+    Example:
+        >>> is_free("umaze", np.array([[0.0, 0.0], [0.0, 4.0], [0.0, 99.0]]))
+        array([ True, False, False])
+    """
+    free = np.array([[cell != "#" for cell in line] for line in MAZES[maze]])
+    [(start_row, start_column)] = _cells(maze, "r")
+    columns, rows = np.rint(np.asarray(positions) / CELL).astype(int).T
+    rows, columns = rows + start_row, columns + start_column
+    inside = (rows >= 0) & (rows < free.shape[0]) & (columns >= 0) & (columns < free.shape[1])
+    return inside & free[rows.clip(0, free.shape[0] - 1), columns.clip(0, free.shape[1] - 1)]
+
+
 def _cells(maze: str, kind: str) -> list[tuple[int, int]]:
     return [
         (row, column)

@@ -1,0 +1,196 @@
+"""Replaying recorded transitions, and the command that checks a dataset with them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from pogo_torchrl.envs import make_env, replay_errors
+from pogo_torchrl.envs.replay import check, find_task, main, read_rows
+from pogo_torchrl.envs.transitions import replay
+
+ENVIRONMENTS = {
+    "hopper": "hopper-medium-v2",
+    "halfcheetah": "halfcheetah-medium-v2",
+    "walker2d": "walker2d-medium-v2",
+    "umaze": "antmaze-umaze-v2",
+    "medium": "antmaze-medium-play-v2",
+    "large": "antmaze-large-play-v2",
+}
+
+
+def record(task: str, steps: int, dtype=np.float64, horizon: int = 40, gravity: float = 1.0):
+    """A dataset in D4RL's layout from random actions in our environment."""
+    env = make_env(task)
+    core = env.unwrapped
+    core.model.opt.gravity[:] *= gravity
+    rng = np.random.default_rng(0)
+    columns: dict[str, list] = {}
+    env.reset(seed=0)
+    length = 0
+    for _ in range(steps):
+        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+        states = {"infos/qpos": core.data.qpos, "infos/qvel": core.data.qvel}
+        row = {key: np.array(value, dtype=dtype) for key, value in states.items()}
+        row["actions"] = action
+        if task.startswith("antmaze"):
+            row["infos/goal"] = core.goal
+        _, reward, terminated, _, _ = env.step(action)
+        length += 1
+        row |= {"rewards": reward, "terminals": terminated, "timeouts": length == horizon}
+        for key, value in row.items():
+            columns.setdefault(key, []).append(value)
+        if terminated or length == horizon:
+            env.reset()
+            length = 0
+            if task.startswith("antmaze"):  # somewhere in its maze where others have walls
+                qpos, start = core.data.qpos.copy(), {"umaze": (8, 4), "medium": (4, 20)}
+                qpos[:2] = start.get(task.split("-")[1], (16, 8))
+                core.set_state(qpos, core.data.qvel.copy())
+    return {key: np.array(values) for key, values in columns.items()}
+
+
+def write(path: Path, columns: dict[str, np.ndarray]) -> Path:
+    with h5py.File(path, "w") as file:
+        for key, values in columns.items():
+            file[key] = values
+    return path
+
+
+@pytest.mark.parametrize("task", ENVIRONMENTS.values())
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_file_of_ours_matches(task, dtype, tmp_path, capsys):
+    path = write(tmp_path / "data.hdf5", record(task, 200, dtype))
+    assert main(["check", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert f"200 rows in the environment of {task}" in output
+    assert "The file matches" in output
+    assert "terminations agree on 100.00 %" in output
+    assert ("float32" in output) == (dtype == np.float32)
+    errors = check(read_rows(path)).errors
+    largest = 1e-12 if dtype == np.float64 else 1e-2
+    assert all(np.nanmax(values) <= largest for values in errors.values())
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_other_physics_do_not_match(dtype, tmp_path, capsys):
+    path = write(tmp_path / "data.hdf5", record("hopper-medium-v2", 200, dtype, gravity=1.01))
+    assert main(["check", str(path)]) == 1
+    assert "does not match" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("rewards", lambda values: values + 0.01),
+        ("terminals", lambda values: ~values),
+        ("actions", lambda values: values[::-1]),
+    ],
+)
+def test_other_rewards_terminations_or_actions_do_not_match(key, change, tmp_path):
+    columns = record("walker2d-medium-v2", 100)
+    columns[key] = change(columns[key])
+    assert main(["check", str(write(tmp_path / "data.hdf5", columns))]) == 1
+
+
+def test_rows_are_spread_over_the_file_and_stop_at_episode_ends(tmp_path):
+    columns = record("halfcheetah-medium-v2", 100)
+    path = write(tmp_path / "data.hdf5", columns)
+    rows = read_rows(path, limit=12)
+    np.testing.assert_array_equal(rows["qpos"], columns["infos/qpos"][::9])
+    rows = read_rows(path)
+    ends = np.flatnonzero(np.isnan(rows["next_qpos"]).any(axis=1))
+    np.testing.assert_array_equal(ends, [39, 79, 99])
+    np.testing.assert_array_equal(rows["next_qvel"][:39], columns["infos/qvel"][1:40])
+
+
+def test_a_file_without_timeouts_or_goals(tmp_path, capsys):
+    columns = record("antmaze-umaze-v2", 60, horizon=1000)
+    del columns["timeouts"], columns["infos/goal"]
+    assert main(["check", str(write(tmp_path / "data.hdf5", columns))]) == 0
+    output = capsys.readouterr().out
+    assert "not compared: the file has no infos/goal" in output
+    assert "terminations agree" not in output
+
+
+@pytest.mark.parametrize("maze", ["umaze", "medium", "large"])
+def test_mazes_are_told_apart(maze):
+    """By recorded contacts with walls."""
+    with np.load(Path(__file__).parent / "assets" / "antmaze_transitions.npz") as arrays:
+        rows = {k.split("/")[1]: arrays[k] for k in arrays if k.startswith(f"{maze}/")}
+    assert find_task(rows) == ENVIRONMENTS[maze]
+
+
+def test_the_task_may_be_given(tmp_path, capsys):
+    path = write(tmp_path / "data.hdf5", record("hopper-medium-v2", 50))
+    assert main(["check", str(path), "--task", "hopper-expert-v2", "--limit", "20"]) == 0
+    assert "20 rows in the environment of hopper-expert-v2" in capsys.readouterr().out
+    assert main(["check", str(path), "--task", "walker2d-medium-v2"]) == 2
+    assert "task='walker2d-medium-v2' has positions" in capsys.readouterr().err
+    assert main(["check", str(path), "--task", "hoper"]) == 2
+    assert "task='hoper' is not a D4RL version 2 task" in capsys.readouterr().err
+
+
+def test_bad_input(tmp_path, capsys):
+    def message(path: Path, *options: str) -> str:
+        assert main(["check", str(path), *options]) == 2
+        captured = capsys.readouterr()
+        assert not captured.out
+        assert captured.err.count("\n") == 1
+        assert str(path) in captured.err or "--" not in captured.err
+        return captured.err
+
+    assert "does not exist" in message(tmp_path / "none.hdf5")
+    assert "is not a file" in message(tmp_path)
+    text = tmp_path / "text.hdf5"
+    text.write_text("no HDF5")
+    assert "is not a readable HDF5 file" in message(text)
+
+    columns = record("hopper-medium-v2", 20)
+    path = write(tmp_path / "data.hdf5", columns)
+    assert "limit=0" in message(path, "--limit", "0")
+    without = {key: values for key, values in columns.items() if "infos" not in key}
+    error = message(write(tmp_path / "without.hdf5", without))
+    assert "lacks infos/qpos, infos/qvel" in error
+    uneven = columns | {"actions": columns["actions"][:-1]}
+    assert "must have the same number" in message(write(tmp_path / "uneven.hdf5", uneven))
+    empty = {key: values[:0] for key, values in columns.items()}
+    assert "at least 1" in message(write(tmp_path / "empty.hdf5", empty))
+    other = columns | {"actions": np.zeros((20, 7))}
+    error = message(write(tmp_path / "other.hdf5", other))
+    assert "no environment has 6 positions, 6 velocities and 7 actions" in error
+
+
+def test_the_command_runs_as_documented(tmp_path):
+    path = write(tmp_path / "data.hdf5", record("hopper-medium-v2", 50))
+    result = subprocess.run(
+        [sys.executable, "-m", "pogo_torchrl.envs.replay", "check", str(path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "RuntimeWarning" not in result.stderr
+
+
+def test_unknown_values_and_values_that_are_no_numbers():
+    env = make_env("hopper-medium-v2")
+    rows = {
+        "qpos": np.tile([0, 1.25, 0, 0, 0, 0], (2, 1)),
+        "qvel": np.zeros((2, 6)),
+        "action": np.zeros((2, 3), dtype=np.float32),
+    }
+    after = replay(env, rows)
+    known = after["qpos"].copy()
+    known[0, 2] = np.nan
+    errors = replay_errors(env, rows | {"next_qpos": known, "reward": after["reward"] - 1})
+    assert list(errors) == ["qpos", "reward"]
+    np.testing.assert_array_equal(errors["qpos"], [np.nan, 0.0])
+    np.testing.assert_allclose(errors["reward"], 1.0)
+    rows["action"][1] = np.nan
+    assert np.isinf(replay_errors(env, rows | {"reward": after["reward"]})["reward"][1])
