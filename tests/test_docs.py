@@ -1,0 +1,36 @@
+"""Numbers in the documentation that stand somewhere else, too."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hydra import compose, initialize_config_module
+from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
+
+from pogo_torchrl import configs
+from pogo_torchrl.envs import REFERENCE_RETURNS, make_env, split_task
+
+TABLE = [
+    [cell.strip(" `") for cell in line.strip("|").split("|")]
+    for line in (Path(__file__).parents[1] / "docs" / "tasks.md").read_text().splitlines()
+    if line.startswith("| `")
+]
+
+
+def test_the_table_of_tasks_is_complete():
+    assert sorted(row[0] for row in TABLE) == configs.tasks()
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0])
+def test_the_table_of_tasks_says_what_the_code_does(row):
+    task, environment, file, _, horizon, low, high, weights = row
+    with initialize_config_module("pogo_torchrl.conf", version_base="1.3"):
+        cfg = compose("config", overrides=[f"task={task}"])
+    env = make_env(task)
+    sizes = f"{env.observation_space.shape[0]} / {env.action_space.shape[0]}"
+    assert environment.endswith(f", {sizes}")
+    assert file == PurePosixPath(D4RL_DATASETS[task]).name
+    assert int(horizon) == env.spec.max_episode_steps
+    assert (float(low), float(high)) == REFERENCE_RETURNS[split_task(task)[0]]
+    assert [float(w) for w in weights.split(",")] == list(cfg.w2_weights)
