@@ -280,7 +280,7 @@ def test_physics_that_differ_are_reported_once(environment, monkeypatch, caplog,
         environment,
         f"MuJoCo {mujoco.__version__}",
         "allowed 1e-05",
-        "pip install mujoco",
+        "pip install 'mujoco>=3.3",
     ):
         assert part in message
 

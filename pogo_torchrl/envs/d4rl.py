@@ -7,6 +7,8 @@ Debian packages that the error of `D4RLEnv` names.
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import sys
 import warnings
@@ -132,6 +134,7 @@ class D4RLEnv(gymnasium.Env):
 
 def _import_gym() -> Any:
     """Import d4rl, which registers its environments, without all that it says on the way."""
+    handlers = list(logging.root.handlers)
     try:
         with _silent_process(), _quiet():
             import d4rl
@@ -144,15 +147,19 @@ def _import_gym() -> Any:
             f'Python 3.10 run: pip install "pogo_torchrl[d4rl]" and, on Debian: apt-get install '
             f"{_DEBIAN_PACKAGES}"
         ) from error
+    finally:
+        logging.root.handlers[:] = handlers  # a dependency installs its own
     return gym
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Neither gym's deprecation warnings nor d4rl's printed goals."""
-    with warnings.catch_warnings(), open(os.devnull, "w") as null:
+    # Not a file that is closed at the end: what keeps a reference may write to it later.
+    null = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(null):
         warnings.simplefilter("ignore")
-        with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        with contextlib.redirect_stderr(null):
             yield
 
 
