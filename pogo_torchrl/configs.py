@@ -79,6 +79,9 @@ class RunConfig:
     resume: bool = _option(False, "go on from the newest checkpoint of the same run")
     device: str = _option("auto", "auto (a GPU where there is one), cpu or cuda")
     compile: str = _option("auto", "torch.compile of the losses: auto (= false), true or false")
+    deterministic: bool = _option(
+        False, "bit-identical repetition on a GPU, slower; a CPU always repeats"
+    )
     log_dir: str = _option("logs", "runs are written to LOG_DIR/TASK/w2_WEIGHTS/seed_SEED")
     checkpoint_dir: str | None = _option(None, "checkpoints; null: in the run's folder")
     save_model: bool = _option(True, "write the trained chain to policy.pt beside the checkpoints")

@@ -20,6 +20,10 @@ MODES = ("deterministic", "stochastic")
 """How an actor acts: with z = 0, or with z ~ N(0, I)."""
 
 
+# Keeps the streams of evaluations apart from those of other uses of the same seed.
+_STREAM = 0xE7A1
+
+
 class Evaluation(NamedTuple):
     """What one actor reached in one mode."""
 
@@ -31,6 +35,10 @@ class Evaluation(NamedTuple):
     """Steps of each episode."""
     scores: np.ndarray
     """D4RL score of each episode, 0 for random and 100 for expert."""
+
+
+class EvaluationInterrupted(Exception):
+    """:meth:`Evaluator.interrupt` was called."""
 
 
 class Evaluator:
@@ -75,6 +83,7 @@ class Evaluator:
         self.task = task
         self.episodes = episodes
         self.seed = seed
+        self._interrupted = False
         self._make_env = env_fn or partial(make_env, task)
         self._envs = [self._make_env()]
         observations, actions = self._envs[0].observation_space, self._envs[0].action_space
@@ -102,13 +111,14 @@ class Evaluator:
 
         Raises:
             FloatingPointError: when an actor returns an action that is not finite.
+            EvaluationInterrupted: after :meth:`interrupt`.
         """
         shape = (len(actors), len(MODES), self.episodes)
         slots = list(np.ndindex(shape))
         while len(self._envs) < len(slots):
             self._envs.append(self._make_env())
         seeds = [
-            np.random.SeedSequence(self.seed, spawn_key=(episode,)).spawn(2)
+            np.random.SeedSequence(self.seed, spawn_key=(_STREAM, episode)).spawn(2)
             for episode in range(self.episodes)
         ]
         starts = [int(start.generate_state(1)[0]) for start, _ in seeds]
@@ -121,6 +131,8 @@ class Evaluator:
         running = dict(zip(slots, self._envs))
         noise = np.zeros((len(MODES), self.episodes, self.action_dim), dtype=np.float32)
         while running:
+            if self._interrupted:
+                raise EvaluationInterrupted
             noise[1] = [stream.standard_normal(self.action_dim) for stream in noise_streams]
             actions = self._act(actors, observations, noise)
             for slot, env in list(running.items()):
@@ -135,6 +147,10 @@ class Evaluator:
             for i in range(len(actors))
             for m, mode in enumerate(MODES)
         ]
+
+    def interrupt(self) -> None:
+        """End an evaluation at its next step, and all later ones; for signal handlers."""
+        self._interrupted = True
 
     @staticmethod
     def _act(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -44,6 +45,44 @@ def atomic_write(path: Path, mode: str = "xb", **options: Any) -> Iterator[IO[An
         temporary.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "empty")
+        ...     path.touch()
+        ...     sha256(path)[:8]
+        'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digests(folder: Path, *, without: str | None = None) -> dict[str, str]:
+    """SHA-256 of all files below a folder, by their relative paths.
+
+    Args:
+        folder: the folder.
+        without: name of a file to leave out, e.g. of that which holds the digests.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != without)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """The folder given, or ``$XDG_CACHE_HOME/pogo_torchrl``, or ``~/.cache/pogo_torchrl``.
 
@@ -58,8 +97,12 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(root) / "pogo_torchrl"
 
 
-def make_writable(folder: Path) -> None:
+def make_writable(folder: Path, option: str) -> None:
     """Make a folder, so that what will be written there does not fail after the work.
+
+    Args:
+        folder: the folder.
+        option: the option that chooses it, for the message.
 
     Raises:
         OSError: saying that ``folder`` cannot be written, and what to do.
@@ -69,12 +112,12 @@ def make_writable(folder: Path) -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError("no permission to write")
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(folder, option, error) from error
 
 
-def cannot_write(folder: Path, error: OSError) -> OSError:
-    """The error to raise when a dataset cannot be kept in ``folder``."""
+def cannot_write(folder: Path, option: str, error: OSError) -> OSError:
+    """The error to raise when something cannot be kept in ``folder``."""
     return OSError(
-        f"cannot write the dataset to {folder} ({error.strerror or error}); free some space there "
-        "or choose another folder with cache_dir"
+        f"cannot write to {folder} ({error.strerror or error}); free some space there or choose "
+        f"another folder with {option}"
     )

@@ -39,6 +39,7 @@ class CSVSink:
     def __init__(self, path: str | Path, *, resume_step: int | None = None) -> None:
         self.path = Path(path)
         self._columns: list[str] | None = None
+        self.last_step: int | None = None
         if resume_step is None:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
@@ -56,7 +57,9 @@ class CSVSink:
         with atomic_write(self.path, "x", newline="") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(r for r in whole if int(r["step"]) <= step)
+            kept = [row for row in whole if int(row["step"]) <= step]
+            writer.writerows(kept)
+        self.last_step = int(kept[-1]["step"]) if kept else None
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append the rows of one step."""
@@ -71,7 +74,7 @@ class CSVSink:
             if self._columns is None:
                 writer.writeheader()
             writer.writerows({"step": step, **row} for row in rows)
-        self._columns = columns
+        self._columns, self.last_step = columns, step
 
 
 class LoggerSink:
@@ -97,20 +100,15 @@ class LoggerSink:
                     self.logger.log_scalar(f"{prefix}/{name}", value, step=step)
 
 
-def make_logger(name: str, folder: str | Path, experiment: str) -> Any:
-    """One of TorchRL's loggers.
-
-    Args:
-        name: ``"tensorboard"`` or ``"wandb"``.
-        folder: where it may write.
-        experiment: the name that the run is shown under.
+def check_logger(name: str) -> None:
+    """Check that a logger can be made, before there is anything to log.
 
     Raises:
         ValueError: for an unknown logger.
         ImportError: when its package is not installed; the message says how to install it.
 
     Example:
-        >>> make_logger("tensorbord", "logs", "pogo")
+        >>> check_logger("tensorbord")
         Traceback (most recent call last):
             ...
         ValueError: logger.backend='tensorbord' is unknown; choose tensorboard, wandb or null.
@@ -124,6 +122,20 @@ def make_logger(name: str, folder: str | Path, experiment: str) -> Any:
             f"logger.backend={name} needs the package {name}, which is not installed: "
             f'pip install "pogo_torchrl[{name}]", or leave it out (CSV is always written).'
         )
+
+
+def make_logger(name: str, folder: str | Path, experiment: str) -> Any:
+    """One of TorchRL's loggers.
+
+    Args:
+        name: ``"tensorboard"`` or ``"wandb"``.
+        folder: where it may write.
+        experiment: the name that the run is shown under.
+
+    Raises:
+        ValueError, ImportError: as :func:`check_logger`.
+    """
+    check_logger(name)
     if name == "tensorboard":
         from torchrl.record.loggers.tensorboard import TensorboardLogger
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import signal
 import sys
@@ -16,6 +17,7 @@ import gymnasium
 import hydra
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
@@ -23,12 +25,14 @@ from pogo_torchrl import configs
 from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
 from pogo_torchrl.envs import make_env, max_episode_steps, score, split_task
 from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
-from pogo_torchrl.logging import CSVSink, LoggerSink, make_logger
+from pogo_torchrl.files import atomic_write, make_writable
+from pogo_torchrl.hooks import DivergenceError, Evaluate, LogMetrics, StopOnDivergence
+from pogo_torchrl.logging import CSVSink, LoggerSink, check_logger, make_logger
 from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.policies import on_raw_observations, save_actors
 from pogo_torchrl.report import plot_curves, score_table
-from pogo_torchrl.training import Evaluate, LogMetrics, POGOTrainer
+from pogo_torchrl.training import POGOTrainer
 
 LOGGER = logging.getLogger("pogo_torchrl")
 
@@ -37,6 +41,7 @@ _FREE_ON_RESUME = {
     "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
     "resume", "device", "compile", "log_dir", "checkpoint_dir", "save_model", "logger",
     "progress_bar", "env",
+    "data",  # its content is compared, not its place
 }  # fmt: skip
 
 
@@ -45,6 +50,11 @@ class RunFolder(NamedTuple):
 
     training: Path
     checkpoints: Path
+
+    @property
+    def root(self) -> Path:
+        """The run's folder."""
+        return self.training.parent
 
     @classmethod
     def of(cls, cfg: DictConfig) -> RunFolder:
@@ -68,7 +78,7 @@ def run(cfg: DictConfig) -> list[Evaluation]:
         ValueError: for settings that make no sense; the message names them.
         FileExistsError: when the run's folder holds a run and ``resume`` is off.
     """
-    # Everything that can be refused is refused before data are made or folders written.
+    # Everything that can be refused is refused before data are made or files written.
     folder = RunFolder.of(cfg)
     device = _device(cfg.device)
     evaluator = Evaluator(
@@ -90,44 +100,57 @@ def run(cfg: DictConfig) -> list[Evaluation]:
     evaluate = Evaluate(
         lambda: evaluator(_raw_chain(loss, replay_buffer)), interval=cfg.eval_interval
     )
-    _check_folder(folder, cfg)
     backend = cfg.logger.backend
-    folder.training.mkdir(parents=True, exist_ok=True)
-    logger = make_logger(backend, folder.training, cfg.task) if backend else None
-
-    with _log_to(folder.training / "train.log"):
-        LOGGER.info("POGO on %s, %d updates; run folder %s", cfg.task, cfg.total_steps,
-                    folder.training.parent)  # fmt: skip
+    if backend:
+        check_logger(backend)
+    with _claim(folder.root), _deterministic(cfg.deterministic), _log_to(_Screen()):
+        _check_folder(folder, cfg)
+        LOGGER.info("POGO on %s, %d updates; run folder %s", cfg.task, cfg.total_steps, folder.root)
         replay_buffer = make_replay_buffer(
             cfg.task, batch_size=cfg.batch_size, device=device, **cfg.data
         )
-        _check_shapes(replay_buffer, evaluator)
-        (folder.training / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-        behaviour = score(cfg.task, float(replay_buffer.episode_returns.mean()))
-        LOGGER.info("Data: %d transitions, %d episodes, mean D4RL score %.1f",
-                    len(replay_buffer), len(replay_buffer.episode_returns), behaviour)  # fmt: skip
+        _check_data(replay_buffer, evaluator)
+        rewards = replay_buffer[:]["next", "reward"]
+        guard = StopOnDivergence(
+            metrics,
+            float(rewards.abs().max()) / (1 - cfg.gamma) if cfg.gamma < 1 else None,
+            warn=LOGGER.warning,
+        )
         trainer = POGOTrainer(
-            loss, replay_buffer, cfg.total_steps, hooks=[metrics, evaluate], **settings
+            loss,
+            replay_buffer,
+            cfg.total_steps,
+            fingerprint=_fingerprint(cfg, replay_buffer),
+            hooks=[guard, metrics, evaluate],
+            **settings,
         )
         step = trainer.resume() if cfg.resume else None
-        if cfg.resume:
-            if step is None:
+        folder.training.mkdir(parents=True, exist_ok=True)
+        with _log_to(logging.FileHandler(folder.training / "train.log")):
+            with atomic_write(folder.training / "config.yaml", "x") as file:
+                file.write(OmegaConf.to_yaml(cfg, resolve=True))
+            behaviour = score(cfg.task, float(replay_buffer.episode_returns.mean()))
+            LOGGER.info("Data: %d transitions, %d episodes, mean D4RL score %.1f",
+                        len(replay_buffer), len(replay_buffer.episode_returns),
+                        behaviour)  # fmt: skip
+            if cfg.resume and step is None:
                 LOGGER.info("No usable checkpoint to resume from: starting afresh.")
-            else:
+            elif step is not None:
                 LOGGER.info("Resumed at update %d.", step)
-        for hook, name in ((metrics, "metrics"), (evaluate, "evaluations")):
-            hook.sinks = [CSVSink(folder.training / f"{name}.csv", resume_step=step)]
-            if logger is not None:
-                hook.sinks.append(LoggerSink(logger, name))
-        last: list[Evaluation] = []
-        evaluate.report = lambda evaluations: _report(evaluations, last)
+            logger = make_logger(backend, folder.training, cfg.task) if backend else None
+            for hook, name in ((metrics, "metrics"), (evaluate, "evaluations")):
+                sink = CSVSink(folder.training / f"{name}.csv", resume_step=step)
+                hook.sinks = [sink, LoggerSink(logger, name)] if logger else [sink]
+            evaluate.last_step = evaluate.sinks[0].last_step
+            last: list[Evaluation] = []
+            evaluate.report = lambda evaluations: _report(evaluations, last)
 
-        with _stop_on_signals(trainer):
-            trainer.train()
-        if trainer.collected_frames < cfg.total_steps:
-            raise _Stopped(trainer.collected_frames, trainer._stop_reason)
-        _finish(cfg, folder, _raw_chain(loss, replay_buffer), behaviour)
-        return last
+            with _stop_on_signals(trainer, evaluator):
+                trainer.train()
+            if trainer.collected_frames < cfg.total_steps or not evaluate.up_to_date():
+                raise _Stopped(trainer.collected_frames, trainer._stop_reason)
+            _finish(cfg, folder, _raw_chain(loss, replay_buffer), behaviour)
+            return last
 
 
 def _report(evaluations: list[Evaluation], last: list[Evaluation]) -> None:
@@ -223,7 +246,55 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _check_shapes(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator) -> None:
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """Have torch refuse operations whose result may differ from call to call (on a GPU)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        # What cuBLAS needs for it; read when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _claim(root: Path) -> Iterator[None]:
+    """Hold a run's folder: no second process may write there; nothing stays if nothing is written.
+
+    The lock is one of the operating system: it goes with the process, however that ends.
+    """
+    missing = [path for path in (root, *root.parents) if not path.exists()]
+    make_writable(root, "log_dir")
+    try:
+        with FileLock(root / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise FileExistsError(
+            f"{root} is in use by another process. Wait for it or stop it, or choose another seed "
+            "or log_dir."
+        ) from None
+    finally:
+        (root / ".lock").unlink(missing_ok=True)
+        for path in missing:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+
+
+def _fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[str, Any]:
+    """What a checkpoint must share with a run to be continued by it."""
+    settings = {
+        key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        for key, value in cfg.items()
+        if key not in _FREE_ON_RESUME
+    }
+    return {**settings, "data": replay_buffer.fingerprint()}
+
+
+def _check_data(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator) -> None:
     row = replay_buffer[0]
     data = row["observation"].shape[-1], row["action"].shape[-1]
     task = evaluator.observation_dim, evaluator.action_dim
@@ -231,6 +302,14 @@ def _check_shapes(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator) -> N
         raise ValueError(
             f"The data have observations and actions of size {data}, task={evaluator.task} has "
             f"{task}: this file belongs to another task."
+        )
+    spec = evaluator.action_spec.space
+    actions = replay_buffer[:]["action"].cpu()
+    beyond = torch.maximum(spec.low - actions, actions - spec.high).max()
+    if beyond > 1e-4 * (spec.high - spec.low).max():
+        raise ValueError(
+            f"The data have actions up to {beyond:.3g} beyond the bounds of task={evaluator.task} "
+            f"({spec.low.min():g} to {spec.high.max():g}): rescale or clip them in the file."
         )
 
 
@@ -262,21 +341,25 @@ class _Stopped(Exception):
 
     def __init__(self, step: int, reason: str | None) -> None:
         super().__init__(f"Stopped at update {step}; resume=true continues from there.")
-        self.exit_code = 128 + (signal.SIGTERM if reason == "SIGTERM" else signal.SIGINT)
+        self.exit_code = 128 + signal.Signals[reason or "SIGINT"]
 
 
 @contextmanager
-def _stop_on_signals(trainer: POGOTrainer) -> Iterator[None]:
-    """First Ctrl-C or SIGTERM: save and stop after the current updates; the second acts at once."""
+def _stop_on_signals(trainer: POGOTrainer, evaluator: Evaluator) -> Iterator[None]:
+    """First signal: save and stop after the current updates; the second acts at once.
+
+    SIGUSR1 is what Slurm sends ahead of the end of a job's time (``--signal=USR1@60``).
+    """
 
     def handler(number: int, frame: Any) -> None:
         signal.signal(number, before[number])
         name = signal.Signals(number).name
         LOGGER.warning("%s: saving a checkpoint, then stopping (once more stops at once).", name)
         trainer.request_stop(name)
+        evaluator.interrupt()
 
     before: dict[int, Any] = {}
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+    for number in map(int, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
         before[number] = signal.getsignal(number)
         signal.signal(number, handler)
     try:
@@ -295,19 +378,16 @@ class _Screen(logging.StreamHandler):
 
 
 @contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    file = logging.FileHandler(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    handlers = [file, _Screen()]
+def _log_to(handler: logging.Handler) -> Iterator[None]:
+    if isinstance(handler, logging.FileHandler):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     LOGGER.setLevel(logging.INFO)
-    for handler in handlers:
-        LOGGER.addHandler(handler)
+    LOGGER.addHandler(handler)
     try:
         yield
     finally:
-        for handler in handlers:
-            LOGGER.removeHandler(handler)
-            handler.close()
+        LOGGER.removeHandler(handler)
+        handler.close()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -317,17 +397,26 @@ def _hydra_main(cfg: DictConfig) -> None:
     except _Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+    except DivergenceError as error:
+        _refuse(error, exit_code=3)
+    except (ValueError, OSError, ImportError) as error:
         _refuse(error)
+    except KeyboardInterrupt:
+        print("pogo: stopped at once", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
-def _refuse(error: Exception) -> NoReturn:
+def _refuse(error: Exception, exit_code: int = 2) -> NoReturn:
     print(f"pogo: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(exit_code)
 
 
 def main() -> None:
-    """Command line: one sentence and exit code 2 for bad input, 128 + signal when stopped."""
+    """Command line.
+
+    Exit codes: 2 for bad input and files that cannot be read or written, 3 where training has
+    diverged, each after one sentence; 128 + signal when stopped by one.
+    """
     try:
         configs.check_overrides(sys.argv[1:])
     except ValueError as error:

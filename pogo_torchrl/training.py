@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
-from torchrl.checkpoint import Checkpoint, CheckpointError, CheckpointRotation, GlobalRNGState
+from torchrl.checkpoint import CheckpointError, CheckpointRotation
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.trainers import Trainer, TrainerHookBase
 from torchrl.trainers.trainers import OptimizationStepper
 
-from pogo_torchrl.evaluation import Evaluation
-from pogo_torchrl.modules import TransportActor
+from pogo_torchrl.checkpoints import (
+    FORMAT_VERSION,
+    DurableCheckpoint,
+    is_intact,
+    metadata,
+    remove_unfinished,
+)
 from pogo_torchrl.objectives import POGOLoss
+
+_LOGGER = logging.getLogger(__name__)
 
 # A tick is the stretch of updates between two looks at hooks, signals and the progress bar.
 _LONGEST_TICK = 25
@@ -51,6 +58,10 @@ class Ticks:
             length = min(*ahead, self.total - self.step, _LONGEST_TICK)
             self.step += length
             yield TensorDict({}, [length])
+
+    def stop(self) -> None:
+        """Yield no more."""
+        self.total = self.step
 
     def state_dict(self) -> dict[str, Any]:
         """The step reached."""
@@ -191,6 +202,8 @@ class POGOTrainer(Trainer):
         checkpoint_interval: updates between two of them; one is always written at the end.
             Defaults to ``50_000``.
         keep_checkpoints: how many of the newest to keep. Defaults to ``2``.
+        fingerprint: what identifies the run (JSON: its data, its settings). It is kept in every
+            checkpoint, and :meth:`resume` refuses checkpoints with another one.
         progress_bar: show one, with speed and remaining time. Defaults to ``True``.
         hooks: TorchRL trainer hooks to register.
 
@@ -231,6 +244,7 @@ class POGOTrainer(Trainer):
         checkpoint_dir: str | Path | None = None,
         checkpoint_interval: int = 50_000,
         keep_checkpoints: int = 2,
+        fingerprint: Mapping[str, Any] | None = None,
         progress_bar: bool = True,
         hooks: Sequence[TrainerHookBase] = (),
     ) -> None:
@@ -248,6 +262,7 @@ class POGOTrainer(Trainer):
         delayed = loss_module.delay_qvalue or loss_module.delay_actor
         if target_net_updater is None and delayed:
             target_net_updater = SoftUpdate(loss_module, tau=tau)
+        self.fingerprint = dict(fingerprint or {})
         ticks, rotation = Ticks(total_steps), None
         if checkpoint_dir is not None:
             ticks.intervals.append(checkpoint_interval)
@@ -264,8 +279,9 @@ class POGOTrainer(Trainer):
             progress_bar=progress_bar,
             # the trainer saves once MORE than the interval has passed
             save_trainer_interval=checkpoint_interval - 1,
-            checkpoint=Checkpoint().register("rng", GlobalRNGState()),
+            checkpoint=DurableCheckpoint(),
             checkpoint_rotation=rotation,
+            checkpoint_metadata=self._checkpoint_metadata if rotation else None,
             auto_log_optim_steps=False,  # it would keep every number of every step
         )
         # After super().__init__(), which would make the dataset a part of each checkpoint.
@@ -318,6 +334,10 @@ class POGOTrainer(Trainer):
         """Make every multiple of ``interval`` updates a boundary where ``post_steps`` hooks run."""
         self.collector.intervals.append(interval)
 
+    def at_boundary(self) -> bool:
+        """Whether the updates so far are a multiple of any interval, or all."""
+        return any(self.collected_frames % interval == 0 for interval in self.collector.intervals)
+
     def optim_steps(self, batch: TensorDictBase) -> None:
         """As many updates as the tick is long."""
         self.optim_steps_per_batch = batch.numel()
@@ -335,176 +355,60 @@ class POGOTrainer(Trainer):
         self._pbar.close()
 
     def resume(self) -> int | None:
-        """Load the newest checkpoint of ``checkpoint_dir`` that is whole.
+        """Load the newest checkpoint of ``checkpoint_dir`` that is whole; damaged ones are skipped.
 
         Returns:
             The step it was taken at; ``None`` where there is none.
+
+        Raises:
+            ValueError: when the checkpoint is of another run or version; nothing is changed then.
         """
-        if self.checkpoint_rotation is None:
+        rotation = self.checkpoint_rotation
+        if rotation is None:
             return None
-        for path in reversed(self.checkpoint_rotation.checkpoints()):
+        remove_unfinished(rotation)
+        for path in sorted(rotation.directory.glob(f"{rotation.prefix}-*"), reverse=True):
+            if not is_intact(path):
+                _LOGGER.warning("%s is damaged or unfinished and is passed over.", path)
+                continue
+            self._check_fingerprint(path)
             try:
                 self.load_from_file(path)
-            except (CheckpointError, OSError, RuntimeError, ValueError, KeyError):
-                continue
+            except CheckpointError as error:
+                raise ValueError(f"{path} does not fit this run: {error}") from error
             return self.collected_frames
         return None
 
+    def _checkpoint_metadata(self, trainer: Trainer) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint}
 
-class Sink(Protocol):
-    """Where rows of numbers go: a CSV file, TensorBoard, ..."""
-
-    def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take the rows of one step."""
-
-
-class LogMetrics(TrainerHookBase):
-    """Trainer hook: averages all losses and writes them every ``interval`` updates.
-
-    Adds ``std_i``, the spread of actor i's actions over z (standard deviation over 16 draws,
-    averaged over the last batch and the action dimensions): 0 means that the actor ignores z.
-    Its draws come from a stream of their own, so that logging leaves the training as it is.
-
-    Args:
-        sinks: where the rows go.
-        interval: updates between two rows. Defaults to ``1000``.
-    """
-
-    num_spread_samples = 16
-
-    def __init__(self, sinks: Sequence[Sink], interval: int = 1000) -> None:
-        if interval < 1:
-            raise ValueError(f"log_interval={interval} must be an integer >= 1.")
-        self.sinks = sinks
-        self.interval = interval
-        self._sums: TensorDictBase | None = None
-        self._count = 0
-        self._observation: Tensor | None = None
-        self._clock = time.perf_counter
-        self._started = self._last = (0.0, 0)
-
-    def register(self, trainer: POGOTrainer, name: str = "log_metrics") -> None:
-        """Register at the trainer's boundaries."""
-        self.trainer = trainer
-        trainer.add_interval(self.interval)
-        trainer.register_module(name, self)
-        trainer.register_op("setup", self._start)
-        trainer.register_op("post_optim_log", self._add)
-        trainer.register_op("post_steps", self._emit)
-
-    def _start(self) -> None:
-        self._started = self._last = (self._clock(), self.trainer.collected_frames)
-
-    def _add(self, batch: TensorDictBase) -> None:
-        # Update by update, so that a sum does not depend on where the other hooks' boundaries lie.
-        metrics = self.trainer.optimization_stepper.metrics
-        self._sums = metrics.clone() if self._sums is None else self._sums + metrics
-        self._count += 1
-        self._observation = batch.get(self.trainer.loss_module.actor_network.in_keys[0])
-
-    def _emit(self) -> None:
-        step = self.trainer.collected_frames
-        if self._sums is None or (step % self.interval and step < self.trainer.total_frames):
-            return
-        row = {k: v.item() for k, v in sorted((self._sums / self._count).items())}
-        row.update(self._spread())
-        now, (before, earlier) = self._clock(), self._last
-        # wall-clock columns last
-        row["updates_per_second"] = (step - earlier) / max(now - before, 1e-9)
-        row["seconds"] = now - self._started[0]
-        self._last, self._sums, self._count = (now, step), None, 0
-        for sink in self.sinks:
-            sink.write(step, [row])
-        self.trainer._log(log_pbar=True, loss_q=row["loss_qvalue"])
-        self.trainer._log_dict.clear()
-
-    @torch.no_grad()
-    def _spread(self) -> dict[str, float]:
-        loss, spread = self.trainer.loss_module, {}
-        assert self._observation is not None
-        generator = torch.Generator().manual_seed(0)
-        for i in range(loss.num_actors):
-            actor = loss.actor(i)
-            if not isinstance(actor, TransportActor):
-                continue
-            states = self._observation.expand(self.num_spread_samples, *self._observation.shape)
-            noise = torch.randn((*states.shape[:-1], actor.noise_dim), generator=generator)
-            actions = actor(states, noise.to(states))
-            spread[f"std_{i}"] = actions.std(0).mean().item()
-        return spread
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averages since the last row."""
-        return {
-            "count": self._count,
-            "sums": dict(self._sums.items()) if self._sums is not None else {},
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._count = state_dict["count"]
-        self._sums = TensorDict(state_dict["sums"]) if self._count else None
-        if self._sums is not None:
-            self._sums = self._sums.to(next(self.trainer.loss_module.parameters()).device)
-
-
-class Evaluate(TrainerHookBase):
-    """Trainer hook: evaluates the chain every ``interval`` updates and at the end.
-
-    Args:
-        evaluate: takes no argument and returns the evaluations of the chain as it is.
-        report: called with each list of evaluations, e.g. to print it.
-        sinks: where the rows go.
-        interval: updates between two evaluations.
-    """
-
-    def __init__(
-        self,
-        evaluate: Callable[[], list[Evaluation]],
-        *,
-        sinks: Sequence[Sink] = (),
-        report: Callable[[list[Evaluation]], None] = lambda evaluations: None,
-        interval: int = 10_000,
-    ) -> None:
-        if interval < 1:
-            raise ValueError(f"eval_interval={interval} must be an integer >= 1.")
-        self.evaluate = evaluate
-        self.sinks = sinks
-        self.report = report
-        self.interval = interval
-
-    def register(self, trainer: POGOTrainer, name: str = "evaluate") -> None:
-        """Register at the trainer's boundaries."""
-        self.trainer = trainer
-        trainer.add_interval(self.interval)
-        trainer.register_op("post_steps", self._run)
-
-    def _run(self) -> None:
-        step = self.trainer.collected_frames
-        if step % self.interval and step < self.trainer.total_frames:
-            return
-        started = time.perf_counter()
-        evaluations = self.evaluate()
-        seconds = time.perf_counter() - started
-        rows = [
-            {
-                "actor": e.actor,
-                "mode": e.mode,
-                "return_mean": float(e.returns.mean()),
-                "return_std": float(e.returns.std()),
-                "score": float(e.scores.mean()),
-                "episode_length": float(e.lengths.mean()),
-                "seconds": seconds,
-            }
-            for e in evaluations
+    def _check_fingerprint(self, path: Path) -> None:
+        found = metadata(path)
+        version, theirs = found.get("format_version"), found.get("fingerprint", {})
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {version}, this release reads {FORMAT_VERSION}: "
+                "resume it with the release that wrote it."
+            )
+        keys = self.fingerprint.keys() | theirs.keys()
+        changed = [
+            f"{key}: {theirs.get(key)} -> {self.fingerprint.get(key)}"
+            for key in sorted(keys)
+            if theirs.get(key) != self.fingerprint.get(key)
         ]
-        for sink in self.sinks:
-            sink.write(step, rows)
-        self.report(evaluations)
+        if changed:
+            raise ValueError(
+                f"{path} is a checkpoint of another run ({'; '.join(changed)}). Give the values "
+                "that it was started with, or another checkpoint_dir."
+            )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: evaluations depend on the weights and their seed alone."""
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Nothing to load."""
+    def _save_trainer(self) -> None:
+        try:
+            super()._save_trainer()
+        except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
+            reason = str(error).splitlines()[0]
+            kept = self.checkpoint_rotation.latest()
+            raise OSError(
+                f"cannot write a checkpoint at update {self.collected_frames}: {reason}. The last "
+                f"one is {kept}. Free some space or mend the folder, then go on with resume=true."
+            ) from error

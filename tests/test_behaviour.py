@@ -212,7 +212,7 @@ def test_interruption_leaves_nothing_behind(moment, tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_fails_before_the_work(tmp_path, monkeypatch):
     forbid_generation(monkeypatch)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot write the dataset to .*file/cache"):
+    with pytest.raises(OSError, match=r"cannot write to .*file/cache"):
         make(tmp_path / "file" / "cache")
 
 

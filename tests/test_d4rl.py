@@ -351,7 +351,7 @@ def test_unknown_task(tmp_path):
 
 def test_no_permission_to_write(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write the dataset"):
+    with pytest.raises(OSError, match="cannot write to"):
         D4RLReplay(TASK, cache_dir=tmp_path / "file")
 
 

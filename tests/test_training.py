@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from pogo_torchrl import POGOTrainer
 from pogo_torchrl.evaluation import Evaluation
-from pogo_torchrl.training import Evaluate, LogMetrics, Ticks
+from pogo_torchrl.hooks import Evaluate, LogMetrics
+from pogo_torchrl.training import Ticks
 
 
 class Rows:

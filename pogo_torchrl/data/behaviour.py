@@ -128,7 +128,7 @@ def behaviour_dataset(
         if _is_intact(path):
             return path
         _LOGGER.warning("%s is damaged and is generated again", path)
-    make_writable(folder)  # before the work, not after it
+    make_writable(folder, "data.cache_dir")  # before the work, not after it
 
     bar = tqdm(total=size, unit="step", desc=f"Generating {task}", disable=not progress)
     with bar:
@@ -146,7 +146,7 @@ def behaviour_dataset(
         with atomic_write(path) as file:
             file.write(_to_hdf5(rows, metadata))
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(folder, "data.cache_dir", error) from error
     return path
 
 

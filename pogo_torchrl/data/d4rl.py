@@ -9,7 +9,6 @@ made in another way is made again instead of being read.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import logging
 import urllib.parse
@@ -26,7 +25,7 @@ from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 from pogo_torchrl.data.download import download
 from pogo_torchrl.data.hdf5 import Dataset, read_hdf5
 from pogo_torchrl.envs import max_episode_steps, split_task
-from pogo_torchrl.files import atomic_write, cache_folder, make_writable
+from pogo_torchrl.files import atomic_write, cache_folder, digests, make_writable, sha256
 
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 """A public copy of D4RL's locomotion files, for ``mirror``; D4RL's own server is often down."""
@@ -83,14 +82,14 @@ class D4RLReplay(D4RLExperienceReplay):
     ) -> None:
         task = "-".join((*split_task(task), "v2"))
         root = cache_folder(cache_dir) / "d4rl"
-        make_writable(root)
+        make_writable(root, "data.cache_dir")
         # TorchRL's attributes, which it leaves empty for direct downloads.
         self.metadata: dict[str, Any] = {}
         self.specs = None
         # Of several runs that start at once, one downloads.
         with FileLock(root / f".{task}.lock"):
             self._file = _fetch(task, mirror, root, progress)
-            made = {"version": _VERSION, "sha256": _sha256(self._file)}
+            made = {"version": _VERSION, "sha256": sha256(self._file)}
             manifest = _read_manifest(root / task, made)
             if manifest is None and (root / task).exists():
                 _LOGGER.warning("%s is damaged or outdated and is made again.", root / task)
@@ -120,7 +119,7 @@ class D4RLReplay(D4RLExperienceReplay):
         manifest = {
             "made": made,
             "episode_returns": self.episode_returns.tolist(),
-            "files": _digests(folder),
+            "files": digests(folder, without=_MANIFEST),
         }
         # Last of all: a folder that was left unfinished has none, and is made again.
         with atomic_write(folder / _MANIFEST, "x") as file:
@@ -157,7 +156,7 @@ def _fetch(task: str, mirror: str | Path | None, root: Path, progress: bool) -> 
     path = root / place.name
     checksum = path.with_suffix(".sha256")
     if path.exists():
-        if checksum.exists() and checksum.read_text().strip() == _sha256(path):
+        if checksum.exists() and checksum.read_text().strip() == sha256(path):
             return path
         _LOGGER.warning("%s is damaged and is downloaded again.", path)
     base = str(mirror).rstrip("/")
@@ -173,7 +172,7 @@ def _fetch(task: str, mirror: str | Path | None, root: Path, progress: bool) -> 
             "data.source=local, which needs no download."
         ) from error
     with atomic_write(checksum, "x") as file:
-        file.write(_sha256(path))
+        file.write(sha256(path))
     return path
 
 
@@ -200,20 +199,7 @@ def _read_manifest(folder: Path, made: dict[str, Any]) -> dict[str, Any] | None:
     """What is known of kept tensors, or None where they are not what they should be."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        intact = manifest["made"] == made and manifest["files"] == _digests(folder)
+        intact = manifest["made"] == made and manifest["files"] == digests(folder, without=_MANIFEST)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest if intact else None
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST)
-    return {p.relative_to(folder).as_posix(): _sha256(p) for p in files}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,14 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         self.normalization = normalization
         self.episode_returns = episode_returns
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the rows: equal for equal data, wherever they came from."""
+        digest = hashlib.sha256()
+        for key, values in sorted(self[:].flatten_keys(".").items()):
+            digest.update(f"{key} {tuple(values.shape)} ".encode())
+            digest.update(values.cpu().numpy().data)
+        return digest.hexdigest()
+
 
 def make_replay_buffer(
     task: str,
@@ -144,6 +153,10 @@ def make_replay_buffer(
         if source == "local":
             path = behaviour_dataset(task, size=size, seed=seed, cache_dir=cache_dir)
         data = read_hdf5(str(path), max_episode_steps=max_episode_steps(task))
+    if batch_size > len(data.transitions):
+        raise ValueError(
+            f"batch_size={batch_size} is more than the data's {len(data.transitions)} transitions."
+        )
     raw, episode_returns = data.transitions.clone(recurse=False), data.episode_returns
     del data
     statistics = Normalization.of if normalize else Normalization.identity

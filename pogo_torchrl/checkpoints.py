@@ -1,0 +1,79 @@
+"""TorchRL checkpoints that are on the disk before they appear, and show whether they still are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torchrl.checkpoint import (
+    Checkpoint,
+    CheckpointRotation,
+    GlobalRNGState,
+    StateDictCheckpointAdapter,
+)
+
+from pogo_torchrl.files import atomic_write, digests, sync
+
+FORMAT_VERSION = 1
+"""Raised with every change after which older checkpoints cannot be read."""
+
+_DIGESTS = "sha256.json"
+
+
+class DurableCheckpoint(Checkpoint):
+    """A TorchRL checkpoint with checksums, flushed to the disk before it gets its name.
+
+    TorchRL writes a checkpoint beside its place and renames it. What is added: the rename waits
+    until the data are on the disk, so that not even a crash of the machine leaves half a
+    checkpoint; and :func:`is_intact` tells later whether all of it is still there. Files are
+    written with plain writes, which fail with an error on a full disk where TorchRL's default,
+    memory-mapped files, kills the process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_adapter(object, StateDictCheckpointAdapter(payload_format="torch"))
+        self.register("rng", GlobalRNGState())
+
+    @staticmethod
+    def _publish_path(source: Path, destination: Path) -> None:
+        recorded = digests(source)
+        with atomic_write(source / _DIGESTS, "x") as file:
+            json.dump(recorded, file)
+        for path in (*source.rglob("*"), source):
+            sync(path)
+        Checkpoint._publish_path(source, destination)
+        sync(destination.parent)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint holds what was written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = DurableCheckpoint().save(f"{folder}/checkpoint")
+        ...     before = is_intact(path)
+        ...     next(path.rglob("state.pt")).write_bytes(b"")
+        ...     before, is_intact(path)
+        0
+        (True, False)
+    """
+    try:
+        recorded = json.loads((path / _DIGESTS).read_text())
+        return recorded == digests(path, without=_DIGESTS)
+    except (OSError, ValueError):
+        return False
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What was recorded beside the states."""
+    return Checkpoint.manifest(path)["metadata"]
+
+
+def remove_unfinished(rotation: CheckpointRotation) -> None:
+    """Delete what a killed process has left of a checkpoint it was writing or removing."""
+    for path in rotation.directory.glob(f".{rotation.prefix}-*"):
+        shutil.rmtree(path, ignore_errors=True)
