@@ -4,12 +4,14 @@ D4RL's environments are stepped with random actions; every step is replayed in o
 state. In antmaze the ant is also put next to walls and goals. Prints Markdown.
 
     python benchmarks/d4rl_oracle.py --steps 2000 --resets 1000
-    python benchmarks/d4rl_oracle.py --record FILE.npz --steps 400    # keep the transitions
+    python benchmarks/d4rl_oracle.py --record FILE.npz      # also keep the transitions
+    python benchmarks/d4rl_oracle.py --compare FILE.npz     # step kept ones, without D4RL
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -17,6 +19,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
+from pogo_torchrl.data.policies import load_policies
 from pogo_torchrl.envs import MAZES, make_env, max_episode_steps, replay_errors, score
 
 TASKS = (
@@ -95,6 +98,28 @@ def largest_gap(first: NDArray[Any], second: NDArray[Any]) -> float:
     return max(gaps)
 
 
+def whole_episodes(task: str, episodes: int) -> tuple[NDArray[Any], NDArray[Any], int]:
+    """Returns [episodes, 2], D4RL's and ours, largest gap of observations [episodes], and steps.
+
+    The same seeds in both; a bundled linear policy acts.
+    """
+    envs = make_env(task, backend="d4rl"), make_env(task)
+    policy = load_policies(task.split("-")[0])["expert"]
+    returns, gaps, steps = np.zeros((episodes, 2)), np.zeros(episodes), 0
+    for episode in range(episodes):
+        observations = [env.reset(seed=episode)[0] for env in envs]
+        over = False
+        while not over:
+            actions = [policy(observation).astype(np.float32) for observation in observations]
+            results = [env.step(action) for env, action in zip(envs, actions)]
+            observations = [result[0] for result in results]
+            returns[episode] += [result[1] for result in results]
+            gaps[episode] = max(gaps[episode], np.abs(observations[0] - observations[1]).max())
+            over = any(result[2] or result[3] for result in results)
+            steps += 1
+    return returns, gaps, steps
+
+
 def percentiles(errors: NDArray[np.float64]) -> str:
     return " / ".join(f"{value:.0e}" for value in np.percentile(errors, [50, 95, 100]))
 
@@ -103,27 +128,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="steps per task")
     parser.add_argument("--resets", type=int, default=1000, help="resets per task")
+    parser.add_argument("--episodes", type=int, default=3, help="whole episodes per task")
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", metavar="FILE", help="also write the transitions, as .npz")
+    parser.add_argument("--compare", metavar="FILE", help="only step such transitions")
     arguments = parser.parse_args()
+    if arguments.compare:
+        with np.load(arguments.compare) as arrays:
+            recorded: dict[str, dict[str, NDArray[Any]]] = {}
+            for name in arrays:
+                task, key = name.split("/")
+                recorded.setdefault(task, {})[key] = arrays[name]
+        print_steps(recorded)
+        return
+    recorded = {task: record(task, arguments.steps, arguments.seed) for task in arguments.tasks}
+    if arguments.record:
+        flat = {f"{task}/{key}": v for task, rows in recorded.items() for key, v in rows.items()}
+        np.savez_compressed(arguments.record, **flat)
+    print_steps(recorded)
+    print_resets(arguments.tasks, arguments.resets)
+    print_episodes([t for t in arguments.tasks if not t.startswith("antmaze")], arguments.episodes)
 
-    print(f"MuJoCo {mujoco.__version__} against D4RL's own, {arguments.steps} steps per task.\n")
+
+def print_steps(recorded: dict[str, dict[str, NDArray[Any]]]) -> None:
+    steps = len(next(iter(recorded.values()))["reward"])
+    print(f"MuJoCo {mujoco.__version__} against D4RL's own, {steps} steps per task.\n")
     print("One-step error, median / 95 % / largest, and steps on which terminations agree:\n")
     print("| task | qpos | qvel | observation | reward | terminations | of them terminal |")
     print("|---|---|---|---|---|---|---|")
-    recorded = {}
-    for task in arguments.tasks:
-        rows = record(task, arguments.steps, arguments.seed)
-        recorded |= {f"{task}/{key}": values for key, values in rows.items()}
+    for task, rows in recorded.items():
         errors = replay_errors(make_env(task), rows)
         agree = 100 * (errors.pop("terminated") == 0).mean()
         cells = [percentiles(values) for values in errors.values()]
         print(f"| {task} | {' | '.join(cells)} | {agree:g} % | {rows['terminated'].sum()} |")
-    if arguments.record:
-        np.savez_compressed(arguments.record, **recorded)
 
-    n = arguments.resets
+
+def print_resets(tasks: Sequence[str], n: int) -> None:
     print(f"\nDistributions over {n} resets: largest gap between the cumulative distributions over")
     print(f"all coordinates ({1.95 * np.sqrt(2 / n):.3f} is exceeded once in 1,000 coordinates),")
     print("steps to truncation, and the score of a return of 1000:\n")
@@ -132,7 +173,7 @@ def main() -> None:
         " score |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for task in arguments.tasks:
+    for task in tasks:
         theirs, ours = make_env(task, backend="d4rl"), make_env(task)
         (start, goal), (start_, goal_) = starts_and_goals(theirs, n), starts_and_goals(ours, n)
         ranges = [
@@ -149,6 +190,18 @@ def main() -> None:
         steps = f"{theirs.max_episode_steps} / {max_episode_steps(task)}"
         scores = f"{100 * theirs.normalized_score(1000.0):.6g} / {score(task, 1000.0):.6g}"
         print(f"| {task} | {same:.0e} | {' | '.join(gaps + ranges)} | {steps} | {scores} |")
+
+
+def print_episodes(tasks: Sequence[str], episodes: int) -> None:
+    print(f"\nWhole episodes of a bundled policy, {episodes} per task, from the same seeds:\n")
+    print(
+        "| task | steps | mean return, D4RL / ours | largest gap of an observation, per episode |"
+    )
+    print("|---|---|---|---|")
+    for task in tasks:
+        returns, gaps, steps = whole_episodes(task, episodes)
+        means = " / ".join(f"{value:.6f}" for value in returns.mean(axis=0))
+        print(f"| {task} | {steps} | {means} | {', '.join(f'{gap:.0e}' for gap in gaps)} |")
 
 
 if __name__ == "__main__":
