@@ -141,7 +141,8 @@ def run(cfg: DictConfig) -> list[Evaluation]:
             for hook, name in ((metrics, "metrics"), (evaluate, "evaluations")):
                 sink = CSVSink(folder.training / f"{name}.csv", resume_step=step)
                 hook.sinks = [sink, LoggerSink(logger, name)] if logger else [sink]
-            evaluate.last_step = evaluate.sinks[0].last_step
+                if hook is evaluate:
+                    evaluate.last_step = sink.last_step
             last: list[Evaluation] = []
             evaluate.report = lambda evaluations: _report(evaluations, last)
 
@@ -287,8 +288,8 @@ def _claim(root: Path) -> Iterator[None]:
 def _fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[str, Any]:
     """What a checkpoint must share with a run to be continued by it."""
     settings = {
-        key: OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
-        for key, value in cfg.items()
+        key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key]
+        for key in configs.top_level_options()
         if key not in _FREE_ON_RESUME
     }
     return {**settings, "data": replay_buffer.fingerprint()}

@@ -199,7 +199,7 @@ def _read_manifest(folder: Path, made: dict[str, Any]) -> dict[str, Any] | None:
     """What is known of kept tensors, or None where they are not what they should be."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        intact = manifest["made"] == made and manifest["files"] == digests(folder, without=_MANIFEST)
+        files = digests(folder, without=_MANIFEST)
+        return manifest if (manifest["made"], manifest["files"]) == (made, files) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if intact else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import shutil
 import ssl
 import time
 import urllib.error
@@ -75,19 +74,8 @@ def _attempt(url: str, path: Path, timeout: float, progress: bool) -> None:
         total = int(length) if length is not None else None
         bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=not progress)
         with bar, atomic_write(path) as file:
-            shutil.copyfileobj(_Counted(response, bar), file, 1 << 20)
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
             if total is not None and file.tell() != total:
                 raise ConnectionError(f"broke off after {file.tell()} of {total} bytes")
-
-
-class _Counted:
-    """A response that shows on a bar what was read from it."""
-
-    def __init__(self, response: http.client.HTTPResponse, bar: tqdm) -> None:
-        self._response = response
-        self._bar = bar
-
-    def read(self, size: int) -> bytes:
-        block = self._response.read(size)
-        self._bar.update(len(block))
-        return block
