@@ -7,6 +7,7 @@ import pickle
 import random
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -18,14 +19,17 @@ from pogo_torchrl.envs.transitions import replay, replay_errors
 ANTMAZES = [task for task in TASKS if task.startswith("antmaze")]
 # 22 transitions per maze under random actions, recorded in float64 in D4RL's own version 2
 # environments (d4rl 1.1, MuJoCo 2.1.0) by benchmarks/d4rl_oracle.py: among them contacts with
-# walls, some deeper than a leg is thick, and steps into and just outside the goal.
+# walls, some deeper than a leg is thick, and steps into and just outside the goal. With them, the
+# walls themselves: position and half sizes, [n, 6].
 TRANSITIONS = Path(__file__).parent / "assets" / "antmaze_transitions.npz"
 GOAL_CELLS = {"umaze": (0.0, 8.0), "medium": (20.0, 20.0), "large": (32.0, 24.0)}
 
 
 def recorded(maze: str) -> dict[str, np.ndarray]:
     with np.load(TRANSITIONS) as arrays:
-        return {key.split("/")[1]: arrays[key] for key in arrays if key.startswith(f"{maze}/")}
+        rows = {key.split("/")[1]: arrays[key] for key in arrays if key.startswith(f"{maze}/")}
+    rows.pop("walls")
+    return rows
 
 
 @pytest.mark.parametrize("task", ANTMAZES)
@@ -41,6 +45,15 @@ def test_steps_agree_with_d4rl(task):
     assert ((distances <= 0.5) == rows["terminated"]).all()
     assert rows["terminated"].sum() >= 4
     assert ((distances > 0.5) & (distances < 0.8)).any()
+
+
+@pytest.mark.parametrize("maze", MAZES)
+def test_walls_stand_where_d4rls_stand(maze):
+    model = D4RLAntMaze(maze).model
+    boxes = model.geom_type == mujoco.mjtGeom.mjGEOM_BOX
+    with np.load(TRANSITIONS) as arrays:
+        walls = arrays[f"{maze}/walls"]
+    np.testing.assert_array_equal(np.hstack([model.geom_pos, model.geom_size])[boxes], walls)
 
 
 @pytest.mark.parametrize("maze", MAZES)

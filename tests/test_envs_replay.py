@@ -123,6 +123,7 @@ def test_mazes_are_told_apart(maze):
     """By recorded contacts with walls."""
     with np.load(Path(__file__).parent / "assets" / "antmaze_transitions.npz") as arrays:
         rows = {k.split("/")[1]: arrays[k] for k in arrays if k.startswith(f"{maze}/")}
+    rows.pop("walls")
     assert find_task(rows) == ENVIRONMENTS[maze]
 
 
