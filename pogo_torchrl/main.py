@@ -207,6 +207,7 @@ def _make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> P
         num_samples=cfg.num_samples,
         blur=cfg.blur,
         w2_backend=cfg.w2_backend,
+        shared_noise=cfg.shared_noise,
         policy_noise=cfg.policy_noise,
         noise_clip=cfg.noise_clip,
         q_normalization=cfg.q_normalization,
