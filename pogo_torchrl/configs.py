@@ -100,7 +100,14 @@ class RunConfig:
     delay_actor: bool = _option(False, "the Polyak copy of actor 0 acts in the TD target")
     num_samples: int = _option(4, "K, actions per state and policy in the Sinkhorn divergence")
     blur: float = _option(0.05, "Sinkhorn blur, in half action ranges")
-    w2_backend: str = _option("tensorized", "tensorized, online (needs KeOps) or auto")
+    w2_backend: str = _option(
+        "tensorized",
+        "tensorized, online (needs KeOps) or auto (GeomLoss's), fast (the same, ten times faster) "
+        "or exact (the optimal assignment, num_samples up to 10)",
+    )
+    shared_noise: bool = _option(
+        False, "the divergence compares two actors under the same z: no pull on their spread"
+    )
     hidden_sizes: list[int] = _option([256, 256], "widths of the hidden layers of all networks")
     critic_layer_norm: bool = _option(False, "LayerNorm in the critics")
     data: DataConfig = field(default_factory=DataConfig)
@@ -121,6 +128,7 @@ class POGOLossConfig(LossConfig):
     num_samples: int = 4
     blur: float = 0.05
     w2_backend: str = "tensorized"
+    shared_noise: bool = False
     policy_noise: float = 0.2
     noise_clip: float = 0.5
     q_normalization: str | None = "mean_abs"

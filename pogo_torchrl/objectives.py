@@ -25,7 +25,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from pogo_torchrl import functional
 from pogo_torchrl.modules import bounded_action_spec, fresh_copies, redraw_parameters
-from pogo_torchrl.transport import BACKENDS, sinkhorn_divergence
+from pogo_torchrl.transport import BACKENDS, MAX_POINTS, sinkhorn_divergence
 
 
 class POGOLoss(LossModule):
@@ -82,8 +82,15 @@ class POGOLoss(LossModule):
         num_qvalue_nets (int): number of critics. Defaults to ``2``.
         num_samples (int): K, actions per state and policy in :math:`D_i`. Defaults to ``4``.
         blur (float): Sinkhorn blur in units of half the action range. Defaults to ``0.05``.
-        w2_backend (str): backend of :func:`~pogo_torchrl.sinkhorn_divergence`. Defaults to
+        w2_backend (str): backend of :func:`~pogo_torchrl.sinkhorn_divergence`: GeomLoss's, or
+            ``"fast"`` (the same divergence, its annealing started from the action bounds), or
+            ``"exact"`` (the optimal assignment, ``num_samples <= 10``). Defaults to
             ``"tensorized"``.
+        shared_noise (bool): draw the actions of :math:`\pi_i` and :math:`\pi_{i-1}` in
+            :math:`D_i` with the same z, which makes it 0 for equal policies and removes its pull
+            on their spread; for actors that read z from the tensordict, as
+            :class:`~pogo_torchrl.TransportActor` does. Defaults to ``False``: z is drawn
+            independently, as the method has it.
         policy_noise (float): :math:`\sigma` of the target noise in units of half the action
             range. Defaults to ``0.2``.
         noise_clip (float): c, in the same units. Defaults to ``0.5``.
@@ -205,6 +212,7 @@ class POGOLoss(LossModule):
         num_samples: int = 4,
         blur: float = 0.05,
         w2_backend: str = "tensorized",
+        shared_noise: bool = False,
         policy_noise: float = 0.2,
         noise_clip: float = 0.5,
         q_normalization: str | None = "mean_abs",
@@ -226,6 +234,11 @@ class POGOLoss(LossModule):
         _check_positive("policy_noise", policy_noise, or_zero=True)
         _check_positive("noise_clip", noise_clip, or_zero=True)
         _check_choice("w2_backend", w2_backend, BACKENDS)
+        if w2_backend == "exact" and num_samples > MAX_POINTS:
+            raise ValueError(
+                f"num_samples={num_samples} is too large for w2_backend='exact', which takes "
+                f"1..{MAX_POINTS}: lower it, or use w2_backend='fast'."
+            )
         _check_choice("q_normalization", q_normalization, functional.Q_NORMALIZATIONS)
         _check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
         _check_choice("reduction", reduction, ("mean", "sum", "none"))
@@ -235,6 +248,7 @@ class POGOLoss(LossModule):
         self.num_samples = num_samples
         self.blur = blur
         self.w2_backend = w2_backend
+        self.shared_noise = shared_noise
         self.policy_noise = policy_noise
         self.noise_clip = noise_clip
         self.q_normalization = q_normalization
@@ -248,6 +262,12 @@ class POGOLoss(LossModule):
 
         actors = _as_list(actor_network, self.num_actors, "actor", "one for each of w2_weights")
         qvalues = _as_list(qvalue_network, num_qvalue_nets, "qvalue_network", "num_qvalue_nets")
+        if shared_noise and not hasattr(actors[0], "noise_key"):
+            raise ValueError(
+                "shared_noise=True needs actors that read z from the tensordict, but "
+                f"{type(actors[0]).__name__} has no noise_key: use TransportActor or "
+                "shared_noise=False."
+            )
         self.convert_to_functional(
             actors,
             "actor_network",
@@ -395,7 +415,10 @@ class POGOLoss(LossModule):
         params = self.actor_network_params[index]
         # One draw for the Q term and, beyond actor 0, K for the distance: in a single pass.
         draws = 1 if index == 0 else 1 + self.num_samples
-        actions = self._act(_repeat(state, draws), params)
+        states = _repeat(state, draws)
+        if self.shared_noise and index > 0:
+            states = self._with_noise(states, tensordict)
+        actions = self._act(states, params)
         action = actions[..., 0, :]
         q = self._critic(tensordict, action)
         if index == 0:
@@ -404,15 +427,16 @@ class POGOLoss(LossModule):
                 self._to_unit_box(tensordict.get(self.tensor_keys.action)),
             )
         else:
+            states = states[..., 1:] if self.shared_noise else _repeat(state, self.num_samples)
             with torch.no_grad():
-                reference = self._act(
-                    _repeat(state, self.num_samples), self.actor_network_params[index - 1]
-                )
+                reference = self._act(states, self.actor_network_params[index - 1])
             distance = sinkhorn_divergence(
                 self._to_unit_box(actions[..., 1:, :]),
                 self._to_unit_box(reference),
                 blur=self.blur,
                 backend=self.w2_backend,
+                # The diagonal of the unit box; GeomLoss measures the batch's, as published.
+                diameter=2 * action.shape[-1] ** 0.5 if self.w2_backend == "fast" else None,
             )
         scale = functional.q_scale(q, self.alpha, self.q_normalization)
         loss = functional.jko_loss(q, distance, scale=scale, weight=self.w2_weights[index])
@@ -429,6 +453,16 @@ class POGOLoss(LossModule):
     def _act(self, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         with params.to_module(self.actor_network, preserve_module_state=False):
             return self.actor_network(tensordict).get(self.tensor_keys.action)
+
+    def _with_noise(self, states: TensorDictBase, like: TensorDictBase) -> TensorDictBase:
+        """The states with a draw of z for each, which every actor given them will act on."""
+        action = like.get(self.tensor_keys.action)
+        noise = torch.randn(
+            (*states.batch_size, action.shape[-1]),
+            dtype=self.min_action.dtype,
+            device=action.device,
+        )
+        return states.set(self.actor_network.noise_key, noise)
 
     def _critic(self, tensordict: TensorDictBase, action: Tensor) -> Tensor:
         """``Q1(s, action)`` with the critic frozen, shape ``[*B]``."""
