@@ -119,5 +119,5 @@ def cannot_write(folder: Path, option: str, error: OSError) -> OSError:
     """The error to raise when something cannot be kept in ``folder``."""
     return OSError(
         f"cannot write to {folder} ({error.strerror or error}); free some space there or choose "
-        f"another folder with {option}"
+        f"another folder with {option}."
     )

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from pogo_torchrl.training import POGOTrainer
 
 
+class DivergenceError(FloatingPointError):
+    """Training has diverged; the message says what, at which step, and what to try."""
+
+
+class EvaluationError(RuntimeError):
+    """An evaluation failed; the message says when, and how to go on."""
+
+
 class Sink(Protocol):
     """Where rows of numbers go: a CSV file, TensorBoard, ..."""
 
@@ -188,7 +196,7 @@ class Evaluate(TrainerHookBase):
         except Exception as error:
             # Whatever it is, it shall not cost the training up to here.
             self.trainer.save_trainer(force_save=True)
-            raise RuntimeError(
+            raise EvaluationError(
                 f"The evaluation at update {self.trainer.collected_frames} failed: {error}. A "
                 "checkpoint of this update is kept; resume=true repeats the evaluation."
             ) from error
@@ -213,10 +221,6 @@ class Evaluate(TrainerHookBase):
             sink.write(step, rows)
         self.last_step = step
         self.report(evaluations)
-
-
-class DivergenceError(FloatingPointError):
-    """Training has diverged; the message says what, at which step, and what to try."""
 
 
 class StopOnDivergence(TrainerHookBase):

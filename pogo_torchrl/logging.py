@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pogo_torchrl.files import atomic_write
+from pogo_torchrl.files import atomic_write, cannot_write
 
 LOGGERS = ("tensorboard", "wandb")
 """Loggers beside the CSV files; each is an optional dependency."""
@@ -62,18 +62,26 @@ class CSVSink:
         self.last_step = int(kept[-1]["step"]) if kept else None
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append the rows of one step."""
+        """Append the rows of one step.
+
+        Raises:
+            ValueError: when their columns are not those of the file.
+            OSError: when the file cannot be written; a row that was cut off is dropped on resume.
+        """
         columns = ["step", *rows[0]]
         if self._columns is not None and columns != self._columns:
             raise ValueError(
                 f"{self.path} has the columns {self._columns}, the new row has {columns}: it was "
                 "written by another version. Start in another log_dir."
             )
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if self._columns is None:
-                writer.writeheader()
-            writer.writerows({"step": step, **row} for row in rows)
+        try:
+            with self.path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                if self._columns is None:
+                    writer.writeheader()
+                writer.writerows({"step": step, **row} for row in rows)
+        except OSError as error:
+            raise cannot_write(self.path.parent, "log_dir", error) from error
         self._columns, self.last_step = columns, step
 
 

@@ -25,6 +25,7 @@ from pogo_torchrl.checkpoints import (
     metadata,
     remove_unfinished,
 )
+from pogo_torchrl.hooks import DivergenceError
 from pogo_torchrl.objectives import POGOLoss
 
 _LOGGER = logging.getLogger(__name__)
@@ -341,7 +342,12 @@ class POGOTrainer(Trainer):
     def optim_steps(self, batch: TensorDictBase) -> None:
         """As many updates as the tick is long."""
         self.optim_steps_per_batch = batch.numel()
-        super().optim_steps(batch)
+        try:
+            super().optim_steps(batch)
+        except FloatingPointError as error:
+            raise DivergenceError(
+                f"Training has diverged: at update {self._optim_count}, {error}"
+            ) from error
 
     def _sample(self, batch: TensorDictBase) -> TensorDictBase:
         return self._dataset.sample()

@@ -11,7 +11,7 @@ from torch import nn
 
 from pogo_torchrl import TransportActor, make_actor
 from pogo_torchrl.envs import make_env, score
-from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
+from pogo_torchrl.evaluation import _STREAM, Evaluation, Evaluator, format_evaluation
 
 TASK = "hopper-medium-v2"
 EPISODES = 2
@@ -81,7 +81,7 @@ def test_deterministic_mode_is_a_plain_loop(evaluator, chain):
     env = make_env(TASK)
     for actor, evaluation in zip(chain, evaluator(chain)[::2]):
         for episode in range(EPISODES):
-            start = np.random.SeedSequence(0, spawn_key=(episode,)).spawn(2)[0]
+            start = np.random.SeedSequence(0, spawn_key=(_STREAM, episode)).spawn(2)[0]
             observation, _ = env.reset(seed=int(start.generate_state(1)[0]))
             total, steps, over = 0.0, 0, False
             while not over:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 
 import pytest
 
@@ -89,3 +90,24 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, tmp_path, name)
 def test_an_unknown_logger_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"logger\.backend='mlflow'.*tensorboard, wandb or null"):
         make_logger("mlflow", tmp_path, "run")
+
+
+def test_a_row_that_a_full_disk_cuts_off_is_dropped_on_resume(tmp_path):
+    resource = pytest.importorskip("resource")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    row = {"loss": 0.123456789, "score": 12.5}
+    path = tmp_path / "metrics.csv"
+    sink = CSVSink(path)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError, match=r"cannot write to .* \(File too large\).*log_dir"):
+            for step in range(100):
+                sink.write(step, [row])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.stat().st_size == 100
+    whole = sink.last_step
+    CSVSink(path, resume_step=whole).write(whole + 1, [row])
+    assert [line.count(",") for line in path.read_text().splitlines()] == [2] * (whole + 3)

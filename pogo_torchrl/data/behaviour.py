@@ -35,7 +35,7 @@ from pogo_torchrl.files import atomic_write, cache_folder, cannot_write, make_wr
 _LOGGER = logging.getLogger(__name__)
 
 # Raise this number with every change after which the same call would give other data.
-_VERSION = 1
+_VERSION = 2
 
 # Each episode adds Gaussian noise of one scale, drawn from U(0, MAX_NOISE), in units of half the
 # action range. A scale per episode gives episodes from nearly as good as the policy down to early

@@ -1,0 +1,66 @@
+"""Small runs of the command line in processes of their own, for the tests that cut them short."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "pogo_offline.py"
+SMALL = [
+    "data.size=2000", "eval_episodes=1", "hidden_sizes=[16]", "log_interval=4", "eval_interval=6",
+    "checkpoint_interval=4", "batch_size=16", "w2_weights=[0.1,0.5]", "progress_bar=false",
+]  # fmt: skip
+CLOCKS = ("seconds", "updates_per_second")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(EXAMPLE), *SMALL, *arguments]
+
+
+def pogo(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def run_folder(folder: Path, task: str = "hopper-medium-v2") -> Path:
+    return folder / "logs" / task / "w2_0.1_0.5" / "seed_0"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, without what a clock has measured."""
+    with path.open(newline="") as file:
+        return [{k: v for k, v in r.items() if k not in CLOCKS} for r in csv.DictReader(file)]
+
+
+def state(folder: Path) -> dict[str, object]:
+    """All that a run has computed: its numbers, and its newest checkpoint to the last bit."""
+    newest = max((folder / "checkpoints").glob("step-*"))
+    found: dict[str, object] = {
+        f"{newest.name}/{path.parent.name}": torch.load(path, weights_only=True)
+        for path in newest.rglob("state.pt")
+    }
+    for name in ("metrics", "evaluations"):
+        found[name] = rows(folder / "training" / f"{name}.csv")
+    return found
+
+
+def assert_same(left: object, right: object, where: str = "") -> None:
+    """Equality of nested states, bit for bit."""
+    assert type(left) is type(right), where
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}/{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for i, pair in enumerate(zip(left, right)):
+            assert_same(*pair, f"{where}/{i}")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    else:
+        assert left == right, where

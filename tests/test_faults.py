@@ -1,0 +1,232 @@
+"""Runs that are killed, stopped, starved of disk or fed damaged files, in real processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from runs import assert_same, command, pogo, rows, run_folder, state
+
+STEPS = "total_steps=48"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache folder that all runs of this file share."""
+    return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """What an uninterrupted run has computed."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = pogo(folder, cache, STEPS)
+    assert process.returncode == 0, process.stderr
+    return state(run_folder(folder))
+
+
+def start(folder: Path, *arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*arguments), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, **options,
+    )  # fmt: skip
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments(cache, whole, tmp_path, kills):
+    moments = random.Random(kills)
+    metrics = run_folder(tmp_path) / "training" / "metrics.csv"
+    killed = 0
+    while killed < kills:
+        before = len(rows(metrics)) if metrics.exists() else 0
+        process = start(tmp_path, cache, STEPS, "resume=true")
+        if killed:  # the first one anywhere, data and start included
+            wait_for(lambda n=before: metrics.exists() and len(rows(metrics)) != n, process)
+        time.sleep(moments.uniform(0, 0.4 if killed else 8))
+        if process.poll() is not None:
+            break  # it was faster
+        process.kill()
+        process.communicate()
+        killed += 1
+    process = pogo(tmp_path, cache, STEPS, "resume=true")
+    assert process.returncode == 0, process.stderr
+    assert killed > 0
+    assert_same(state(run_folder(tmp_path)), whole)
+    left = [p.name for p in run_folder(tmp_path).rglob(".*")]
+    assert left == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_goes_on(cache, whole, tmp_path, number):
+    metrics = run_folder(tmp_path) / "training" / "metrics.csv"
+    process = start(tmp_path, cache, STEPS)
+    wait_for(metrics.exists, process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, stderr
+    step = int(max((run_folder(tmp_path) / "checkpoints").glob("step-*")).name.split("-")[1])
+    assert stderr.strip() == f"Stopped at update {step}; resume=true continues from there."
+    resumed = pogo(tmp_path, cache, STEPS, "resume=true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"Resumed at update {step}." in resumed.stdout
+    assert_same(state(run_folder(tmp_path)), whole)
+
+
+TROUBLE = """
+import os, time
+import gymnasium
+from pogo_torchrl.envs import make_env
+
+class Trouble(gymnasium.Wrapper):
+    steps = 0
+    def step(self, action):
+        Trouble.steps += 1
+        if Trouble.steps > 5 and "SLOW" in os.environ:
+            time.sleep(0.2)
+        if Trouble.steps > 5 and "BROKEN" in os.environ:
+            raise RuntimeError("the simulator is gone")
+        return super().step(action)
+
+gymnasium.register("Trouble-v0", lambda **kwargs: Trouble(make_env("hopper-medium-v2")))
+"""
+
+
+@pytest.fixture
+def trouble(tmp_path):
+    """An environment like the task's, which can be slow or break."""
+    (tmp_path / "trouble.py").write_text(TROUBLE)
+
+    def options(*variables: str) -> dict:
+        return {"env": os.environ | {"PYTHONPATH": str(tmp_path)} | dict.fromkeys(variables, "1")}
+
+    return options
+
+
+def test_a_signal_during_an_evaluation(cache, whole, tmp_path, trouble):
+    arguments = (cache, STEPS, "env.id=trouble:Trouble-v0")
+    process = start(tmp_path, *arguments, **trouble("SLOW"))
+    log = run_folder(tmp_path) / "training" / "metrics.csv"
+    wait_for(log.exists, process)
+    time.sleep(2)  # in the evaluation of update 6
+    asked = time.monotonic()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert time.monotonic() - asked < 20
+    assert not (run_folder(tmp_path) / "training" / "evaluations.csv").exists()
+    resumed = pogo(tmp_path, *arguments, "resume=true", **trouble())
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same(state(run_folder(tmp_path)), whole)
+
+
+def test_an_evaluation_environment_that_raises(cache, whole, tmp_path, trouble):
+    arguments = (cache, STEPS, "env.id=trouble:Trouble-v0")
+    process = pogo(tmp_path, *arguments, **trouble("BROKEN"))
+    assert process.returncode == 1
+    assert "trouble.py" in process.stderr  # where it was raised
+    last = process.stderr.strip().splitlines()[-1]
+    assert "The evaluation at update 6 failed: the simulator is gone" in last
+    assert "resume=true" in last
+    resumed = pogo(tmp_path, *arguments, "resume=true", **trouble())
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resumed at update 6." in resumed.stdout
+    assert_same(state(run_folder(tmp_path)), whole)
+
+
+def limited_files() -> None:
+    """Before a process starts: no file of it may grow beyond 9 MB, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(cache, tmp_path):
+    wide = (cache, "hidden_sizes=[1024,1024]", "total_steps=8")  # its checkpoints are larger
+    full = pogo(tmp_path, *wide, preexec_fn=limited_files)
+    assert full.returncode == 2
+    assert full.stderr.startswith("pogo: cannot write a checkpoint at update 4: ")
+    assert full.stderr.count("\n") == 1
+    assert list((run_folder(tmp_path) / "checkpoints").iterdir()) == []
+    resumed = pogo(tmp_path, *wide, "resume=true")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_a_folder_without_permission_to_write(cache, tmp_path):
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    process = pogo(tmp_path, cache, STEPS)
+    assert process.returncode == 2
+    assert process.stderr.startswith("pogo: cannot write to logs/hopper-medium-v2")
+    assert process.stderr.count("\n") == 1
+
+
+def test_two_processes_in_one_folder(cache, whole, tmp_path):
+    log = run_folder(tmp_path) / "training" / "train.log"
+    first = start(tmp_path, cache, "total_steps=1000000", "eval_interval=1000000")
+    wait_for(log.exists, first)
+    second = pogo(tmp_path, cache, STEPS, "resume=true")
+    assert second.returncode == 2
+    assert "is in use by another process" in second.stderr
+    assert second.stderr.count("\n") == 1
+    assert first.poll() is None
+    first.kill()  # its lock is stale now, and does not matter
+    first.communicate()
+    shutil.rmtree(run_folder(tmp_path) / "training")
+    shutil.rmtree(run_folder(tmp_path) / "checkpoints", ignore_errors=True)
+    third = pogo(tmp_path, cache, STEPS)
+    assert third.returncode == 0, third.stderr
+    assert_same(state(run_folder(tmp_path)), whole)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_checkpoint_cut_at_a_random_byte(cache, whole, tmp_path, seed):
+    process = pogo(tmp_path, cache, "total_steps=44")
+    assert process.returncode == 0, process.stderr
+    chance = random.Random(seed)
+    newest = max((run_folder(tmp_path) / "checkpoints").glob("step-*"))
+    file = chance.choice(sorted(p for p in newest.rglob("*") if p.stat().st_size and p.is_file()))
+    content = file.read_bytes()
+    file.write_bytes(content[: chance.randrange(len(content))])
+    resumed = pogo(tmp_path, cache, STEPS, "resume=true")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{newest.name} is damaged or unfinished and is passed over" in resumed.stdout
+    assert "Resumed at update 40." in resumed.stdout
+    found = state(run_folder(tmp_path))
+    assert_same(found["metrics"], whole["metrics"])
+    assert_same(found["step-000000000048/0001-loss_module"],
+                whole["step-000000000048/0001-loss_module"])  # fmt: skip
+
+
+def test_a_checkpoint_of_another_run(cache, tmp_path):
+    shared = "checkpoint_dir=shared"
+    assert pogo(tmp_path, cache, "total_steps=4", shared).returncode == 0
+    for change, named in (
+        ("w2_weights=[0.1,0.5,0.5]", "w2_weights: [0.1, 0.5] -> [0.1, 0.5, 0.5]"),
+        ("data.size=3000", "data: "),
+    ):
+        process = pogo(tmp_path, cache, "total_steps=8", "log_dir=b", shared, change, "resume=true")
+        assert process.returncode == 2
+        assert f"is a checkpoint of another run ({named}" in process.stderr.splitlines()[-1]
+        assert not (tmp_path / "b").exists()
+
+
+def test_divergence_stops_the_run(cache, tmp_path):
+    process = pogo(
+        tmp_path, cache, "total_steps=2000", "eval_interval=2000", "lr=1e18", "log_interval=10",
+        "checkpoint_interval=10",
+    )  # fmt: skip
+    assert process.returncode == 3, process.stderr
+    assert process.stderr.startswith("pogo: Training has diverged: at update ")
+    assert "larger w2_weights" in process.stderr
+    assert process.stderr.count("\n") == 1
