@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,13 @@ from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
 from pogo_torchrl.envs import make_env, max_episode_steps, score, split_task
 from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
 from pogo_torchrl.files import atomic_write, make_writable
-from pogo_torchrl.hooks import DivergenceError, Evaluate, LogMetrics, StopOnDivergence
+from pogo_torchrl.hooks import (
+    DivergenceError,
+    Evaluate,
+    EvaluationError,
+    LogMetrics,
+    StopOnDivergence,
+)
 from pogo_torchrl.logging import CSVSink, LoggerSink, check_logger, make_logger
 from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
@@ -126,7 +133,7 @@ def run(cfg: DictConfig) -> list[Evaluation]:
         )
         step = trainer.resume() if cfg.resume else None
         folder.training.mkdir(parents=True, exist_ok=True)
-        with _log_to(logging.FileHandler(folder.training / "train.log")):
+        with _log_to(_File(folder.training / "train.log")):
             with atomic_write(folder.training / "config.yaml", "x") as file:
                 file.write(OmegaConf.to_yaml(cfg, resolve=True))
             behaviour = score(cfg.task, float(replay_buffer.episode_returns.mean()))
@@ -163,14 +170,15 @@ def _finish(
     cfg: DictConfig, folder: RunFolder, chain: list[TransportActor], behaviour: float
 ) -> None:
     evaluations, curves = folder.training / "evaluations.csv", folder.training / "curves.png"
+    policy = folder.checkpoints / "policy.pt"
+    if cfg.save_model:
+        save_actors(policy, chain, hidden_sizes=cfg.hidden_sizes)
     LOGGER.info("%s", score_table(evaluations, behaviour))
     plot_curves(evaluations, curves, title=cfg.task, behaviour_score=behaviour)
     LOGGER.info("Logs:        %s", folder.training)
     LOGGER.info("Curves:      %s", curves)
     LOGGER.info("Checkpoints: %s", folder.checkpoints)
     if cfg.save_model:
-        policy = folder.checkpoints / "policy.pt"
-        save_actors(policy, chain, hidden_sizes=cfg.hidden_sizes)
         LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
 
 
@@ -187,12 +195,12 @@ def _env_fn(task: str, cfg: DictConfig) -> Callable[[], gymnasium.Env]:
         )
     if horizon < 1:
         raise ValueError(f"env.max_episode_steps={horizon} must be an integer >= 1.")
-    env_id = cfg.id or own
+    make = partial(gymnasium.make, cfg.id or own, max_episode_steps=horizon)
     try:
-        gymnasium.spec(env_id)
+        make().close()
     except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"env.id={env_id} is no Gymnasium environment: {error}") from error
-    return partial(gymnasium.make, env_id, max_episode_steps=horizon)
+        raise ValueError(f"env.id={cfg.id} is no Gymnasium environment: {error}") from error
+    return make
 
 
 def _make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss:
@@ -379,10 +387,19 @@ class _Screen(logging.StreamHandler):
         sys.stdout.flush()
 
 
+class _File(logging.FileHandler):
+    """What the screen shows, with the time; no run is lost for it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk is reported by the files that count."""
+
+
 @contextmanager
 def _log_to(handler: logging.Handler) -> Iterator[None]:
-    if isinstance(handler, logging.FileHandler):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     LOGGER.setLevel(logging.INFO)
     LOGGER.addHandler(handler)
     try:
@@ -401,6 +418,9 @@ def _hydra_main(cfg: DictConfig) -> None:
         sys.exit(stop.exit_code)
     except DivergenceError as error:
         _refuse(error, exit_code=3)
+    except EvaluationError as error:
+        traceback.print_exception(error.__cause__)  # the environment may be the user's own
+        _refuse(error, exit_code=1)
     except (ValueError, OSError, ImportError) as error:
         _refuse(error)
     except KeyboardInterrupt:
@@ -416,8 +436,8 @@ def _refuse(error: Exception, exit_code: int = 2) -> NoReturn:
 def main() -> None:
     """Command line.
 
-    Exit codes: 2 for bad input and files that cannot be read or written, 3 where training has
-    diverged, each after one sentence; 128 + signal when stopped by one.
+    Exit codes: 1 where an evaluation has failed, 2 for bad input and files that cannot be read or
+    written, 3 where training has diverged, each after one sentence; 128 + signal when stopped.
     """
     try:
         configs.check_overrides(sys.argv[1:])
