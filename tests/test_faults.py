@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 from runs import assert_same, command, pogo, rows, run_folder, state
 
+from pogo_torchrl.data import behaviour_dataset
+
 STEPS = "total_steps=48"
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache folder that all runs of this file share."""
-    return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
+    """A cache folder that all runs of this file share, with their data."""
+    folder = tmp_path_factory.mktemp("cache")
+    behaviour_dataset("hopper-medium-v2", size=2000, cache_dir=folder, progress=False)
+    return f"data.cache_dir={folder}"
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +193,7 @@ def test_two_processes_in_one_folder(cache, whole, tmp_path):
     assert_same(state(run_folder(tmp_path)), whole)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
 def test_a_checkpoint_cut_at_a_random_byte(cache, whole, tmp_path, seed):
     process = pogo(tmp_path, cache, "total_steps=44")
     assert process.returncode == 0, process.stderr

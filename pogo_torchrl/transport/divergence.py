@@ -19,6 +19,10 @@ BACKENDS = ("tensorized", "online", "auto", "fast", "exact")
 _MAX_DENSE_PAIRS = 5000**2
 
 
+class NotFiniteError(ValueError, FloatingPointError):
+    """Points are not finite: a wrong argument to a function, a divergence to a training."""
+
+
 def sinkhorn_divergence(
     x: Tensor,
     y: Tensor,
@@ -162,7 +166,7 @@ def _diameter(x: Tensor, y: Tensor) -> float:
     points = torch.cat([x.detach().flatten(0, -2), y.detach().flatten(0, -2)])
     diameter = (points.amax(0) - points.amin(0)).norm().item()
     if not math.isfinite(diameter):
-        raise ValueError(
+        raise NotFiniteError(
             "sinkhorn_divergence got points that are not finite (NaN or infinite): the policy has "
             "diverged. Try larger w2_weights, q_normalization='mean_abs' or a smaller lr."
         )
