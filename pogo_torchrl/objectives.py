@@ -268,18 +268,8 @@ class POGOLoss(LossModule):
                 f"{type(actors[0]).__name__} has no noise_key: use TransportActor or "
                 "shared_noise=False."
             )
-        self.convert_to_functional(
-            actors,
-            "actor_network",
-            expand_dim=self.num_actors,
-            create_target_params=delay_actor,
-        )
-        self.convert_to_functional(
-            qvalues,
-            "qvalue_network",
-            expand_dim=num_qvalue_nets,
-            create_target_params=delay_qvalue,
-        )
+        self._stack(actors, "actor_network", create_target_params=delay_actor)
+        self._stack(qvalues, "qvalue_network", create_target_params=delay_qvalue)
         low, high = self._bounds(action_spec, bounds, actors[0])
         self.register_buffer("min_action", low)
         self.register_buffer("max_action", high)
@@ -297,6 +287,21 @@ class POGOLoss(LossModule):
             "target_value",
             "next_state_value",
         ]
+
+    def _stack(self, networks: list[nn.Module], name: str, *, create_target_params: bool) -> None:
+        """Register the parameters of networks of one architecture, stacked."""
+        # Of a list of one, TorchRL registers no parameters; of a module, it draws new ones.
+        several = len(networks) > 1
+        self.convert_to_functional(
+            networks if several else networks[0],
+            name,
+            expand_dim=len(networks),
+            create_target_params=create_target_params,
+        )
+        if not several:
+            values = TensorDict.from_module(networks[0]).data.unsqueeze(0)
+            for params in (f"{name}_params", f"target_{name}_params"):
+                getattr(self, params).data.update_(values)
 
     def _bounds(
         self, action_spec: TensorSpec | None, bounds: tuple | None, actor: TensorDictModule

@@ -526,6 +526,25 @@ class TestChain:
         with pytest.raises(AssertionError):
             make_loss()(make_batch())
 
+    @pytest.mark.parametrize("delay_actor", [False, True])
+    def test_one_network_of_a_kind_is_stacked_and_learns(self, unit_spec, make_batch, delay_actor):
+        actor, qvalue = make_actor(3, unit_spec, (8,)), make_qvalue(3, 2, (8,))
+        loss = POGOLoss(
+            [actor], qvalue, w2_weights=(0.2,), num_qvalue_nets=1, delay_actor=delay_actor
+        ).make_value_estimator(gamma=0.9)
+        names = ("actor_network", "target_actor_network", "qvalue_network", "target_qvalue_network")
+        for name, params in {n: getattr(loss, f"{n}_params") for n in names}.items():
+            assert params.batch_size == (1,), name
+        # a list holds the networks themselves
+        observation = torch.randn(5, 3)
+        given = actor(observation, torch.ones(5, 2))
+        torch.testing.assert_close(loss.actor(0)(observation, torch.ones(5, 2)), given)
+        losses = loss(make_batch())
+        (losses["loss_actor"] + losses["loss_qvalue"]).backward()
+        parameters = dict(loss.named_parameters())
+        assert len(parameters) == 4 + 4
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
+
     def test_weights_multiply_their_own_distance(self, make_loss, make_batch):
         batch = make_batch()
         out = [

@@ -247,16 +247,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_loss, make_buffer, tmp_pat
 def test_an_actor_that_is_not_finite_stops_the_run(make_trainer):
     trainer = make_trainer(12)
     next(trainer.loss_module.actor_network_params.parameters()).data.fill_(float("nan"))
-    with pytest.raises(DivergenceError, match=r"Training has diverged: at update 0, .*not finite"):
+    with pytest.raises(
+        DivergenceError, match=r"Training has diverged: at update \d+, .*not finite"
+    ):
         trainer.train()
 
 
-def test_critics_beyond_the_largest_return_are_warned_of_once(make_trainer, monkeypatch):
+def test_critics_beyond_the_largest_return_are_warned_of_once(make_trainer, monkeypatch, tmp_path):
     monkeypatch.setattr(StopOnDivergence, "explosion", 1e12)
-    trainer, said = guarded(make_trainer, largest_return=1e-6)
+    trainer, said = guarded(make_trainer, largest_return=1e-6, checkpoint_dir=tmp_path)
     trainer.train()
     assert len(said) == 1
-    assert "The critics overestimate: at update 3 Q is" in said[0]
+    assert said[0].startswith("The critics overestimate: at update 3 Q is")
 
 
 def test_critics_far_beyond_the_largest_return_stop_the_run(make_trainer):
