@@ -18,6 +18,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 
+from pogo_torchrl.data import make_replay_buffer
 from pogo_torchrl.data.hdf5 import read_hdf5
 from pogo_torchrl.data.minari import read_minari
 
@@ -78,6 +79,17 @@ def kept(episodes: list[dict]) -> list[tuple[int, int]]:
     """Episode and step of each row, by the rule as it is written: no truncated step, no last."""
     rows = [(e, t) for e, each in enumerate(episodes) for t in range(len(each["rewards"]))]
     return [(e, t) for e, t in rows[:-1] if not episodes[e]["truncations"][t]]
+
+
+def test_make_replay_buffer():
+    write(random_episodes())
+    buffer = make_replay_buffer(
+        "hopper-medium-v2", source="minari", path=ID, batch_size=4, normalize=False
+    )
+    expected = read_minari(ID)
+    for key, values in expected.transitions.items(True, True):
+        assert torch.equal(buffer[:][key], values)
+    np.testing.assert_array_equal(buffer.episode_returns, expected.episode_returns)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import ssl
 import time
 import urllib.error
@@ -12,6 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pogo_torchrl.files import atomic_write
+
+_LOGGER = logging.getLogger(__name__)
 
 RETRY_SECONDS = (1.0, 4.0, 16.0)
 """Waits before the second, third and fourth attempt."""
@@ -65,6 +68,7 @@ def download(url: str, path: Path, *, timeout: float = 30.0, progress: bool = Tr
             reason = str(error) or type(error).__name__
         if wait is None:
             raise ConnectionError(f"{url}: {reason}")
+        _LOGGER.warning("%s: %s; once more in %g s.", url, reason, wait)
         time.sleep(wait)
 
 
