@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from runs import pogo, rows, run_folder
+from runs import assert_same, pogo, rows, run_folder, state
 
 from pogo_torchrl import load_actors
 from pogo_torchrl.envs import make_env
@@ -61,6 +61,33 @@ def test_the_policy_acts_on_raw_observations(finished):
     action = chain[-1](observation=torch.zeros(5, 11))
     assert action.shape == (5, 3)
     assert action.abs().max() <= 1
+
+
+def test_the_same_options_give_the_same_run_to_the_bit(finished, cache, tmp_path):
+    folder, _ = finished
+    assert pogo(tmp_path, cache, "total_steps=12").returncode == 0
+    assert_same(state(run_folder(tmp_path)), state(run_folder(folder)))
+
+
+def test_what_is_written_and_evaluated_makes_no_difference(finished, cache, tmp_path):
+    folder, _ = finished
+    process = pogo(
+        tmp_path, cache, "total_steps=12", "log_interval=5", "eval_interval=100",
+        "eval_episodes=2", "checkpoint_interval=7", "save_model=false", "deterministic=true",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    mine, other = state(run_folder(tmp_path)), state(run_folder(folder))
+    for name in ("loss_module", "optimization_stepper", "rng"):
+        (key,) = (key for key in mine if key.endswith(name))
+        assert_same(mine[key], other[key])
+
+
+def test_another_seed_gives_another_run(finished, cache, tmp_path):
+    folder, _ = finished
+    assert pogo(tmp_path, cache, "total_steps=12", "seed=1").returncode == 0
+    other = run_folder(tmp_path).with_name("seed_1")
+    mine, theirs = (rows(f / "training" / "metrics.csv") for f in (run_folder(folder), other))
+    assert all(a["loss_qvalue"] != b["loss_qvalue"] for a, b in zip(mine, theirs))
 
 
 def test_a_second_start_is_refused(finished, cache):
