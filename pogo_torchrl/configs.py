@@ -84,7 +84,9 @@ class RunConfig:
     )
     log_dir: str = _option("logs", "runs are written to LOG_DIR/TASK/w2_WEIGHTS/seed_SEED")
     checkpoint_dir: str | None = _option(None, "checkpoints; null: in the run's folder")
-    save_model: bool = _option(True, "write the trained chain to policy.pt beside the checkpoints")
+    save_model: bool = _option(
+        True, "write the trained chain to policy.safetensors beside the checkpoints"
+    )
     progress_bar: bool = _option(True, "show speed and remaining time")
     batch_size: int = _option(256, "transitions of an update")
     lr: float = _option(3e-4, "learning rate of every Adam")

@@ -170,7 +170,7 @@ def _finish(
     cfg: DictConfig, folder: RunFolder, chain: list[TransportActor], behaviour: float
 ) -> None:
     evaluations, curves = folder.training / "evaluations.csv", folder.training / "curves.png"
-    policy = folder.checkpoints / "policy.pt"
+    policy = folder.checkpoints / "policy.safetensors"
     if cfg.save_model:
         save_actors(policy, chain, hidden_sizes=cfg.hidden_sizes)
     LOGGER.info("%s", score_table(evaluations, behaviour))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -136,6 +137,7 @@ def make_transport_net(
     observation_dim: int, action_dim: int, hidden_sizes: Sequence[int] = (256, 256)
 ) -> TransportNet:
     """The default f(s, z): an MLP on ``[s, z]`` with ReLU, and z of the action's dimension."""
+    _check_sizes(observation_dim, action_dim, hidden_sizes)
     return TransportNet(
         MLP(
             in_features=observation_dim + action_dim,
@@ -160,7 +162,7 @@ def make_actor(
         A :class:`TransportActor` from ``observation`` (and ``noise``) to ``action``.
 
     Raises:
-        ValueError: when the action spec is not bounded.
+        ValueError: when the action spec is not bounded, or a size is no integer >= 1.
 
     Example:
         >>> import torch
@@ -198,6 +200,7 @@ def make_qvalue(
         >>> qvalue(observation=torch.zeros(7, 11), action=torch.zeros(7, 3)).shape
         torch.Size([7, 1])
     """
+    _check_sizes(observation_dim, action_dim, hidden_sizes)
     mlp = MLP(
         in_features=observation_dim + action_dim,
         out_features=1,
@@ -207,6 +210,23 @@ def make_qvalue(
         norm_kwargs=[{"normalized_shape": width} for width in hidden_sizes] if layer_norm else None,
     )
     return ValueOperator(mlp, in_keys=["observation", "action"])
+
+
+def _check_sizes(observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:
+    for name, value in (("observation_dim", observation_dim), ("action_dim", action_dim)):
+        if not is_count(value):
+            raise ValueError(f"{name}={value!r} must be an integer >= 1.")
+    sizes = list(hidden_sizes) if isinstance(hidden_sizes, Sequence) else []
+    if not sizes or not all(map(is_count, sizes)):
+        raise ValueError(
+            f"hidden_sizes={hidden_sizes!r} must hold one integer >= 1 or more, the widths of the "
+            "hidden layers, e.g. (256, 256)."
+        )
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is an integer of at least 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 def bounded_action_spec(action_spec: TensorSpec, action_key: NestedKey) -> Bounded:

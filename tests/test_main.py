@@ -48,7 +48,7 @@ def test_a_run_writes_its_folder_and_nothing_else(finished):
         "config.yaml", "metrics.csv", "evaluations.csv", "train.log", "curves.png",
     }  # fmt: skip
     assert {p.name for p in checkpoints.iterdir()} == {
-        "step-000000000008", "step-000000000012", "policy.pt",
+        "step-000000000008", "step-000000000012", "policy.safetensors",
     }  # fmt: skip
     assert [r["step"] for r in rows(training / "metrics.csv")] == ["4", "8", "12"]
     assert len(rows(training / "evaluations.csv")) == 2 * 2 * 2
@@ -56,7 +56,7 @@ def test_a_run_writes_its_folder_and_nothing_else(finished):
 
 def test_the_policy_acts_on_raw_observations(finished):
     folder, _ = finished
-    chain = load_actors(run_folder(folder) / "checkpoints" / "policy.pt")
+    chain = load_actors(run_folder(folder) / "checkpoints" / "policy.safetensors")
     assert len(chain) == 2
     action = chain[-1](observation=torch.zeros(5, 11))
     assert action.shape == (5, 3)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
+import safetensors.torch
 import torch
 
 from pogo_torchrl import load_actors, make_actor
@@ -26,8 +28,8 @@ def chain(trained):
 
 @pytest.fixture
 def path(tmp_path, chain):
-    save_actors(tmp_path / "policy.pt", chain, hidden_sizes=HIDDEN)
-    return tmp_path / "policy.pt"
+    save_actors(tmp_path / "policy.safetensors", chain, hidden_sizes=HIDDEN)
+    return tmp_path / "policy.safetensors"
 
 
 def test_raw_observations_are_normalised_inside(trained, chain):
@@ -61,9 +63,22 @@ def test_round_trip(path, chain, wide_spec):
     assert not torch.equal(first, second)
 
 
-def test_the_file_loads_without_running_code(path):
-    content = torch.load(path, weights_only=True)
-    assert content["format"] == "pogo_torchrl.actors"
+def test_the_header_is_json(path):
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["__metadata__"] == {
+        "format": "pogo_torchrl.actors",
+        "version": "2",
+        "hidden_sizes": "[8, 4]",
+        "num_actors": "2",
+    }
+    assert header["actor_1.mean"]["shape"] == [3]
+
+
+def test_loading_leaves_the_random_state_alone(path):
+    before = torch.get_rng_state()
+    load_actors(path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "flipped"])
@@ -77,36 +92,94 @@ def test_damaged_file(path, damage):
             "flipped": whole.replace(b"pogo_torchrl.actors", b"pogo_torchrl.act0rs"),
         }[damage]
     )
-    with pytest.raises(ValueError, match=r"policy\.pt"):
+    with pytest.raises(ValueError, match=r"policy\.safetensors"):
+        load_actors(path)
+
+
+def rewrite(path, tensors=(), **header):
+    """The file with other tensors and header entries; ``None`` takes one away."""
+    with safetensors.safe_open(path, "pt") as file:
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = {**file.metadata(), **header}
+    held = {k: v for k, v in {**held, **dict(tensors)}.items() if v is not None}
+    metadata = {k: v for k, v in metadata.items() if v is not None}
+    path.write_bytes(safetensors.torch.save(held, metadata))
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        ({"format": None}, "no policy of pogo_torchrl"),
+        ({"version": None}, "version None"),
+        ({"version": "99"}, "version 99.*update pogo_torchrl"),
+        ({"num_actors": None}, "num_actors"),
+        ({"num_actors": "3"}, "num_actors=3"),
+        ({"num_actors": "1000000000000"}, "num_actors"),
+        ({"num_actors": "many"}, "many"),
+        ({"hidden_sizes": "[8]"}, "hidden layers"),
+        ({"hidden_sizes": "[8, 5]"}, "size mismatch"),
+        ({"hidden_sizes": "[8, 10000000000000]"}, "size mismatch"),
+        ({"hidden_sizes": "[8, 0]"}, "hidden_sizes"),
+        ({"hidden_sizes": '["8", null]'}, "hidden_sizes"),
+        ({"hidden_sizes": "8"}, "len"),
+        ({"hidden_sizes": "__import__('os')"}, "damaged"),
+    ],
+)
+def test_headers_that_do_not_fit(path, header, named):
+    rewrite(path, **header)
+    with pytest.raises(ValueError, match=rf"policy\.safetensors.*{named}"):
         load_actors(path)
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("key", "values"),
     [
-        {"weights": torch.zeros(2)},
-        [1, 2],
-        {"format": "pogo_torchrl.actors"},
-        {"format": "pogo_torchrl.actors", "version": 1},
+        ("bounds.low", None),
+        ("bounds.low", torch.ones(3)),
+        ("bounds.low", torch.tensor([5.0, 5.0])),
+        ("bounds.high", torch.tensor([1.0, float("inf")])),
+        ("actor_0.mean", None),
+        ("actor_0.mean", torch.tensor(1.0)),
+        ("actor_1.std", torch.ones(4)),
+        ("actor_0.module.mlp.0.weight", torch.full((8, 5), float("nan"))),
+        ("actor_0.module.mlp.0.weight", torch.zeros(8, 6)),
+        ("actor_0.module.mlp.0.weight", torch.zeros(8, 5, dtype=torch.int64)),
+        ("actor_0.module.mlp.9.weight", torch.zeros(1)),
+        ("actor_7.mean", torch.zeros(3)),
     ],
-    ids=["foreign", "list", "no version", "no actors"],
 )
-def test_foreign_file(tmp_path, content):
-    torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt"):
-        load_actors(tmp_path / "other.pt")
-
-
-def test_newer_version(path):
-    content = torch.load(path, weights_only=True)
-    torch.save({**content, "version": 99}, path)
-    with pytest.raises(ValueError, match=r"version 99.*update pogo_torchrl"):
+def test_tensors_that_do_not_fit(path, key, values):
+    rewrite(path, {key: values})
+    with pytest.raises(ValueError, match=r"policy\.safetensors is damaged \(.+\): export"):
         load_actors(path)
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"policy\.pt"):
+def test_a_file_of_torch_save_is_not_opened(tmp_path):
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "policy.pt")
+    with pytest.raises(
+        ValueError, match=r"policy\.pt was written by torch\.save and is not opened"
+    ):
         load_actors(tmp_path / "policy.pt")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "named"), [((8,), "hidden_sizes=\\[8\\]"), ((8, 5), "hidden_sizes=\\[8, 5\\]")]
+)
+def test_hidden_sizes_of_other_actors_are_not_written(tmp_path, chain, hidden, named):
+    with pytest.raises(ValueError, match=named):
+        save_actors(tmp_path / "policy.safetensors", chain, hidden_sizes=hidden)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_actors_on_normalised_observations_are_not_written(tmp_path, trained):
+    for actors in (trained, []):
+        with pytest.raises(ValueError, match="on_raw_observations"):
+            save_actors(tmp_path / "policy.safetensors", actors, hidden_sizes=HIDDEN)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"policy\.safetensors"):
+        load_actors(tmp_path / "policy.safetensors")
 
 
 def test_an_interrupted_write_leaves_the_old_file(path, chain, monkeypatch):
@@ -119,10 +192,10 @@ def test_an_interrupted_write_leaves_the_old_file(path, chain, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_actors(path, chain[:1], hidden_sizes=HIDDEN)
     assert path.read_bytes() == before
-    assert [p.name for p in path.parent.iterdir()] == ["policy.pt"]
+    assert [p.name for p in path.parent.iterdir()] == ["policy.safetensors"]
 
 
 def test_writing_again_replaces_the_file(path, chain):
     save_actors(path, chain[:1], hidden_sizes=HIDDEN)
     assert len(load_actors(path)) == 1
-    assert [p.name for p in path.parent.iterdir()] == ["policy.pt"]
+    assert [p.name for p in path.parent.iterdir()] == ["policy.safetensors"]
