@@ -97,6 +97,19 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(root) / "pogo_torchrl"
 
 
+def physical_memory() -> float:
+    """Bytes of memory that the machine has; infinite where the system does not tell.
+
+    Example:
+        >>> physical_memory() > 1e6
+        True
+    """
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return float("inf")
+
+
 def make_writable(folder: Path, option: str) -> None:
     """Make a folder, so that what will be written there does not fail after the work.
 

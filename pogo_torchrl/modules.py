@@ -226,7 +226,7 @@ def _check_sizes(observation_dim: int, action_dim: int, hidden_sizes: Sequence[i
 
 def is_count(value: object) -> bool:
     """Whether a value is an integer of at least 1."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def bounded_action_spec(action_spec: TensorSpec, action_key: NestedKey) -> Bounded:

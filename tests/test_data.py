@@ -240,7 +240,9 @@ def test_statistics_of_large_offsets():
 
 
 def test_without_normalisation_rows_stay_as_they_are(file):
-    rb = make_replay_buffer("hopper-medium-v2", source="hdf5", path=file, normalize=False)
+    rb = make_replay_buffer(
+        "hopper-medium-v2", source="hdf5", path=file, normalize=False, batch_size=8
+    )
     data = read_hdf5(file)
     assert (rb[:] == data.transitions).all()
     assert torch.equal(rb.normalization.mean, torch.zeros(3))
@@ -270,7 +272,7 @@ def test_the_data_are_immutable(rb, method):
 
 
 def test_local_source_is_the_generated_file(tmp_path):
-    settings = {"size": 100, "cache_dir": tmp_path, "normalize": False}
+    settings = {"size": 100, "cache_dir": tmp_path, "normalize": False, "batch_size": 8}
     rb = make_replay_buffer("hopper-medium-v2", **settings)
     (path,) = tmp_path.glob("*.hdf5")
     assert (rb[:] == read_hdf5(path).transitions).all()

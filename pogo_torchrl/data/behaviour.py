@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pogo_torchrl.data.hdf5 import own_array
 from pogo_torchrl.data.policies import LinearPolicy, load_manifest, load_policies
 from pogo_torchrl.envs import make_env, split_task
 from pogo_torchrl.envs.locomotion import clip
@@ -125,7 +126,7 @@ def behaviour_dataset(
     folder = cache_folder(cache_dir)
     path = folder / name
     if path.exists():
-        if _is_intact(path):
+        if _is_intact(path, size):
             return path
         _LOGGER.warning("%s is damaged and is generated again", path)
     make_writable(folder, "data.cache_dir")  # before the work, not after it
@@ -270,12 +271,15 @@ def _to_hdf5(rows: Rows, metadata: dict[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def _is_intact(path: Path) -> bool:
+def _is_intact(path: Path, size: int) -> bool:
     try:
         with h5py.File(path) as file:
-            rows = {key: file[key][()] for key in _KEYS}
-            return file.attrs["sha256"] == _digest(rows)
-    except (OSError, RuntimeError, KeyError):  # what h5py raises for a file that is not whole
+            arrays: dict[str, Any] = {key: own_array(file, key) for key in _KEYS}
+            if any(array is None or len(array) != size for array in arrays.values()):
+                return False
+            return file.attrs["sha256"] == _digest({key: a[()] for key, a in arrays.items()})
+    # what h5py raises for a file that is not whole, and own_array for links
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError):
         return False
 
 

@@ -1,7 +1,12 @@
-"""Files in D4RL's HDF5 layout -> the transitions that offline RL learns from."""
+"""Files in D4RL's HDF5 layout -> the transitions that offline RL learns from.
+
+Such files may come from anywhere: only arrays that lie in the file itself are read, and what they
+say about their size is checked before memory is taken.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +15,14 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
+from pogo_torchrl.files import physical_memory
+
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals")
 PIECE = 65_536
 """Rows read at a time."""
+
+# A kilobyte is the most that a byte of HDF5's deflate grows to; below this size it does not matter.
+_MAX_COMPRESSION, _SMALL = 1100, 64 << 20
 
 
 class Dataset(NamedTuple):
@@ -48,8 +58,9 @@ def read_hdf5(path: str | Path, *, max_episode_steps: int = 1000) -> Dataset:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is no HDF5 file, lacks keys, or holds rows that do not fit or are not
-            finite; the message names the file and the key.
+        ValueError: when it is no HDF5 file, lacks keys, holds rows that do not fit or are not
+            finite, links to other files, or would not fit into memory; the message names the file
+            and the key.
 
     Example:
         >>> import h5py, numpy as np, tempfile
@@ -70,27 +81,66 @@ def read_hdf5(path: str | Path, *, max_episode_steps: int = 1000) -> Dataset:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"data.path={str(path)!r} is not a file.")
+        raise FileNotFoundError(
+            f"data.path={str(path)!r} is not a file; give one in D4RL's HDF5 layout."
+        )
     try:
         with h5py.File(path) as file:
             return _read(file, path, max_episode_steps)
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable HDF5 file: {error}.") from error
+    except (OSError, RuntimeError, KeyError, TypeError) as error:  # all that h5py raises
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is not a readable HDF5 file ({reason}): make or download it again."
+        ) from error
+
+
+def own_array(file: h5py.File, key: str) -> h5py.Dataset | None:
+    """An array that lies in the file itself, in its root or in groups; None where there is none.
+
+    Raises:
+        ValueError: when the key leads anywhere else, to another file or another place, or is no
+            array. Nothing is followed.
+    """
+    name, place, item = str(file.filename), "", file
+    for part in key.split("/"):
+        place = f"{place}/{part}".lstrip("/")
+        if not isinstance(item, h5py.Group):
+            return None
+        link = item.get(part, getlink=True)
+        if link is None:
+            return None
+        if not isinstance(link, h5py.HardLink):
+            raise _foreign(name, key, f"{place} is a link ({type(link).__name__})")
+        item = item[part]
+    if not isinstance(item, h5py.Dataset):
+        raise ValueError(f"{name}: {key} is no array; store one under this key, or drop the key.")
+    if item.is_virtual or item.external:
+        raise _foreign(name, key, f"{key} has its numbers in other files")
+    return item
+
+
+def _foreign(name: str, key: str, why: str) -> ValueError:
+    return ValueError(
+        f"{name}: {why}, and links are not followed; copy the array {key} into the file."
+    )
 
 
 def _read(file: h5py.File, path: Path, max_episode_steps: int) -> Dataset:
-    _check_layout(file, path)
-    rewards, terminals = (_column(file, key, path) for key in ("rewards", "terminals"))
+    arrays = _check_layout(file, path)
+    rewards, terminals = (_column(arrays, key, path) for key in ("rewards", "terminals"))
     terminals = terminals != 0
-    if "timeouts" in file:
-        timeouts = _column(file, "timeouts", path) != 0
+    if "timeouts" in arrays:
+        timeouts = _column(arrays, "timeouts", path) != 0
     else:
         timeouts = _horizon_timeouts(terminals, max_episode_steps)
     rows = np.flatnonzero(~timeouts[:-1])
     if rows.size == 0:
-        raise ValueError(f"{path} holds no transition to learn from ({len(timeouts)} rows).")
-    observation, next_observation = _gather(file, "observations", path, rows, rows + 1)
-    (action,) = _gather(file, "actions", path, rows)
+        raise ValueError(
+            f"{path} holds no transition to learn from: all but the last of its {len(timeouts)} "
+            "rows are timeouts, whose next observation is not known; use another file."
+        )
+    observation, next_observation = _gather(arrays, "observations", path, rows, rows + 1)
+    (action,) = _gather(arrays, "actions", path, rows)
     terminated = torch.from_numpy(terminals[rows]).unsqueeze(-1)
     transitions = TensorDict(
         {
@@ -112,33 +162,62 @@ def _read(file: h5py.File, path: Path, max_episode_steps: int) -> Dataset:
     return Dataset(transitions, _episode_returns(rewards, terminals | timeouts))
 
 
-def _check_layout(file: h5py.File, path: Path) -> None:
-    missing = [key for key in REQUIRED_KEYS if not isinstance(file.get(key), h5py.Dataset)]
+def _check_layout(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
+    """The file's arrays, as far as D4RL's layout has them; no number has been read."""
+    found = {key: own_array(file, key) for key in (*REQUIRED_KEYS, "timeouts")}
+    arrays = {key: array for key, array in found.items() if array is not None}
+    missing = [key for key in REQUIRED_KEYS if key not in arrays]
     if missing:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}: a file in D4RL's layout holds "
             f"{', '.join(REQUIRED_KEYS)} (and timeouts)."
         )
-    rows = len(file["observations"]) if file["observations"].shape else 0
-    for key in (*REQUIRED_KEYS, "timeouts"):
-        if key not in file:
-            continue
-        shape, dtype = file[key].shape, file[key].dtype
+    shapes: dict[str, tuple[int, ...]] = {key: array.shape or () for key, array in arrays.items()}
+    rows = shapes["observations"][0] if shapes["observations"] else 0
+    for key, array in arrays.items():
+        shape, dtype = shapes[key], array.dtype
         if dtype.kind not in "biuf":
-            raise ValueError(f"{path}: {key} holds {dtype}; numbers are needed.")
+            raise ValueError(f"{path}: {key} holds {dtype}; store real numbers or booleans there.")
         matrix = key in ("observations", "actions")
-        fits = len(shape) == 2 if matrix else shape in ((rows,), (rows, 1))
+        fits = len(shape) == 2 and shape[1] > 0 if matrix else shape in ((rows,), (rows, 1))
         if not fits or shape[0] != rows:
+            needed = f"({rows}, its size)" if matrix else f"({rows},)"
             raise ValueError(
-                f"{path}: {key} has shape {shape}, which does not fit {rows} observations."
+                f"{path}: {key} has shape {shape}, which does not fit {rows} observations; store "
+                f"it as {needed}."
             )
     if rows < 2:
-        raise ValueError(f"{path} holds {rows} rows; at least 2 are needed.")
+        raise ValueError(f"{path} holds {rows} rows; at least 2 are needed, so use another file.")
+    _check_sizes(arrays, path)
+    return arrays
 
 
-def _column(file: h5py.File, key: str, path: Path) -> np.ndarray:
-    column = file[key][()].reshape(-1)
-    _check_finite(column, key, path, 0)
+def _check_sizes(arrays: dict[str, h5py.Dataset], path: Path) -> None:
+    """A small file can declare arrays of any size: HDF5 fills what was never written."""
+    needed = 0.0
+    for key, array in arrays.items():
+        # HDF5 reads chunks, whole, and they may be larger than the array.
+        size = array.dtype.itemsize * max(array.size, math.prod(array.chunks or (0,)))
+        stored = array.id.get_storage_size()
+        if size > max(_SMALL, _MAX_COMPRESSION * stored):
+            raise ValueError(
+                f"{path}: {key} declares {size / 1e9:.3g} GB (shape {array.shape}) but only "
+                f"{stored} bytes of it are stored; the file is unfinished or damaged, so make or "
+                "download it again."
+            )
+        # observations are taken twice, as float32
+        needed += size + 4.0 * array.size * (2 if key == "observations" else 1)
+    if needed > physical_memory():
+        raise ValueError(
+            f"{path} needs {needed / 1e9:.3g} GB of memory, this machine has "
+            f"{physical_memory() / 1e9:.3g} GB: use a smaller file or a larger machine."
+        )
+
+
+def _column(arrays: dict[str, h5py.Dataset], key: str, path: Path) -> np.ndarray:
+    column = arrays[key][()].reshape(-1)
+    with np.errstate(over="ignore"):  # what leaves float32 is refused as not finite
+        _check_finite(column.astype(np.float32, copy=False), key, path, 0)
     return column
 
 
@@ -147,21 +226,24 @@ def _check_finite(array: np.ndarray, key: str, path: Path, first_row: int) -> No
         return
     bad = np.argwhere(~np.isfinite(array))[0]
     bad[0] += first_row
-    raise ValueError(f"{path}: {key}{bad.tolist()} is not finite; repair or drop that row.")
+    raise ValueError(
+        f"{path}: {key}{bad.tolist()} is not finite in float32; repair or drop that row."
+    )
 
 
 def _gather(
-    file: h5py.File, key: str, path: Path, *selections: np.ndarray
+    arrays: dict[str, h5py.Dataset], key: str, path: Path, *selections: np.ndarray
 ) -> tuple[torch.Tensor, ...]:
     """The given rows of an array, as float32 tensors.
 
     The array is read piece by piece: D4RL's largest files hold two million transitions, and
     whole copies on the way would double the memory.
     """
-    array = file[key]
+    array = arrays[key]
     out = tuple(torch.empty(len(rows), array.shape[1]) for rows in selections)
     for start in range(0, len(array), PIECE):
-        piece = array[start : start + PIECE].astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):
+            piece = array[start : start + PIECE].astype(np.float32, copy=False)
         _check_finite(piece, key, path, start)
         for rows, tensor in zip(selections, out):
             first, last = np.searchsorted(rows, (start, start + len(piece)))

@@ -155,7 +155,8 @@ def make_replay_buffer(
         data = read_hdf5(str(path), max_episode_steps=max_episode_steps(task))
     if batch_size > len(data.transitions):
         raise ValueError(
-            f"batch_size={batch_size} is more than the data's {len(data.transitions)} transitions."
+            f"batch_size={batch_size} is more than the data's {len(data.transitions)} transitions: "
+            "lower it, or use more data."
         )
     raw, episode_returns = data.transitions.clone(recurse=False), data.episode_returns
     del data
@@ -193,7 +194,7 @@ def _check_arguments(
     source: str, path: str | Path | None, mirror: str | Path | None, batch_size: int
 ) -> None:
     if source not in SOURCES:
-        raise ValueError(f"data.source={source!r} is unknown; choose one of {list(SOURCES)}.")
+        raise ValueError(f"data.source={source!r} is unknown; choose one of {', '.join(SOURCES)}.")
     needs = {"hdf5": "FILE, a file in D4RL's layout", "minari": "ID, a Minari dataset"}
     if source in needs and path is None:
         raise ValueError(f"data.source={source!r} needs data.path={needs[source]}.")
@@ -206,4 +207,4 @@ def _check_arguments(
             f"data.mirror={str(mirror)!r} is used with data.source=d4rl only, got {source!r}."
         )
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be an integer >= 1.")
+        raise ValueError(f"batch_size={batch_size} must be an integer >= 1, e.g. 256.")
