@@ -93,7 +93,7 @@ def _solve(
     for eps, shift in steps:
         pairs = zip(potentials, _partners(potentials, n), costs)
         potentials = [
-            u - eps / 2 * _log_mean_exp((_exponent(u, v, c, eps)), shift) for u, v, c in pairs
+            u - eps / 2 * _log_mean_exp(_exponent(u, v, c, eps), shift) for u, v, c in pairs
         ]
 
     # The last extrapolation, a full step; its softmax weights make the gradient.
