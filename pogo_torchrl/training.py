@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import SoftUpdate
@@ -27,6 +27,7 @@ from pogo_torchrl.checkpoints import (
 )
 from pogo_torchrl.hooks import DivergenceError
 from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.optim import StackedAdam
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -87,13 +88,14 @@ class POGOOptimizationStepper(OptimizationStepper):
     """One update of POGO: the critics, then the actors 0, 1, ..., each after the one before.
 
     Actor i is trained against the just updated actor i - 1 and the just updated critic. There is
-    one Adam for the critics and one for each actor.
+    one Adam for each critic and for each actor.
 
     Args:
         loss_module: the objective.
         lr: learning rate of every Adam. Defaults to ``3e-4``.
         policy_freq: critic steps per chain of actor steps. Defaults to ``1``.
-        compile: run the losses through ``torch.compile``. Defaults to ``False``.
+        compile: run the whole update as one graph of ``torch.compile``. It draws the same noise and
+            gives the same numbers, up to rounding. Defaults to ``False``.
     """
 
     def __init__(
@@ -105,58 +107,44 @@ class POGOOptimizationStepper(OptimizationStepper):
         compile: bool = False,
     ) -> None:
         self.loss_module = loss_module
-        self._qvalue_loss, self._actor_loss = loss_module.qvalue_loss, loss_module.actor_loss
-        if compile:
-            self._qvalue_loss = torch.compile(self._qvalue_loss)
-            self._actor_loss = torch.compile(self._actor_loss)
         self.policy_freq = policy_freq
         self._steps = 0
         self._actor_metrics: dict[str, Tensor] = {}
         self.metrics = TensorDict()
         self._qvalue_params = list(loss_module.qvalue_network_params.parameters())
-        # The chain's parameters are stacked; the optimizer of actor i holds the i-th slices,
-        # which share their memory with the stack.
-        self._stacked_params = list(loss_module.actor_network_params.parameters())
-        self._actor_params = [
-            [nn.Parameter(stacked.data[i]) for stacked in self._stacked_params]
-            for i in range(loss_module.num_actors)
-        ]
+        self._actor_params = list(loss_module.actor_network_params.parameters())
         self.optimizers = {
-            "qvalue": torch.optim.Adam(self._qvalue_params, lr=lr),
-            **{
-                f"actor_{i}": torch.optim.Adam(params, lr=lr)
-                for i, params in enumerate(self._actor_params)
-            },
+            "qvalue": StackedAdam(self._qvalue_params, lr),
+            "actor": StackedAdam(self._actor_params, lr),
         }
+        self._update = _compiled(self.update) if compile else self.update
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Update on one batch and return the detached scalars of all losses."""
-        metrics = self._qvalue_step(sub_batch)
         # Steps without an actor update repeat the last values: the trainer averages over steps.
-        if self._steps % self.policy_freq == 0:
-            for index in range(self.loss_module.num_actors):
-                self._actor_metrics.update(self._actor_step(index, sub_batch))
+        metrics, actor_metrics = self._update(sub_batch, self._steps % self.policy_freq == 0)
+        self._actor_metrics = actor_metrics or self._actor_metrics
         self._steps += 1
         self.metrics = TensorDict({**metrics, **self._actor_metrics})
         return self.metrics.copy()  # the trainer averages in place
 
-    def _qvalue_step(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        loss, metadata = self._qvalue_loss(batch)
+    def update(
+        self, batch: TensorDictBase, with_actors: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The update itself; returns the scalars of the critics and of the actors."""
+        loss, metrics = self.loss_module.qvalue_loss(batch)
         gradients = torch.autograd.grad(loss, self._qvalue_params)
-        self._apply("qvalue", self._qvalue_params, gradients)
-        del metadata["td_error"]  # scalars only
-        return {"loss_qvalue": loss.detach(), **metadata}
-
-    def _actor_step(self, index: int, batch: TensorDictBase) -> dict[str, Tensor]:
-        loss, metadata = self._actor_loss(batch, index)
-        gradients = torch.autograd.grad(loss, self._stacked_params)
-        self._apply(f"actor_{index}", self._actor_params[index], [g[index] for g in gradients])
-        return metadata
-
-    def _apply(self, name: str, params: list[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        for parameter, gradient in zip(params, gradients):
-            parameter.grad = gradient
-        self.optimizers[name].step()
+        self.optimizers["qvalue"].step(gradients)
+        del metrics["td_error"]  # scalars only
+        metrics["loss_qvalue"] = loss.detach()
+        actor_metrics: dict[str, Tensor] = {}
+        for index in range(self.loss_module.num_actors if with_actors else 0):
+            loss, scalars = self.loss_module.actor_loss(batch, index)
+            # Of the stacked parameters only slice ``index`` has a gradient.
+            gradients = torch.autograd.grad(loss, self._actor_params)
+            self.optimizers["actor"].step(gradients, index)
+            actor_metrics.update(scalars)
+        return metrics, actor_metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer states, and the place in the cycle of ``policy_freq``."""
@@ -173,6 +161,21 @@ class POGOOptimizationStepper(OptimizationStepper):
         self._actor_metrics = {k: v.to(device) for k, v in state_dict["actor_metrics"].items()}
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict["optimizers"][name])
+
+
+def _compiled(update: Callable[..., Any]) -> Callable[..., Any]:
+    """The update as one graph: losses, gradients and optimizers together."""
+    # With torch's own generator, so that the numbers are those of the update as it is written.
+    compiled = torch.compile(
+        update, fullgraph=True, dynamic=False, options={"fallback_random": True}
+    )
+
+    def run(*args: Any) -> Any:
+        # Off by default in torch 2.13; without it a graph ends at each autograd.grad.
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return compiled(*args)
+
+    return run
 
 
 class POGOTrainer(Trainer):
@@ -198,7 +201,7 @@ class POGOTrainer(Trainer):
             ``0.005``.
         target_net_updater: TorchRL target updater of ``loss_module``. Defaults to
             ``SoftUpdate(loss_module, tau=tau)``.
-        compile: run the losses through ``torch.compile``. Defaults to ``False``.
+        compile: run the update as one graph of ``torch.compile``. Defaults to ``False``.
         checkpoint_dir: folder for rotated checkpoints; ``None``: none are written.
         checkpoint_interval: updates between two of them; one is always written at the end.
             Defaults to ``50_000``.
