@@ -14,8 +14,11 @@ class StackedAdam:
 
     .. math::
         m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
-        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
-        \theta \leftarrow \theta - lr \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2,
+
+    .. math::
+        \theta \leftarrow \theta -
+        lr \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     Each network has its own moments and its own count :math:`t`: as many optimizers as networks.
     ``torch.optim.Adam`` gives the same numbers; it cannot be traced together with the losses into
