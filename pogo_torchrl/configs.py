@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torchrl.trainers.algorithms.configs.objectives import LossConfig
 from torchrl.trainers.algorithms.configs.trainers import TrainerConfig
 
+# The chain's weights name the run's folder, and each is a network; the papers' chains have three.
+_LONGEST = 32
 
-def _option(default: Any, help: str) -> Any:
+
+def _option(default: Any, help: str, *, lowest: int = 1, highest: int | None = None) -> Any:
+    """A field; ``lowest`` and ``highest`` bound it where it holds integers."""
+    metadata = {"help": help, "lowest": lowest, "highest": highest}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -37,8 +48,15 @@ class DataConfig:
     mirror: str | None = _option(
         None, "address or folder of a copy of D4RL's files, with d4rl; null: D4RL's own server"
     )
-    size: int = _option(100_000, "transitions to roll out, with data.source=local")
-    seed: int = _option(0, "seed of these rollouts; the training's seed leaves the data alone")
+    size: int = _option(
+        100_000, "transitions to roll out, with data.source=local", highest=100_000_000
+    )
+    seed: int = _option(
+        0,
+        "seed of these rollouts; the training's seed leaves the data alone",
+        lowest=0,
+        highest=2**32 - 1,
+    )
     cache_dir: str | None = _option(
         None, "folder of rollouts and downloads; null: pogo_torchrl in your cache folder (~/.cache)"
     )
@@ -69,11 +87,15 @@ class RunConfig:
     """Every option of ``examples/pogo_offline.py``; ``--help`` prints them."""
 
     task: str = _option("hopper-medium-v2", "D4RL task; its preset sets w2_weights and lr")
-    seed: int = _option(0, "seed of initialisation, sampling, noise and evaluation")
+    seed: int = _option(
+        0, "seed of initialisation, sampling, noise and evaluation", lowest=0, highest=2**32 - 1
+    )
     w2_weights: list[float] = _option([0.2, 0.2, 0.2], "w_i, one for each actor of the chain")
     total_steps: int = _option(2000, "updates; the papers use 1000000")
     eval_interval: int = _option(500, "updates between evaluations; one always ends the run")
-    eval_episodes: int = _option(10, "episodes per actor and action mode of an evaluation")
+    eval_episodes: int = _option(
+        10, "episodes per actor and action mode of an evaluation", highest=10_000
+    )
     log_interval: int = _option(250, "updates between rows of metrics.csv")
     checkpoint_interval: int = _option(1000, "updates between checkpoints; one always ends the run")
     resume: bool = _option(False, "go on from the newest checkpoint of the same run")
@@ -170,7 +192,7 @@ class POGOTrainerConfig(TrainerConfig):
         super().__post_init__()
 
 
-def options(schema: type = RunConfig, prefix: str = "") -> dict[str, str]:
+def options() -> dict[str, str]:
     """The option names of a run with their meanings and defaults.
 
     Example:
@@ -179,7 +201,22 @@ def options(schema: type = RunConfig, prefix: str = "") -> dict[str, str]:
         >>> "data.path" in options()
         True
     """
-    found: dict[str, str] = {}
+    return {
+        name: f"{entry.metadata['help']} (default {_yaml(default)})"
+        for name, entry, _, default in _entries()
+    }
+
+
+def _yaml(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def _entries(
+    schema: type = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, dataclasses.Field, Any, Any]]:
+    """Name, field, type and default of every option."""
+    hints = get_type_hints(schema)
     for entry in dataclasses.fields(schema):
         default = (
             entry.default_factory()
@@ -187,12 +224,51 @@ def options(schema: type = RunConfig, prefix: str = "") -> dict[str, str]:
             else entry.default
         )
         if dataclasses.is_dataclass(default):
-            found.update(options(type(default), f"{prefix}{entry.name}."))
+            yield from _entries(type(default), f"{prefix}{entry.name}.")
         else:
-            yaml = {"None": "null", "True": "true", "False": "false"}
-            shown = yaml.get(str(default), default)
-            found[prefix + entry.name] = f"{entry.metadata['help']} (default {shown})"
-    return found
+            yield prefix + entry.name, entry, hints[entry.name], default
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what no run can use: integers out of range, numbers that are not finite, empty lists.
+
+    What an option means to the loss, the trainer or the data is checked where it is used.
+
+    Raises:
+        ValueError: naming the option, its value, and what is allowed.
+
+    Example:
+        >>> check(OmegaConf.structured(RunConfig(eval_episodes=0)))
+        Traceback (most recent call last):
+            ...
+        ValueError: eval_episodes=0 must be an integer from 1 to 10000, e.g. 10.
+    """
+    for name, entry, _, default in _entries():
+        try:
+            value = OmegaConf.select(cfg, name)
+        except OmegaConfBaseException as error:
+            raise ValueError(
+                f"{name} cannot be read ({str(error).splitlines()[0]}); give a value, e.g. "
+                f"{default}."
+            ) from error
+        numbers = [value]
+        if OmegaConf.is_list(value):
+            numbers = list(value)
+            if not 1 <= len(numbers) <= _LONGEST:
+                raise ValueError(
+                    f"{name}={value} holds {len(numbers)} numbers; give 1 to {_LONGEST}, e.g. "
+                    f"{default}."
+                )
+        lowest, highest = entry.metadata["lowest"], entry.metadata["highest"]
+        for number in numbers:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name}={value} must be finite, e.g. {default}.")
+            if not isinstance(number, int) or isinstance(number, bool):
+                continue
+            if number < lowest or (highest is not None and number > highest):
+                allowed = f">= {lowest}" if highest is None else f"from {lowest} to {highest}"
+                hint = f", e.g. {default}" if default is not None else "; leave it out for null"
+                raise ValueError(f"{name}={value} must be an integer {allowed}{hint}.")
 
 
 def top_level_options() -> list[str]:
@@ -212,30 +288,90 @@ def tasks() -> list[str]:
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
-    """Reject misspelt keys and tasks on the command line, before Hydra sees them.
+    """Refuse unknown options and values of a wrong type on the command line, before Hydra does.
 
     Raises:
-        ValueError: naming the key and the nearest that exist.
+        ValueError: naming the option, and the nearest that exist or what its value should be.
 
     Example:
         >>> check_overrides(["total_step=10"])
         Traceback (most recent call last):
             ...
         ValueError: total_step is no option; did you mean total_steps? (--help lists all)
+        >>> check_overrides(["total_steps=many"])
+        Traceback (most recent call last):
+            ...
+        ValueError: total_steps=many must be an integer, e.g. 2000.
     """
-    known = [*options(), "data"]
-    for argument in arguments:
-        key, separator, value = argument.partition("=")
-        if argument.startswith("-") or not separator:
-            continue
-        key = key.lstrip("+~")
+    parser = OverridesParser.create()
+    for before, argument in zip(("", *arguments), arguments):
+        if argument.startswith("-") or (before.startswith("-") and "=" not in argument):
+            continue  # Hydra's flags and their values
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            raise ValueError(
+                f"{argument} cannot be read: write option=value, and quotes around a value with "
+                f"special characters, e.g. 'data.path=\"a=b.hdf5\"' (--help lists the options)"
+            ) from error
+        if not override.is_hydra_override():
+            _check_override(override, several=not {"-m", "--multirun"}.isdisjoint(arguments))
+
+
+def _check_override(override: Override, several: bool) -> None:
+    key, line = override.key_or_group, str(override.input_line)
+    known = {name: (hint, default) for name, _, hint, default in _entries()}
+    if key not in known and key != "data":
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"{key or line} is no option; {hint}(--help lists all)")
+    if override.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) or override.package:
+        raise ValueError(
+            f"{line} is refused, options can be neither added, removed nor moved: write "
+            f"{key}=VALUE."
+        )
+    values = [override.value()]
+    texts = [line.partition("=")[2]]
+    if override.is_sweep_override():
+        if not several:
+            raise ValueError(
+                f"{line} holds several values: give one, write a list as [a,b], put quotes around "
+                "a text with commas, or add --multirun for a run of each."
+            )
+        if not (override.is_choice_sweep() or override.is_range_sweep()):
+            return
+        values = list(override.sweep_iterator())
+        texts = [_yaml(value) for value in values]
+    for value, text in zip(values, texts):
         if key == "task":
-            for task in value.split(","):
-                _check_task(task.strip("'\" "))
-        elif key not in known and not key.startswith("hydra"):
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise ValueError(f"{key} is no option; {hint}(--help lists all)")
+            _check_task(text.strip("'\" "))
+            continue
+        try:
+            OmegaConf.update(OmegaConf.structured(RunConfig), key, value)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            if key not in known:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"{line} does not fit ({reason}): write {key}.OPTION=VALUE."
+                ) from error
+            hint, default = known[key]
+            example = f", e.g. {_yaml(default)}" if default is not None else ""
+            raise ValueError(f"{key}={text} must be {_in_words(hint)}{example}.") from error
+
+
+def _in_words(hint: Any) -> str:
+    """What a value of this type is called."""
+    words = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        list[int]: "a list of integers",
+        list[float]: "a list of numbers",
+        int | None: "an integer or null",
+        str | None: "text or null",
+    }
+    return words[hint]
 
 
 def _check_task(task: str) -> None:

@@ -89,7 +89,10 @@ class Evaluator:
         observations, actions = self._envs[0].observation_space, self._envs[0].action_space
         for name, space in (("observations", observations), ("actions", actions)):
             if not isinstance(space, Box) or len(space.shape) != 1:
-                raise ValueError(f"{self._envs[0]} has {name} in {space}; vectors are needed.")
+                raise ValueError(
+                    f"{self._envs[0]} has {name} in {space}, vectors (Box of one dimension) are "
+                    "needed: choose another task or env.id."
+                )
         assert isinstance(observations, Box)
         assert isinstance(actions, Box)
         self._action_space = actions

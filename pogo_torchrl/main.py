@@ -9,8 +9,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -24,9 +25,9 @@ from tqdm import tqdm
 
 from pogo_torchrl import configs
 from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
-from pogo_torchrl.envs import make_env, max_episode_steps, score, split_task
+from pogo_torchrl.envs import BACKENDS, make_env, max_episode_steps, score, split_task
 from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
-from pogo_torchrl.files import atomic_write, make_writable
+from pogo_torchrl.files import atomic_write, cannot_write, make_writable, physical_memory
 from pogo_torchrl.hooks import (
     DivergenceError,
     Evaluate,
@@ -86,6 +87,7 @@ def run(cfg: DictConfig) -> list[Evaluation]:
         FileExistsError: when the run's folder holds a run and ``resume`` is off.
     """
     # Everything that can be refused is refused before data are made or files written.
+    configs.check(cfg)
     folder = RunFolder.of(cfg)
     device = _device(cfg.device)
     evaluator = Evaluator(
@@ -101,6 +103,7 @@ def run(cfg: DictConfig) -> list[Evaluation]:
         "progress_bar": cfg.progress_bar,
     }
     POGOTrainer.check_settings(cfg.total_steps, **settings)
+    _check_memory(cfg, evaluator)
     _seed(cfg.seed)
     loss = _make_loss(cfg, evaluator, device)
     metrics = LogMetrics([], cfg.log_interval)
@@ -110,13 +113,13 @@ def run(cfg: DictConfig) -> list[Evaluation]:
     backend = cfg.logger.backend
     if backend:
         check_logger(backend)
-    with _claim(folder.root), _deterministic(cfg.deterministic), _log_to(_Screen()):
+    with _claim(folder), _deterministic(cfg.deterministic), _log_to(_Screen()):
         _check_folder(folder, cfg)
         LOGGER.info("POGO on %s, %d updates; run folder %s", cfg.task, cfg.total_steps, folder.root)
         replay_buffer = make_replay_buffer(
             cfg.task, batch_size=cfg.batch_size, device=device, **cfg.data
         )
-        _check_data(replay_buffer, evaluator)
+        _check_data(replay_buffer, evaluator, cfg.data)
         rewards = replay_buffer[:]["next", "reward"]
         guard = StopOnDivergence(
             metrics,
@@ -172,7 +175,10 @@ def _finish(
     evaluations, curves = folder.training / "evaluations.csv", folder.training / "curves.png"
     policy = folder.checkpoints / "policy.safetensors"
     if cfg.save_model:
-        save_actors(policy, chain, hidden_sizes=cfg.hidden_sizes)
+        try:
+            save_actors(policy, chain, hidden_sizes=cfg.hidden_sizes)
+        except OSError as error:
+            raise cannot_write(folder.checkpoints, "checkpoint_dir", error) from error
     LOGGER.info("%s", score_table(evaluations, behaviour))
     plot_curves(evaluations, curves, title=cfg.task, behaviour_score=behaviour)
     LOGGER.info("Logs:        %s", folder.training)
@@ -184,6 +190,10 @@ def _finish(
 
 def _env_fn(task: str, cfg: DictConfig) -> Callable[[], gymnasium.Env]:
     """Makes the task's environment, or the one that ``env.id`` names."""
+    if cfg.backend not in BACKENDS:
+        raise ValueError(
+            f"env.backend={cfg.backend} is unknown; choose one of {', '.join(BACKENDS)}."
+        )
     own = f"pogo_torchrl/{'-'.join(split_task(task))}-v2"
     horizon = cfg.max_episode_steps or max_episode_steps(task)
     if cfg.id in (None, own) and horizon == max_episode_steps(task):
@@ -193,14 +203,35 @@ def _env_fn(task: str, cfg: DictConfig) -> Callable[[], gymnasium.Env]:
             f"env.backend={cfg.backend} takes the environment and the horizon of the task; leave "
             "env.id and env.max_episode_steps out."
         )
-    if horizon < 1:
-        raise ValueError(f"env.max_episode_steps={horizon} must be an integer >= 1.")
     make = partial(gymnasium.make, cfg.id or own, max_episode_steps=horizon)
     try:
         make().close()
     except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"env.id={cfg.id} is no Gymnasium environment: {error}") from error
+        raise ValueError(
+            f"env.id={cfg.id} is no Gymnasium environment ({error}): choose one that "
+            "gymnasium.make knows, MODULE:ID where a module registers it."
+        ) from error
     return make
+
+
+def _check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
+    """Refuse networks and batches that no memory holds, before any is taken."""
+    inputs = evaluator.observation_dim + evaluator.action_dim
+    widths = [inputs, *cfg.hidden_sizes, evaluator.action_dim]
+    weights = sum(n * m for n, m in pairwise(widths))
+    # Twin critics and their targets; gradients and Adam's two moments; four bytes a number.
+    networks = 16 * weights * (len(cfg.w2_weights) + 4)
+    costs = cfg.num_samples if cfg.w2_backend in ("tensorized", "fast") else 1
+    batch = 4 * cfg.batch_size * (1 + cfg.num_samples) * (sum(widths) + costs)
+    for needed, what in (
+        (networks, f"hidden_sizes={cfg.hidden_sizes} with {len(cfg.w2_weights)} actors"),
+        (batch, f"num_samples={cfg.num_samples} with batch_size={cfg.batch_size}"),
+    ):
+        if needed > physical_memory():
+            raise ValueError(
+                f"{what} would take {needed / 1e9:.3g} GB, this machine has "
+                f"{physical_memory() / 1e9:.3g} GB: choose smaller numbers."
+            )
 
 
 def _make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss:
@@ -236,7 +267,10 @@ def _raw_chain(loss: POGOLoss, replay_buffer: OfflineReplayBuffer) -> list[Trans
 
 def _device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={name} is unknown; choose one of auto, cpu, cuda.")
+        raise ValueError(
+            f"device={name} is unknown; choose one of auto, cpu, cuda (which GPU that "
+            "is says the environment variable CUDA_VISIBLE_DEVICES)."
+        )
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU; use device=cpu or device=auto.")
     if name == "auto":
@@ -271,27 +305,31 @@ def _deterministic(on: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _claim(root: Path) -> Iterator[None]:
+def _claim(folder: RunFolder) -> Iterator[None]:
     """Hold a run's folder: no second process may write there; nothing stays if nothing is written.
 
     The lock is one of the operating system: it goes with the process, however that ends.
     """
-    missing = [path for path in (root, *root.parents) if not path.exists()]
-    make_writable(root, "log_dir")
+    places = {folder.root: "log_dir", folder.checkpoints: "checkpoint_dir"}
+    missing = {p for place in places for p in (place, *place.parents) if not p.exists()}
+    lock = folder.root / ".lock"
     try:
-        with FileLock(root / ".lock", timeout=0):
-            yield
+        for place, option in places.items():
+            make_writable(place, option)
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)  # while it is ours
     except Timeout:
         raise FileExistsError(
-            f"{root} is in use by another process. Wait for it or stop it, or choose another seed "
-            "or log_dir."
+            f"{folder.root} is in use by another process. Wait for it or stop it, or choose "
+            "another seed or log_dir."
         ) from None
     finally:
-        (root / ".lock").unlink(missing_ok=True)
-        for path in missing:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
+        for path in sorted(missing, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # it holds something, or was never made
+                path.rmdir()
 
 
 def _fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[str, Any]:
@@ -304,22 +342,24 @@ def _fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[st
     return {**settings, "data": replay_buffer.fingerprint()}
 
 
-def _check_data(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator) -> None:
+def _check_data(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator, cfg: DictConfig) -> None:
+    origin = f"data.path={cfg.path}" if cfg.path else f"data.source={cfg.source}"
     row = replay_buffer[0]
     data = row["observation"].shape[-1], row["action"].shape[-1]
     task = evaluator.observation_dim, evaluator.action_dim
     if data != task:
         raise ValueError(
-            f"The data have observations and actions of size {data}, task={evaluator.task} has "
-            f"{task}: this file belongs to another task."
+            f"{origin} holds observations and actions of size {data}, task={evaluator.task} has "
+            f"{task}: give data of this task, or the task (or env.id) of these data."
         )
     spec = evaluator.action_spec.space
     actions = replay_buffer[:]["action"].cpu()
     beyond = torch.maximum(spec.low - actions, actions - spec.high).max()
     if beyond > 1e-4 * (spec.high - spec.low).max():
         raise ValueError(
-            f"The data have actions up to {beyond:.3g} beyond the bounds of task={evaluator.task} "
-            f"({spec.low.min():g} to {spec.high.max():g}): rescale or clip them in the file."
+            f"{origin} holds actions up to {beyond:.3g} beyond the bounds of task="
+            f"{evaluator.task} ({spec.low.min():g} to {spec.high.max():g}): rescale or clip them "
+            "in the file."
         )
 
 
@@ -423,13 +463,21 @@ def _hydra_main(cfg: DictConfig) -> None:
         _refuse(error, exit_code=1)
     except (ValueError, OSError, ImportError) as error:
         _refuse(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _refuse(
+            MemoryError(
+                f"out of memory ({error}): lower batch_size, num_samples, hidden_sizes or the "
+                "number of w2_weights, or use less data."
+            )
+        )
     except KeyboardInterrupt:
         print("pogo: stopped at once", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 def _refuse(error: Exception, exit_code: int = 2) -> NoReturn:
-    print(f"pogo: {error}", file=sys.stderr)
+    sentence = " ".join(line.strip() for line in str(error).splitlines())
+    print(f"pogo: {sentence}", file=sys.stderr)
     sys.exit(exit_code)
 
 

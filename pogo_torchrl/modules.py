@@ -39,7 +39,9 @@ class TransportActor(TensorDictModule):
         noise_key: where an explicit z is looked for. Defaults to ``"noise"``.
 
     Raises:
-        ValueError: when the action spec is not bounded, or its bounds are not finite or empty.
+        ValueError: when the action spec is not bounded, or its bounds are not finite or empty; on a
+            call, when z is not of the action's size.
+        KeyError: on a call without the observation.
 
     Example:
         >>> import torch
@@ -89,28 +91,70 @@ class TransportActor(TensorDictModule):
         """Write the action for the observation (and noise) in ``tensordict``."""
         observation = tensordict.get(self.in_keys[0])
         noise = tensordict.get(self.noise_key, None)
+        if observation is None:
+            raise KeyError(
+                f"TransportActor needs the key {self.in_keys[0]!r}, the tensordict has "
+                f"{list(tensordict.keys())}: set it, or give in_keys."
+            )
         if noise is None:
             noise = self._draw(observation)
+        elif noise.shape != (*observation.shape[:-1], self.noise_dim):
+            raise ValueError(
+                f"{self.noise_key!r} has shape {tuple(noise.shape)}, it must be "
+                f"{(*observation.shape[:-1], self.noise_dim)}: one z of the action's size for each "
+                "observation."
+            )
         action = self.action_loc + self.action_scale * self.module(observation, noise).tanh()
         return tensordict.set(self.out_keys[0], action)
 
     def _draw(self, observation: Tensor) -> Tensor:
         shape = (*observation.shape[:-1], self.noise_dim)
+        dtype = observation.dtype if observation.is_floating_point() else self.action_loc.dtype
         if exploration_type() == InteractionType.RANDOM:
-            return torch.randn(shape, dtype=observation.dtype, device=observation.device)
-        return torch.zeros(shape, dtype=observation.dtype, device=observation.device)
+            return torch.randn(shape, dtype=dtype, device=observation.device)
+        return torch.zeros(shape, dtype=dtype, device=observation.device)
 
 
 class TransportNet(nn.Module):
-    """An MLP on the concatenation ``[s, z]``: the network f inside a :class:`TransportActor`."""
+    """An MLP on the concatenation ``[s, z]``: the network f inside a :class:`TransportActor`.
 
-    def __init__(self, mlp: nn.Module) -> None:
+    Args:
+        mlp: from ``[*B, n + d]`` to ``[*B, d]``.
+        observation_dim: n, to check observations by. Defaults to ``None``: they are not checked.
+    """
+
+    def __init__(self, mlp: nn.Module, observation_dim: int | None = None) -> None:
         super().__init__()
         self.mlp = mlp
+        self.observation_dim = observation_dim
 
     def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
-        """``f(s, z)`` of shape ``[*B, d]`` for ``s`` of ``[*B, n]`` and ``z`` of ``[*B, d]``."""
+        """``f(s, z)`` of shape ``[*B, d]`` for ``s`` of ``[*B, n]`` and ``z`` of ``[*B, d]``.
+
+        Raises:
+            ValueError: when the observations are not of size n, or integers, or doubles where the
+                network is not.
+        """
+        if self.observation_dim is not None:
+            self._check(observation)
         return self.mlp(torch.cat([observation, noise], -1))
+
+    def _check(self, observation: Tensor) -> None:
+        if observation.shape[-1:] != (self.observation_dim,):
+            raise ValueError(
+                f"observations have shape {tuple(observation.shape)}, this network takes "
+                f"[*B, {self.observation_dim}]: give observations of the environment it is for."
+            )
+        # There is none while a loss has put its own parameters in place; it checks its batches.
+        parameter = next(self.mlp.parameters(), None)
+        if parameter is None:
+            return
+        wide = observation.dtype == torch.float64 != parameter.dtype
+        if wide or not observation.is_floating_point():
+            raise ValueError(
+                f"observations are {observation.dtype}, this network takes {parameter.dtype}: "
+                f"convert them with .to({parameter.dtype})."
+            )
 
 
 class Normalized(nn.Module):
@@ -144,7 +188,8 @@ def make_transport_net(
             out_features=action_dim,
             num_cells=list(hidden_sizes),
             activation_class=nn.ReLU,
-        )
+        ),
+        observation_dim,
     )
 
 

@@ -344,6 +344,7 @@ class POGOLoss(LossModule):
             The loss, and a dictionary of detached values: ``td_error`` (squared, ``[C, *B]``),
             and the batch means ``pred_value``, ``target_value`` and ``next_state_value``.
         """
+        self._check_batch(tensordict, self.in_keys)
         weights = self._maybe_get_priority_weight(tensordict)
         tensordict = tensordict.clone(False)
         with torch.no_grad():
@@ -364,6 +365,44 @@ class POGOLoss(LossModule):
         }
         self._clear_weakrefs(tensordict, *self._parameter_names)
         return loss, metadata
+
+    def _check_batch(self, tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> None:
+        """Refuse a batch that would fail deep inside, or pass where broadcasting hides a mistake.
+
+        Keys, shapes and dtypes only: no number is read.
+        """
+        dtype, found = self.min_action.dtype, {}
+        for key in keys:
+            values = found[key] = tensordict.get(key)
+            if values is None:
+                # TorchRL takes either end for the other; the rest has no substitute.
+                if key in self._end_keys:
+                    continue
+                raise KeyError(
+                    f"POGOLoss needs the key {key!r}, the batch has "
+                    f"{list(tensordict.keys(True, True))}: add it, or name yours with set_keys()."
+                )
+            if values.dtype == torch.float64 != dtype:
+                raise ValueError(
+                    f"{key!r} is {values.dtype} where the networks are {dtype}: convert the data "
+                    "(batch.float()) or the loss (loss.double())."
+                )
+            if key in self._end_keys and values.dtype != torch.bool:
+                raise ValueError(f"{key!r} is {values.dtype}, it must be torch.bool: use != 0.")
+        shape = found[self.tensor_keys.action].shape
+        if self.min_action.dim() and shape[-1] != self.min_action.shape[-1]:
+            raise ValueError(
+                f"{self.tensor_keys.action!r} has shape {tuple(shape)}, the actors act in "
+                f"[*B, {self.min_action.shape[-1]}]: give the data of their environment."
+            )
+        scalar = (*shape[:-1], 1)
+        for key in (("next", self.tensor_keys.reward), *self._end_keys):
+            values = found.get(key)
+            if values is not None and values.shape != scalar:
+                raise ValueError(
+                    f"{key!r} has shape {tuple(values.shape)}, it must be {scalar}: one number "
+                    "for each action."
+                )
 
     def _next_value(self, tensordict: TensorDictBase) -> Tensor:
         """``min_j Qbar_j(s', a')`` with the smoothed action of actor 0, shape ``[*B]``."""
@@ -415,6 +454,9 @@ class POGOLoss(LossModule):
         return self._jko(tensordict, index)
 
     def _jko(self, tensordict: TensorDictBase, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if index == 0:
+            keys = (*self.actor_network.in_keys, self.tensor_keys.action)
+            self._check_batch(tensordict, keys)
         weights = self._maybe_get_priority_weight(tensordict)
         state = tensordict.select(*self.actor_network.in_keys, strict=False)
         params = self.actor_network_params[index]
@@ -562,7 +604,12 @@ class POGOLoss(LossModule):
 
         Returns:
             The loss, for chaining.
+
+        Raises:
+            ValueError: when gamma is not in [0, 1].
         """
+        if "gamma" in hyperparams:
+            _check_gamma(hyperparams["gamma"])
         if value_type is None:
             value_type = self.default_value_estimator
         if isinstance(value_type, ValueEstimatorBase) or (
@@ -610,6 +657,7 @@ class POGOLoss(LossModule):
         states = {*self.actor_network.in_keys, *self.qvalue_network.in_keys}
         keys += [("next", key) for key in keys if key in states - {self.tensor_keys.action}]
         self._in_keys: list[NestedKey] = list(dict.fromkeys(keys))
+        self._end_keys = [("next", self.tensor_keys.done), ("next", self.tensor_keys.terminated)]
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -700,6 +748,15 @@ def _check_positive(name: str, value: float, or_zero: bool = False) -> None:
         raise ValueError(
             f"{name}={value!r} must be a finite number {'>= 0' if or_zero else '> 0'}."
         )
+
+
+def _check_gamma(gamma: float | Tensor) -> None:
+    try:
+        fits = 0 <= float(gamma) <= 1
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"gamma={gamma} must be a number in [0, 1], e.g. 0.99.")
 
 
 def _check_choice(name: str, value, allowed: tuple) -> None:
