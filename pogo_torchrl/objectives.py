@@ -460,8 +460,9 @@ class POGOLoss(LossModule):
         weights = self._maybe_get_priority_weight(tensordict)
         state = tensordict.select(*self.actor_network.in_keys, strict=False)
         params = self.actor_network_params[index]
-        # One draw for the Q term and, beyond actor 0, K for the distance: in a single pass.
-        draws = 1 if index == 0 else 1 + self.num_samples
+        # Beyond actor 0, K draws for the distance, the first of which also serves the Q term: each
+        # term's distribution is that of draws of its own, and so is the loss's expectation.
+        draws = 1 if index == 0 else self.num_samples
         states = _repeat(state, draws)
         if self.shared_noise and index > 0:
             states = self._with_noise(states, tensordict)
@@ -474,11 +475,11 @@ class POGOLoss(LossModule):
                 self._to_unit_box(tensordict.get(self.tensor_keys.action)),
             )
         else:
-            states = states[..., 1:] if self.shared_noise else _repeat(state, self.num_samples)
+            states = states if self.shared_noise else _repeat(state, self.num_samples)
             with torch.no_grad():
                 reference = self._act(states, self.actor_network_params[index - 1])
             distance = sinkhorn_divergence(
-                self._to_unit_box(actions[..., 1:, :]),
+                self._to_unit_box(actions),
                 self._to_unit_box(reference),
                 blur=self.blur,
                 backend=self.w2_backend,

@@ -210,11 +210,11 @@ def noise_of_qvalue_loss(draws):
 
 
 def noise_of_actor_loss(draws, i):
-    """As ``actor_loss`` draws: z of the Q term, then K for actor i, then K for its reference."""
+    """As ``actor_loss`` draws: K for actor i, the first for the Q term too, K for its reference."""
     own, *reference = draws
     draws.clear()
     assert len(reference) == (i > 0)
-    return own[:, 0], own[:, 1:], *(reference or (None,))
+    return own[:, 0], own, *(reference or (None,))
 
 
 def assert_gradients_equal(params, i, net):
