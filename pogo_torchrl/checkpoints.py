@@ -9,6 +9,7 @@ from typing import Any
 
 from torchrl.checkpoint import (
     Checkpoint,
+    CheckpointError,
     CheckpointRotation,
     GlobalRNGState,
     StateDictCheckpointAdapter,
@@ -61,6 +62,8 @@ def is_intact(path: Path) -> bool:
         0
         (True, False)
     """
+    if any(file.is_symlink() for file in path.rglob("*")):
+        return False  # TorchRL writes none, and they may lead anywhere
     try:
         recorded = json.loads((path / _DIGESTS).read_text())
         return recorded == digests(path, without=_DIGESTS)
@@ -69,8 +72,22 @@ def is_intact(path: Path) -> bool:
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """What was recorded beside the states."""
-    return Checkpoint.manifest(path)["metadata"]
+    """What was recorded beside the states.
+
+    Raises:
+        ValueError: when the checkpoint is none of ours, or leads out of its folder.
+    """
+    try:
+        found = Checkpoint.manifest(path)["metadata"]
+        if isinstance(found["fingerprint"], dict):
+            return found
+        reason = "it has no fingerprint"
+    except (CheckpointError, KeyError, TypeError) as error:
+        reason = str(error)
+    raise ValueError(
+        f"{path} is no checkpoint of pogo_torchrl ({reason}): delete it, or choose another "
+        "checkpoint_dir."
+    )
 
 
 def remove_unfinished(rotation: CheckpointRotation) -> None:

@@ -100,7 +100,10 @@ class RunConfig:
     checkpoint_interval: int = _option(1000, "updates between checkpoints; one always ends the run")
     resume: bool = _option(False, "go on from the newest checkpoint of the same run")
     device: str = _option("auto", "auto (a GPU where there is one), cpu or cuda")
-    compile: str = _option("auto", "torch.compile of the losses: auto (= false), true or false")
+    compile: str = _option(
+        "auto", "torch.compile of the update: true, false, or auto (from 20000 total_steps on)"
+    )
+    bf16: bool = _option(False, "networks in bfloat16 during updates, never for acting")
     deterministic: bool = _option(
         False, "bit-identical repetition on a GPU, slower; a CPU always repeats"
     )
@@ -125,9 +128,9 @@ class RunConfig:
     num_samples: int = _option(4, "K, actions per state and policy in the Sinkhorn divergence")
     blur: float = _option(0.05, "Sinkhorn blur, in half action ranges")
     w2_backend: str = _option(
-        "tensorized",
-        "tensorized, online (needs KeOps) or auto (GeomLoss's), fast (the same, ten times faster) "
-        "or exact (the optimal assignment, num_samples up to 10)",
+        "fast",
+        "fast (GeomLoss's divergence, ten times faster), tensorized, online (needs KeOps) or auto "
+        "(GeomLoss's own), or exact (the optimal assignment, num_samples up to 10)",
     )
     shared_noise: bool = _option(
         False, "the divergence compares two actors under the same z: no pull on their spread"
@@ -181,9 +184,11 @@ class POGOTrainerConfig(TrainerConfig):
     tau: float = 0.005
     target_net_updater: Any = None
     compile: bool = False
+    bf16: bool = False
     checkpoint_dir: str | None = None
     checkpoint_interval: int = 50_000
     keep_checkpoints: int = 2
+    fingerprint: Any = None
     progress_bar: bool = True
     hooks: list[Any] = field(default_factory=list)
     _target_: str = "pogo_torchrl.POGOTrainer"
@@ -245,7 +250,7 @@ def check(cfg: DictConfig) -> None:
     """
     for name, entry, _, default in _entries():
         try:
-            value = OmegaConf.select(cfg, name)
+            value = OmegaConf.select(cfg, name, throw_on_missing=True)
         except OmegaConfBaseException as error:
             raise ValueError(
                 f"{name} cannot be read ({str(error).splitlines()[0]}); give a value, e.g. "

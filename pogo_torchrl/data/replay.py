@@ -152,7 +152,10 @@ def make_replay_buffer(
     else:
         if source == "local":
             path = behaviour_dataset(task, size=size, seed=seed, cache_dir=cache_dir)
-        data = read_hdf5(str(path), max_episode_steps=max_episode_steps(task))
+        try:
+            data = read_hdf5(str(path), max_episode_steps=max_episode_steps(task))
+        except ValueError as error:
+            raise ValueError(f"data.path: {error}" if source == "hdf5" else str(error)) from error
     if batch_size > len(data.transitions):
         raise ValueError(
             f"batch_size={batch_size} is more than the data's {len(data.transitions)} transitions: "

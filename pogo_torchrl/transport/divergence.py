@@ -116,14 +116,14 @@ def _check(
 ) -> tuple[Tensor, Tensor]:
     if backend not in BACKENDS:
         raise ValueError(f"w2_backend={backend!r} is unknown; choose one of {list(BACKENDS)}.")
-    if not blur > 0:
+    if not 0 < blur < math.inf:
         raise ValueError(f"blur={blur} must be positive (in units of the actions, e.g. 0.05).")
     if diameter is not None and not 0 < diameter < math.inf:
         raise ValueError(
             f"diameter={diameter} must be a positive upper bound on the distance between points, "
             "or None to take it from the points."
         )
-    if x.dim() < 2 or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
+    if min(x.dim(), y.dim()) < 2 or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
         raise ValueError(
             "sinkhorn_divergence takes clouds of shape [*B, K, d] with equal *B and d, "
             f"got {tuple(x.shape)} and {tuple(y.shape)}."
