@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -97,7 +99,8 @@ def run(cfg: DictConfig) -> list[Evaluation]:
         "lr": cfg.lr,
         "policy_freq": cfg.policy_freq,
         "tau": cfg.tau,
-        "compile": _compile(cfg.compile),
+        "compile": _compile(cfg.compile, cfg.total_steps),
+        "bf16": cfg.bf16,
         "checkpoint_dir": folder.checkpoints,
         "checkpoint_interval": cfg.checkpoint_interval,
         "progress_bar": cfg.progress_bar,
@@ -156,6 +159,8 @@ def run(cfg: DictConfig) -> list[Evaluation]:
             last: list[Evaluation] = []
             evaluate.report = lambda evaluations: _report(evaluations, last)
 
+            if settings["compile"]:
+                LOGGER.info("The first update compiles all of them: about a minute.")
             with _stop_on_signals(trainer, evaluator):
                 trainer.train()
             if trainer.collected_frames < cfg.total_steps or not evaluate.up_to_date():
@@ -278,10 +283,23 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _compile(choice: str) -> bool:
+def _compile(choice: str, total_steps: int) -> bool:
     if str(choice).lower() not in ("auto", "true", "false"):
         raise ValueError(f"compile={choice} is unknown; choose one of auto, true, false.")
-    return str(choice).lower() == "true"
+    if str(choice).lower() != "auto":
+        wanted = str(choice).lower() == "true"
+    else:
+        # Shorter runs are over before the minute that compiling takes is won back.
+        wanted = total_steps >= 20_000
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    if not wanted or (compiler and headers):
+        return wanted
+    lacking = "Python's headers (python3-dev)" if compiler else "a C++ compiler (g++)"
+    if str(choice).lower() == "true":
+        raise ValueError(f"compile=true needs {lacking}: install it, or use compile=false.")
+    LOGGER.warning("The update is not compiled and slower for it: %s is missing.", lacking)
+    return False
 
 
 def _seed(seed: int) -> None:

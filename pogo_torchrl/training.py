@@ -210,6 +210,7 @@ class POGOTrainer(Trainer):
         target_net_updater: TorchRL target updater of ``loss_module``. Defaults to
             ``SoftUpdate(loss_module, tau=tau)``.
         compile: run the update as one graph of ``torch.compile``. Defaults to ``False``.
+        bf16: run the networks in bfloat16 during updates. Defaults to ``False``.
         checkpoint_dir: folder for rotated checkpoints; ``None``: none are written.
         checkpoint_interval: updates between two of them; one is always written at the end.
             Defaults to ``50_000``.
@@ -253,6 +254,7 @@ class POGOTrainer(Trainer):
         tau: float = 0.005,
         target_net_updater: TargetNetUpdater | None = None,
         compile: bool = False,
+        bf16: bool = False,
         checkpoint_dir: str | Path | None = None,
         checkpoint_interval: int = 50_000,
         keep_checkpoints: int = 2,
@@ -286,7 +288,7 @@ class POGOTrainer(Trainer):
             optim_steps_per_batch=1,  # set for each tick by optim_steps()
             loss_module=loss_module,
             optimization_stepper=POGOOptimizationStepper(
-                loss_module, lr=lr, policy_freq=policy_freq, compile=compile
+                loss_module, lr=lr, policy_freq=policy_freq, compile=compile, bf16=bf16
             ),
             progress_bar=progress_bar,
             # the trainer saves once MORE than the interval has passed

@@ -13,6 +13,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "pogo_offline.py"
 SMALL = [
     "data.size=2000", "eval_episodes=1", "hidden_sizes=[16]", "log_interval=4", "eval_interval=6",
     "checkpoint_interval=4", "batch_size=16", "w2_weights=[0.1,0.5]", "progress_bar=false",
+    "compile=false",
 ]  # fmt: skip
 CLOCKS = ("seconds", "updates_per_second")
 

@@ -105,6 +105,8 @@ def test_options_default_to_the_loss_s_defaults():
     signature = inspect.signature(POGOLoss.__init__).parameters
     for schema in (configs.RunConfig(), configs.POGOLossConfig()):
         for name, parameter in signature.items():
+            if name == "w2_backend" and isinstance(schema, configs.RunConfig):
+                continue  # the command line takes the fast one
             if hasattr(schema, name) and parameter.default is not inspect.Parameter.empty:
                 default = parameter.default
                 expected = list(default) if isinstance(default, tuple) else default
