@@ -1,0 +1,606 @@
+"""Bad input: tables of wrong options, files and tensors, and random ones; each ends in a sentence.
+
+A new way to go wrong is a new row of a table. Checkpoints of another run, task or chain length,
+full disks and damaged checkpoints are in ``test_faults.py``; they need runs in processes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from test_data import qlearning_dataset
+from torchrl.data import Bounded
+
+from pogo_torchrl import POGOLoss, configs, make_actor, make_qvalue, sinkhorn_divergence
+from pogo_torchrl.data import make_replay_buffer, read_hdf5
+from pogo_torchrl.main import RunFolder, _claim, main
+
+few = settings(
+    max_examples=30,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+# ------------------------------------------------------------------------------------ options
+
+# (arguments of the command line, what the sentence says besides the first one's key and value)
+OPTIONS: list[tuple[str, str]] = [
+    # names and syntax
+    ("total_step=1", "did you mean total_steps"),
+    ("lr", "write option=value"),
+    ("lr=[", "write option=value"),
+    ("data.path=a=b.hdf5", "quotes"),
+    ("~lr", "write lr=VALUE"),
+    ("+lr=1", "write lr=VALUE"),
+    ("lr@env=1", "write lr=VALUE"),
+    ("w2_weights=0.1,0.5", "write a list as [a,b]"),
+    ("data={size:abc}", "data.OPTION=VALUE"),
+    ("data={sise:1}", "data.OPTION=VALUE"),
+    # tasks
+    ("task=hoper-medium", "hopper-medium-v2"),
+    ("task=hopper-medium-v9", "hopper-medium-v2"),
+    ("task=null", "did you mean"),
+    # types
+    ("total_steps=many", "an integer"),
+    ("total_steps=1.5", "an integer"),
+    ("total_steps=true", "an integer"),
+    ("w2_weights=[a]", "a list of numbers"),
+    ("w2_weights=0.5", "a list of numbers"),
+    ("w2_weights={a:1}", "a list of numbers"),
+    ("w2_weights=null", "a list of numbers"),
+    ("hidden_sizes=[1.5]", "a list of integers"),
+    ("lr=abc", "a number"),
+    ("lr=null", "a number"),
+    ("lr=", "a number"),
+    ("lr=[1]", "a number"),
+    ("resume=perhaps", "true or false"),
+    ("device=[cpu]", "text"),
+    ("env.max_episode_steps=long", "an integer or null"),
+    ("data.path=[a]", "text or null"),
+    ("lr=${nothing}", "nothing"),
+    ("lr=${task}", "lr cannot be read"),
+    ("lr=???", "lr cannot be read"),
+    # numbers that are not finite, or out of range
+    *[
+        (f"{name}=nan", "must be finite")
+        for name, _, hint, _ in configs._entries()
+        if hint is float
+    ],
+    *[
+        (f"{name}={entry.metadata['lowest'] - 1}", "must be an integer")
+        for name, entry, hint, _ in configs._entries()
+        if hint in (int, int | None)
+    ],
+    ("gamma=inf", "must be finite"),
+    ("data.reward_shift=-inf", "must be finite"),
+    ("batch_size=-5", "must be an integer"),
+    ("seed=4294967296", "from 0 to 4294967295"),
+    ("eval_episodes=1000000", "from 1 to 10000"),
+    ("data.size=1000000000000", "from 1 to 100000000"),
+    ("w2_weights=[]", "give 1 to 32"),
+    (f"w2_weights=[{','.join(['0.5'] * 33)}]", "33 numbers"),
+    ("w2_weights=[0.1,-0.5]", ">= 0"),
+    ("w2_weights=[0.1,nan]", "finite"),
+    ("hidden_sizes=[]", "give 1 to 32"),
+    ("hidden_sizes=[256,0]", "must be an integer >= 1"),
+    ("hidden_sizes=[10000000,10000000]", "this machine has"),
+    ("num_samples=1000000000", "this machine has"),
+    ("batch_size=100000000000", "this machine has"),
+    ("lr=0", "positive"),
+    ("lr=-1", "positive"),
+    ("gamma=1.5", "in [0, 1]"),
+    ("gamma=-0.1", "in [0, 1]"),
+    ("tau=0", "in (0, 1]"),
+    ("tau=2", "in (0, 1]"),
+    ("alpha=0", "> 0"),
+    ("alpha=-1", "> 0"),
+    ("blur=0", "> 0"),
+    ("blur=-0.05", "> 0"),
+    ("policy_noise=-1", ">= 0"),
+    ("noise_clip=-1", ">= 0"),
+    # names of things
+    ("device=gpu", "auto, cpu, cuda"),
+    ("device=cuda:7", "CUDA_VISIBLE_DEVICES"),
+    ("compile=maybe", "auto, true, false"),
+    ("w2_backend=sinkorn", "tensorized"),
+    ("q_normalization=mean", "mean_abs"),
+    ("logger.backend=tensorbord", "tensorboard, wandb or null"),
+    ("env.backend=gym", "mujoco, d4rl"),
+    ("env.id=Hoper-v5", "gymnasium.make"),
+    ("env.id=nothing:Hopper-v5", "gymnasium.make"),
+    ("env.id=Blackjack-v1", "vectors"),
+    ("env.id=CartPole-v1", "vectors"),
+    ("data.source=csv", "local, d4rl, minari, hdf5"),
+    # things that do not go together
+    ("data.source=hdf5", "data.path=FILE"),
+    ("data.source=minari", "data.path=ID"),
+    ("data.path=a.hdf5", "data.source=hdf5"),
+    ("data.mirror=copy", "data.source=d4rl"),
+    ("w2_backend=exact num_samples=11", "num_samples"),
+    ("task=antmaze-umaze-v2", "data source"),
+    ("task=hopper-medium-v2 env.backend=d4rl env.max_episode_steps=5", "env.max_episode_steps"),
+    ("batch_size=60 data.size=50", "transitions"),
+    # files and folders; "file" is a file, "folder" is a folder
+    ("log_dir=file", "log_dir"),
+    ("log_dir=file/below", "log_dir"),
+    ("checkpoint_dir=file", "checkpoint_dir"),
+    ("checkpoint_dir=file/below", "checkpoint_dir"),
+    ("data.cache_dir=file", "data.cache_dir"),
+    ("data.path=folder data.source=hdf5", "is not a file"),
+    ("data.path=missing.hdf5 data.source=hdf5", "is not a file"),
+    ("data.path=file data.source=hdf5", "not a readable HDF5 file"),
+    ("data.path='a b' data.source=minari", "namespace/name-vN"),
+    ("data.mirror=folder data.source=d4rl", "hopper_medium"),
+]
+
+SMALL = ("data.size=50", "batch_size=8", "hidden_sizes=[4]", "total_steps=1", "progress_bar=false")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working folder, but for a file and a folder; no run may get to its training."""
+    place = tmp_path / "work"
+    place.mkdir()
+    (place / "file").write_text("no data")
+    (place / "folder").mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+
+    def train(self):
+        raise AssertionError("the training has begun")
+
+    monkeypatch.setattr("pogo_torchrl.main.POGOTrainer.train", train)
+    yield place
+    assert sorted(p.name for p in place.rglob("*")) == ["file", "folder"], "half-written"
+
+
+def refusal(arguments: list[str], monkeypatch, capsys) -> str:
+    """What the command line says, after it has ended as it should for bad input."""
+    names = [argument.partition("=")[0] for argument in arguments]
+    small = [s for s in SMALL if s.partition("=")[0] not in names]
+    monkeypatch.setattr(sys, "argv", ["pogo", *small, *arguments])
+    GlobalHydra.instance().clear()  # a process of its own begins without
+    with pytest.raises(SystemExit) as end:
+        main()
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    said = "".join(line for line in lines if "Generating" not in line).lstrip(
+        "\r"
+    )  # a progress bar
+    assert end.value.code == 2, said
+    assert said.startswith("pogo: "), said
+    assert said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(("line", "named"), OPTIONS, ids=[line for line, _ in OPTIONS])
+def test_options(line, named, workplace, monkeypatch, capsys):
+    arguments = re.split(r" (?=[\w.]+=)", line)
+    said = refusal(arguments, monkeypatch, capsys)
+    assert named in said
+    key, _, value = arguments[0].lstrip("~+").partition("=")
+    assert key.partition("@")[0].split(".")[-1] in said
+    if key in configs.options() and len(arguments) == 1 and value[:1] not in ("$", "?"):
+        assert re.split(r"[,{}]", value.strip("'{}"))[0] in said
+
+
+def test_a_refused_process_leaves_the_lock_to_its_owner(tmp_path):
+    root = tmp_path / "logs" / "run"
+    folder = RunFolder(root / "training", root / "checkpoints")
+    with _claim(folder):
+        for _ in range(2):
+            with pytest.raises(FileExistsError, match="in use by another process"), _claim(folder):
+                pass
+            assert (root / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+# Per type: values that no option of that type may have.
+WRONG = {
+    int: st.sampled_from(["x", "1.5", "[1]", "null", "-3", "nan", "1e3", "{a:1}"]),
+    float: st.sampled_from(["x", "[1.0]", "null", "nan", "inf", "-.inf", "{a:1}", "'1 2'"]),
+    bool: st.sampled_from(["perhaps", "7", "1.0", "[true]", "null", "nan"]),
+    str: st.sampled_from(["[a]", "{a:b}", "null"]),
+    list[int]: st.sampled_from(["7", "[]", "[0]", "[x]", "[1.5]", "[[1]]", "null", "[-1]"]),
+    list[float]: st.sampled_from(["0.5", "[]", "[x]", "[[1.0]]", "null", "[nan]", "[inf,1]"]),
+    int | None: st.sampled_from(["x", "1.5", "0", "-1", "[1]"]),
+    str | None: st.sampled_from(["[a]", "{a:b}"]),
+}
+
+
+def right(name, entry, hint, default):
+    """Values that the checks of types and ranges let pass."""
+    lowest, highest = entry.metadata["lowest"], entry.metadata["highest"]
+    if hint in (int, int | None):
+        return st.integers(lowest, highest or 10**9).map(str)
+    if hint == list[int]:
+        return st.lists(st.integers(1, 10**9), min_size=1, max_size=32).map(str)
+    if hint == list[float]:
+        return st.lists(
+            st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=32
+        ).map(str)
+    if hint is float:
+        return st.floats(allow_nan=False, allow_infinity=False).map(str)
+    if hint is bool:
+        return st.sampled_from(["true", "false"])
+    return st.just("text")
+
+
+ENTRIES = [entry for entry in configs._entries() if entry[0] != "task"]
+
+
+@st.composite
+def overrides(draw):
+    """Right values for some options, and for at most one a wrong one; and the name of that one."""
+    chosen = draw(
+        st.lists(st.sampled_from(ENTRIES), min_size=1, max_size=5, unique_by=lambda e: e[0])
+    )
+    lines = [f"{entry[0]}={draw(right(*entry))}" for entry in chosen]
+    if draw(st.booleans()):
+        name, _, hint, _ = chosen[0]
+        return [f"{name}={draw(WRONG[hint])}", *lines[1:]], name
+    return lines, None
+
+
+def checked(lines: list[str]) -> None:
+    """The checks of types and ranges, on a config as Hydra makes it, in a hundredth of the time."""
+    configs.check_overrides(lines)
+    cfg = OmegaConf.structured(configs.RunConfig)
+    for override in OverridesParser.create().parse_overrides(lines):
+        OmegaConf.update(cfg, override.key_or_group, override.value())
+    configs.check(cfg)
+
+
+@few
+@given(overrides())
+def test_random_options_pass_or_are_named(drawn):
+    lines, wrong = drawn
+    if wrong is None:
+        return checked(lines)
+    with pytest.raises(ValueError, match=rf"^{re.escape(wrong)}\b.*[.)]$") as refused:
+        checked(lines)
+    assert "\n" not in str(refused.value)
+    return None
+
+
+@few
+@given(st.text(st.characters(codec="ascii", exclude_characters="\0"), min_size=1, max_size=12))
+def test_random_words_are_refused_in_a_line(word):
+    """No word without a key is an option; none brings anything down."""
+    if word.startswith("-"):
+        return
+    with pytest.raises(ValueError, match="--help") as refused:
+        configs.check_overrides([word.replace("=", "") + "x"])
+    assert refused.type is ValueError
+
+
+# ----------------------------------------------------------------------------------- datasets
+
+ROWS, OBS, ACT = 12, 3, 2
+
+
+def good_rows(seed: int = 0, dtype: str = "f8", timeouts: bool = True) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    rows = {
+        "observations": (10 * rng.normal(size=(ROWS, OBS))),
+        "actions": rng.integers(-1, 2, size=(ROWS, ACT)),
+        "rewards": 10 * rng.normal(size=ROWS),
+        "terminals": rng.random(ROWS) < 0.2,
+        "timeouts": rng.random(ROWS) < 0.2,
+    }
+    if not timeouts:
+        del rows["timeouts"]
+    if np.dtype(dtype).kind == "u":
+        rows = {key: np.abs(values) for key, values in rows.items()}
+    return {key: values.astype(dtype) for key, values in rows.items()}
+
+
+def put(file: h5py.File, rows: dict[str, np.ndarray]) -> None:
+    for key, values in rows.items():
+        file[key] = values
+
+
+def replace(file: h5py.File, key: str, values) -> None:
+    del file[key]
+    file[key] = values
+
+
+MATRICES, COLUMNS = ("observations", "actions"), ("rewards", "terminals", "timeouts")
+KEYS = (*MATRICES, *COLUMNS)
+REQUIRED = KEYS[:-1]
+
+# name: (keys it applies to, what it does to the file at this key)
+DEFECTS = {
+    "missing": (REQUIRED, lambda f, k: f.pop(k)),
+    "a group": (KEYS, lambda f, k: (f.pop(k), f.create_group(k))),
+    "scalar": (KEYS, lambda f, k: replace(f, k, 1.0)),
+    "empty": (KEYS, lambda f, k: replace(f, k, h5py.Empty("f4"))),
+    "no rows": (KEYS, lambda f, k: replace(f, k, f[k][:0])),
+    "one row less": (KEYS, lambda f, k: replace(f, k, f[k][:-1])),
+    "one row more": (
+        KEYS,
+        lambda f, k: replace(f, k, np.resize(f[k], (ROWS + 1, *f[k].shape[1:]))),
+    ),
+    "one axis more": (KEYS, lambda f, k: replace(f, k, np.zeros((ROWS, 2, 2)))),
+    "no column": (KEYS, lambda f, k: replace(f, k, np.zeros((ROWS, 0)))),
+    "a vector": (MATRICES, lambda f, k: replace(f, k, f[k][:, 0])),
+    "a matrix": (COLUMNS, lambda f, k: replace(f, k, np.zeros((ROWS, 2)))),
+    "bytes": (KEYS, lambda f, k: replace(f, k, np.full(f[k].shape, b"1"))),
+    "strings": (
+        KEYS,
+        lambda f, k: replace(f, k, np.full(f[k].shape, "1", dtype=h5py.string_dtype())),
+    ),
+    "complex": (KEYS, lambda f, k: replace(f, k, f[k][()] + 1j)),
+    "compound": (KEYS, lambda f, k: replace(f, k, np.zeros(f[k].shape, dtype=[("a", "f4")]))),
+    "arrays": (KEYS, lambda f, k: f.pop(k) and f.create_dataset(k, (ROWS,), dtype="(2,)f4")),
+    "ragged": (KEYS, lambda f, k: f.pop(k) and f.create_dataset(k, (ROWS,), h5py.vlen_dtype("f4"))),
+    "references": (KEYS, lambda f, k: f.pop(k) and f.create_dataset(k, (ROWS,), h5py.ref_dtype)),
+    **{
+        name: (KEYS, lambda f, k, v=value: f[k].write_direct(spoilt(f[k], v)))
+        for name, value in {
+            "nan": math.nan,
+            "inf": math.inf,
+            "-inf": -math.inf,
+            "huge": 1e200,
+        }.items()
+    },
+}
+
+
+def spoilt(array: h5py.Dataset, value: float) -> np.ndarray:
+    values = array[()]
+    values.reshape(-1)[np.random.default_rng(0).integers(values.size)] = value
+    return values
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def said_of(path: Path) -> str:
+    with pytest.raises(ValueError, match=re.escape(str(path))) as refused:
+        read_hdf5(path)
+    assert refused.type is ValueError
+    said = str(refused.value)
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects_of_files(folder, defect):
+    keys, spoil = DEFECTS[defect]
+    for key in keys:
+        with h5py.File(folder / "bad.hdf5", "w") as file:
+            put(file, good_rows())
+            spoil(file, key)
+        said = said_of(folder / "bad.hdf5")
+        assert key in said or (key == "observations" and "does not fit" in said), (key, said)
+
+
+@few
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["f2", "f4", "f8", ">f8", ">f4", "i1", "i4", ">i8", "u1", "u8", "?"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_good_files_of_any_type_are_d4rl_s_rows(folder, seed, dtype, timeouts, chunked):
+    rows = good_rows(seed, dtype, timeouts)
+    expected = qlearning_dataset(rows, 5)
+    with h5py.File(folder / "good.hdf5", "w") as file:
+        for key, values in rows.items():
+            file.create_dataset(key, data=values, compression="gzip" if chunked else None)
+    if len(expected["reward"]) == 0:
+        assert "no transition" in said_of(folder / "good.hdf5")
+        return
+    found = read_hdf5(folder / "good.hdf5", max_episode_steps=5).transitions
+    for key, name in {
+        "observation": "obs", "action": "action", ("next", "observation"): "next_obs",
+        ("next", "reward"): "reward", ("next", "terminated"): "done",
+    }.items():  # fmt: skip
+        values = found[key].numpy()
+        np.testing.assert_array_equal(values.reshape(expected[name].shape), expected[name])
+
+
+@few
+@given(st.data())
+def test_random_layouts_with_one_defect(folder, data):
+    keys, spoil = DEFECTS[data.draw(st.sampled_from(sorted(DEFECTS)))]
+    key = data.draw(st.sampled_from(keys))
+    rows = good_rows(data.draw(st.integers(0, 99)), data.draw(st.sampled_from(["f4", "f8"])))
+    with h5py.File(folder / "bad.hdf5", "w") as file:
+        put(file, rows)
+        file["more/arrays"] = np.zeros(3)  # as D4RL's files have
+        if rows[key].dtype == "f4" and spoil is DEFECTS["huge"][1]:
+            spoil = DEFECTS["inf"][1]
+        spoil(file, key)
+    said_of(folder / "bad.hdf5")
+
+
+@few
+@given(st.data())
+def test_flipped_bytes_are_read_or_refused(folder, data):
+    with h5py.File(folder / "whole.hdf5", "w") as file:
+        put(file, good_rows())
+    content = bytearray((folder / "whole.hdf5").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (folder / "flipped.hdf5").write_bytes(content)
+    try:
+        read_hdf5(folder / "flipped.hdf5")
+    except ValueError as error:
+        assert "flipped.hdf5" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [(0, "holds 0 rows"), (1, "holds 1 rows"), (2, "batch_size=8 is more than the data's 1")],
+)
+def test_too_few_rows(folder, rows, named):
+    with h5py.File(folder / "short.hdf5", "w") as file:
+        put(file, {key: values[:rows] for key, values in good_rows(timeouts=False).items()})
+    with pytest.raises(ValueError, match=named):
+        make_replay_buffer(
+            "hopper-medium-v2", source="hdf5", path=folder / "short.hdf5", batch_size=8
+        )
+
+
+HOPPER = (11, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "named"),
+    [
+        ((11, 2), 1.0, "size (11, 2), task=hopper-medium-v2 has (11, 3)"),
+        ((17, 6), 1.0, "size (17, 6), task=hopper-medium-v2 has (11, 3)"),
+        (HOPPER, 2.0, "actions up to 1 beyond the bounds of task=hopper-medium-v2 (-1 to 1)"),
+    ],
+)
+def test_data_of_another_environment(shape, scale, named, folder, workplace, monkeypatch, capsys):
+    path = folder / "other.hdf5"
+    with h5py.File(path, "w") as file:
+        rows = {
+            "observations": np.zeros((20, shape[0])),
+            "actions": np.ones((20, shape[1])) * scale,
+        }
+        put(file, rows | {"rewards": np.zeros(20), "terminals": np.zeros(20)})
+    said = refusal(["data.source=hdf5", f"data.path={path}"], monkeypatch, capsys)
+    assert f"data.path={path}" in said
+    assert named in said
+
+
+# ------------------------------------------------------------------------------------ tensors
+
+SPEC = Bounded(low=-torch.ones(ACT), high=torch.ones(ACT))
+NEXT = "next"
+
+
+def f(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+# (key, value or None to drop it, what the error must say)
+BATCHES = [
+    ("observation", None, "needs the key 'observation'"),
+    ("action", None, "needs the key 'action'"),
+    ((NEXT, "observation"), None, "needs the key ('next', 'observation')"),
+    ((NEXT, "reward"), None, "needs the key ('next', 'reward')"),
+    ("observation", f(8, OBS, dtype=torch.float64), "torch.float64 where the networks are"),
+    ("action", f(8, ACT, dtype=torch.float64), "torch.float64 where the networks are"),
+    ((NEXT, "reward"), f(8, 1, dtype=torch.float64), "torch.float64 where the networks are"),
+    ("observation", f(8, OBS + 1), "this network takes [*B, 3]"),
+    ((NEXT, "observation"), f(8, OBS + 1), "this network takes [*B, 3]"),
+    ("action", f(8, 1), "act in [*B, 2]"),  # would pass by broadcasting
+    ("action", f(8, ACT + 1), "act in [*B, 2]"),
+    ((NEXT, "reward"), f(8), "must be (8, 1)"),
+    ((NEXT, "reward"), f(8, 2), "must be (8, 1)"),
+    ((NEXT, "terminated"), f(8, dtype=torch.bool), "must be (8, 1)"),
+    ((NEXT, "terminated"), f(8, 1), "must be torch.bool"),
+    ((NEXT, "done"), f(8, 1, dtype=torch.uint8), "must be torch.bool"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "named"), BATCHES, ids=[str(row[0]) for row in BATCHES])
+def test_batches(make_batch, make_loss, key, value, named):
+    batch = make_batch(8)
+    batch = batch.exclude(key) if value is None else batch.set(key, value)
+    with pytest.raises((KeyError, ValueError), match=re.escape(named)):
+        make_loss()(batch)
+
+
+CALLS = {
+    "no observation": (lambda a: a(TensorDict({"obs": f(4, OBS)}, [4])), "needs the key"),
+    "observations too wide": (lambda a: a(observation=f(4, OBS + 1)), "takes [*B, 3]"),
+    "a scalar": (lambda a: a(observation=f()), "takes [*B, 3]"),
+    "doubles": (lambda a: a(observation=f(4, OBS, dtype=torch.float64)), "torch.float64"),
+    "integers": (lambda a: a(observation=f(4, OBS, dtype=torch.int64)), "torch.int64"),
+    "noise too wide": (lambda a: a(observation=f(4, OBS), noise=f(4, ACT + 1)), "'noise'"),
+    "noise of others": (lambda a: a(observation=f(4, OBS), noise=f(5, ACT)), "'noise'"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_of_an_actor(name):
+    call, named = CALLS[name]
+    with pytest.raises((KeyError, ValueError), match=re.escape(named)):
+        call(make_actor(OBS, SPEC, (4,)))
+
+
+def loss(**settings) -> POGOLoss:
+    return POGOLoss(make_actor(OBS, SPEC, (4,)), make_qvalue(OBS, ACT, (4,)), **settings)
+
+
+CONSTRUCTORS = {
+    "hidden_sizes": [
+        call
+        for h in ((), (0,), (-1,), (1.5,), ("8",), 8, None)
+        for call in (lambda h=h: make_actor(OBS, SPEC, h), lambda h=h: make_qvalue(OBS, ACT, h))
+    ],
+    "observation_dim": [lambda n=n: make_actor(n, SPEC) for n in (0, -1, 1.5, None, True)],
+    "action_dim": [lambda n=n: make_qvalue(OBS, n) for n in (0, -1, 1.5, None)],
+    "action_spec": [
+        lambda s=s: make_actor(OBS, s)
+        for s in (None, Bounded(f(2), f(2)), Bounded(f(2), f(2) + math.inf), Bounded(0.0, 1.0, ()))
+    ],
+    "gamma": [
+        lambda g=g: loss().make_value_estimator(gamma=g) for g in (-1, 1.1, math.nan, "a", None)
+    ],
+    "w2_weights": [
+        lambda w=w: loss(w2_weights=w) for w in ((), (-1,), (math.nan,), "0.1", 0.1, None)
+    ],
+    "num_samples": [lambda k=k: loss(num_samples=k) for k in (0, -1, 1.5, True, "4", None)],
+    "blur": [lambda b=b: loss(blur=b) for b in (0, -1, math.nan, math.inf, "a", None)],
+    "alpha": [lambda a=a: loss(alpha=a) for a in (0, -1, math.nan, math.inf, "a", None)],
+    "policy_noise": [lambda s=s: loss(policy_noise=s) for s in (-1, math.nan, "a", None)],
+    "w2_backend": [lambda n=n: loss(w2_backend=n) for n in ("fats", "", None, 3)],
+    "bounds": [
+        lambda b=b: loss(bounds=b) for b in ((1, -1), (0, 0), (-1, math.inf), (math.nan, 1))
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_arguments(name):
+    for call in CONSTRUCTORS[name]:
+        with pytest.raises(ValueError, match=name):
+            call()
+
+
+@few
+@given(
+    st.lists(st.integers(0, 3), max_size=4), st.lists(st.integers(0, 3), max_size=4),
+    *[st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool])] * 2,
+    st.sampled_from(["tensorized", "fast", "exact"]),
+)  # fmt: skip
+def test_clouds_are_measured_or_refused(x, y, x_dtype, y_dtype, backend):
+    fits = (
+        len(x) >= 2 and len(x) == len(y) and x[:-2] == y[:-2] and x[-1] == y[-1] > 0
+        and x_dtype == y_dtype and x_dtype.is_floating_point and min(x[-2], y[-2]) > 0
+        and (backend != "exact" or x[-2] == y[-2])
+    )  # fmt: skip
+    clouds = torch.ones(x, dtype=x_dtype), torch.zeros(y, dtype=y_dtype)
+    if fits:
+        assert list(sinkhorn_divergence(*clouds, backend=backend).shape) == x[:-2]
+        return
+    with pytest.raises(ValueError, match=r"sinkhorn_divergence|w2_backend"):
+        sinkhorn_divergence(*clouds, backend=backend)
+
+
+def test_the_tables_hold_nothing_twice_and_every_type():
+    assert len({line for line, _ in OPTIONS}) == len(OPTIONS)
+    assert {hint for _, _, hint, _ in configs._entries()} == set(WRONG)
