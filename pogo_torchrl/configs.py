@@ -129,7 +129,7 @@ class RunConfig:
     blur: float = _option(0.05, "Sinkhorn blur, in half action ranges")
     w2_backend: str = _option(
         "fast",
-        "fast (GeomLoss's divergence, ten times faster), tensorized, online (needs KeOps) or auto "
+        "fast (GeomLoss's divergence, faster), tensorized, online (needs KeOps) or auto "
         "(GeomLoss's own), or exact (the optimal assignment, num_samples up to 10)",
     )
     shared_noise: bool = _option(

@@ -116,13 +116,15 @@ def test_mean_error_in_float32_is_that_of_geomloss(k, d):
         truth = value_and_gradients(
             lambda x, y: geomloss(x, y, blur, diameter), x.double(), y.double()
         )
-        for a, b, c in zip(
+        # The value's error is GeomLoss's, to the chance of few samples; the gradient's is half.
+        for slack, a, b, c in zip(
+            (1.5, 1.0, 1.0),
             value_and_gradients(lambda x, y: fast(x, y, diameter), x, y),
             value_and_gradients(lambda x, y: geomloss(x, y, blur, diameter), x, y),
             truth,
         ):
             mine, peer = (a.double() - c).square().mean(), (b.double() - c).square().mean()
-            assert mine.sqrt() <= 1.5 * peer.sqrt() + 1e-9
+            assert mine.sqrt() <= slack * peer.sqrt() + 1e-9
 
 
 @pytest.mark.parametrize("diameter", [3.2, 6.4, 0.1, 0.05, 0.04])

@@ -53,7 +53,7 @@ def sinkhorn_divergence(
         blur: the entropic smoothing length in units of the points, positive.
         backend: ``"tensorized"`` (GeomLoss's dense solver, the default), ``"online"`` (GeomLoss on
             KeOps, linear memory; needs the extra ``keops``) or ``"auto"`` (GeomLoss chooses by
-            size); ``"fast"`` (the same iterates for many small clouds, ten times faster and
+            size); ``"fast"`` (the same iterates for many small clouds, faster and
             without host synchronisation); ``"exact"`` (no entropy: the optimal assignment,
             :math:`\min_p \mathrm{mean}_k \tfrac12\lVert x_k - y_{p(k)}\rVert^2`, for
             ``K = K'`` up to 10; ``blur`` and ``diameter`` do not matter).

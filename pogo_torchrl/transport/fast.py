@@ -23,7 +23,8 @@ from torch import Tensor
 
 # Deepest row of t that clouds of diameter D can reach at temperature eps, in units of
 # D / sqrt(eps): a row that is late falls behind twofold at each annealing step. The worst clouds
-# that benchmarks/transport.py --search finds reach 1.02 where K = K', 1.23 elsewhere.
+# that benchmarks/transport.py --search finds reach 0.97 where K = K', 1.18 elsewhere; one longer
+# search reached 1.02 and 1.23. No proof: the floor and the ceiling below hold where it fails.
 _DEPTH = 1.35
 
 
