@@ -162,7 +162,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(cache, tmp_path):
     assert full.returncode == 2
     assert full.stderr.startswith("pogo: cannot write a checkpoint at update 4: ")
     assert full.stderr.count("\n") == 1
-    assert list((run_folder(tmp_path) / "checkpoints").iterdir()) == []
+    assert not list((run_folder(tmp_path) / "checkpoints").glob("*"))
     resumed = pogo(tmp_path, *wide, "resume=true")
     assert resumed.returncode == 0, resumed.stderr
 
