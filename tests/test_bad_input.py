@@ -26,6 +26,7 @@ from torchrl.data import Bounded
 
 from pogo_torchrl import POGOLoss, configs, make_actor, make_qvalue, sinkhorn_divergence
 from pogo_torchrl.data import make_replay_buffer, read_hdf5
+from pogo_torchrl.data.hdf5 import RefusedFile
 from pogo_torchrl.main import RunFolder, _claim, main
 
 few = settings(
@@ -375,7 +376,7 @@ def folder(tmp_path_factory):
 def said_of(path: Path) -> str:
     with pytest.raises(ValueError, match=re.escape(str(path))) as refused:
         read_hdf5(path)
-    assert refused.type is ValueError
+    assert refused.type is RefusedFile
     said = str(refused.value)
     assert "\n" not in said
     return said
