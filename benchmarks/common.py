@@ -27,7 +27,7 @@ def seconds(function: Callable[[], object], *, repeats: int, warmup: int = 3) ->
 
 
 def machine() -> str:
-    """Processor, threads and versions, in a line."""
+    """Processor and versions, in a line."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -35,7 +35,7 @@ def machine() -> str:
         model = lines[0].split(":", 1)[1].strip() if lines else model
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
-        f"{model}, {os.cpu_count()} cores{gpu}; {torch.get_num_threads()} threads; "
+        f"{model}, {os.cpu_count()} cores{gpu}; "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
 

@@ -283,7 +283,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    print(machine())
+    print(f"{machine()}; {arguments.threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         path = write_rows(Path(folder, "data.hdf5"), ROWS)
         updates(path, device, repeats=5 if arguments.quick else 15, quick=arguments.quick)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from common import machine
 from geomloss import SamplesLoss
 from torch import Tensor
 
@@ -27,19 +27,6 @@ from pogo_torchrl import sinkhorn_divergence
 from pogo_torchrl.transport import MAX_POINTS
 
 BLUR = 0.05
-
-
-def machine() -> str:
-    """The machine and the versions, in a line."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if "model name" in line)
-    except (OSError, StopIteration):
-        pass
-    if torch.cuda.is_available():
-        name += f", {torch.cuda.get_device_name()}"
-    return f"{name}; Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def backends(d: int, k: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

@@ -88,8 +88,8 @@ class D4RLReplay(D4RLExperienceReplay):
         self.specs = None
         # Of several runs that start at once, one downloads.
         with FileLock(root / f".{task}.lock"):
-            self._file = _fetch(task, mirror, root, progress)
-            made = {"version": _VERSION, "sha256": sha256(self._file)}
+            self._file, digest = _fetch(task, mirror, root, progress)
+            made = {"version": _VERSION, "sha256": digest}
             manifest = _read_manifest(root / task, made)
             if manifest is None and (root / task).exists():
                 _LOGGER.warning("%s is damaged or outdated and is made again.", root / task)
@@ -138,8 +138,8 @@ def read_d4rl(
     return data
 
 
-def _fetch(task: str, mirror: str | Path | None, root: Path, progress: bool) -> Path:
-    """The task's HDF5 file: from a mirror that is a folder, from the cache, or downloaded."""
+def _fetch(task: str, mirror: str | Path | None, root: Path, progress: bool) -> tuple[Path, str]:
+    """The task's HDF5 file, from a mirror's folder, the cache or a server, and its SHA-256."""
     url = D4RL_DATASETS[task]
     place = PurePosixPath(urllib.parse.urlparse(url).path)
     names = (place.name, f"{place.parent.name}/{place.name}")
@@ -148,7 +148,7 @@ def _fetch(task: str, mirror: str | Path | None, root: Path, progress: bool) -> 
         folder = Path(str(mirror)).expanduser()
         for name in names:
             if (folder / name).is_file():
-                return folder / name
+                return folder / name, sha256(folder / name)
         raise FileNotFoundError(
             f"data.mirror={str(mirror)!r} is a folder without {names[0]} or {names[1]}, the file "
             f"of {task}."
@@ -156,8 +156,9 @@ def _fetch(task: str, mirror: str | Path | None, root: Path, progress: bool) -> 
     path = root / place.name
     checksum = path.with_suffix(".sha256")
     if path.exists():
-        if checksum.exists() and checksum.read_text().strip() == sha256(path):
-            return path
+        digest = sha256(path)
+        if checksum.exists() and checksum.read_text().strip() == digest:
+            return path, digest
         _LOGGER.warning("%s is damaged and is downloaded again.", path)
     base = str(mirror).rstrip("/")
     urls = [url] if mirror is None else [f"{base}/{name}" for name in names]
@@ -171,9 +172,10 @@ def _fetch(task: str, mirror: str | Path | None, root: Path, progress: bool) -> 
             "of D4RL's files (an address or a folder), or data.source=hdf5 data.path=FILE, or "
             "data.source=local, which needs no download."
         ) from error
+    digest = sha256(path)
     with atomic_write(checksum, "x") as file:
-        file.write(sha256(path))
-    return path
+        file.write(digest)
+    return path, digest
 
 
 def _download_first(urls: Sequence[str], path: Path, progress: bool) -> None:
