@@ -87,7 +87,7 @@ def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_scor
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     for (actor, mode), curve in sorted(read_scores(path).items()):
         axes.plot(
             curve.steps,
@@ -101,6 +101,7 @@ def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_scor
     axes.axhline(behaviour_score, color="0.5", linestyle=":", label="dataset's behaviour")
     axes.set(xlabel="updates", ylabel="D4RL score", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
+    # Below the axes: scores swing, and inside it would hide some.
+    figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     figure.savefig(out, dpi=150)
     plt.close(figure)
