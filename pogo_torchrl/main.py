@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -66,6 +67,11 @@ class RunFolder(NamedTuple):
         """The run's folder."""
         return self.training.parent
 
+    @property
+    def done(self) -> Path:
+        """Written when the run is complete: a JSON object with the ``total_steps`` it has made."""
+        return self.root / "done.json"
+
     @classmethod
     def of(cls, cfg: DictConfig) -> RunFolder:
         """``log_dir/task/w2_.../seed_.../{training,checkpoints}``."""
@@ -91,9 +97,9 @@ def run(cfg: DictConfig) -> list[Evaluation]:
     # Everything that can be refused is refused before data are made or files written.
     configs.check(cfg)
     folder = RunFolder.of(cfg)
-    device = _device(cfg.device)
+    device = choose_device(cfg.device)
     evaluator = Evaluator(
-        cfg.task, episodes=cfg.eval_episodes, seed=cfg.seed, env_fn=_env_fn(cfg.task, cfg.env)
+        cfg.task, episodes=cfg.eval_episodes, seed=cfg.seed, env_fn=env_fn(cfg.task, cfg.env)
     )
     settings = {
         "lr": cfg.lr,
@@ -106,9 +112,9 @@ def run(cfg: DictConfig) -> list[Evaluation]:
         "progress_bar": cfg.progress_bar,
     }
     POGOTrainer.check_settings(cfg.total_steps, **settings)
-    _check_memory(cfg, evaluator)
+    check_memory(cfg, evaluator)
     _seed(cfg.seed)
-    loss = _make_loss(cfg, evaluator, device)
+    loss = make_loss(cfg, evaluator, device)
     metrics = LogMetrics([], cfg.log_interval)
     evaluate = Evaluate(
         lambda: evaluator(_raw_chain(loss, replay_buffer)), interval=cfg.eval_interval
@@ -117,7 +123,7 @@ def run(cfg: DictConfig) -> list[Evaluation]:
     if backend:
         check_logger(backend)
     with _claim(folder), _deterministic(cfg.deterministic), _log_to(_Screen()):
-        _check_folder(folder, cfg)
+        check_folder(folder, cfg)
         LOGGER.info("POGO on %s, %d updates; run folder %s", cfg.task, cfg.total_steps, folder.root)
         replay_buffer = make_replay_buffer(
             cfg.task, batch_size=cfg.batch_size, device=device, **cfg.data
@@ -191,9 +197,11 @@ def _finish(
     LOGGER.info("Checkpoints: %s", folder.checkpoints)
     if cfg.save_model:
         LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
+    with atomic_write(folder.done, "x") as file:  # last of all
+        json.dump({"total_steps": cfg.total_steps}, file)
 
 
-def _env_fn(task: str, cfg: DictConfig) -> Callable[[], gymnasium.Env]:
+def env_fn(task: str, cfg: DictConfig) -> Callable[[], gymnasium.Env]:
     """Makes the task's environment, or the one that ``env.id`` names."""
     if cfg.backend not in BACKENDS:
         raise ValueError(
@@ -219,7 +227,7 @@ def _env_fn(task: str, cfg: DictConfig) -> Callable[[], gymnasium.Env]:
     return make
 
 
-def _check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
+def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
     """Refuse networks and batches that no memory holds, before any is taken."""
     inputs = evaluator.observation_dim + evaluator.action_dim
     widths = [inputs, *cfg.hidden_sizes, evaluator.action_dim]
@@ -239,7 +247,8 @@ def _check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
             )
 
 
-def _make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss:
+def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss:
+    """The chain and its critics, newly initialised."""
     actor = make_actor(evaluator.observation_dim, evaluator.action_spec, cfg.hidden_sizes)
     qvalue = make_qvalue(
         evaluator.observation_dim, evaluator.action_dim, cfg.hidden_sizes, cfg.critic_layer_norm
@@ -270,7 +279,8 @@ def _raw_chain(loss: POGOLoss, replay_buffer: OfflineReplayBuffer) -> list[Trans
     ]
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device that ``device=name`` means here; refuses one that is not there."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(
             f"device={name} is unknown; choose one of auto, cpu, cuda (which GPU that "
@@ -381,8 +391,13 @@ def _check_data(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator, cfg: D
         )
 
 
-def _check_folder(folder: RunFolder, cfg: DictConfig) -> None:
-    """Never mix two runs in one folder."""
+def check_folder(folder: RunFolder, cfg: DictConfig) -> None:
+    """Never mix two runs in one folder.
+
+    Raises:
+        FileExistsError: when it holds a run and ``resume`` is off.
+        ValueError: when it holds a run that was started with other settings.
+    """
     file = folder.training / "config.yaml"
     if not file.exists():
         return
@@ -475,14 +490,14 @@ def _hydra_main(cfg: DictConfig) -> None:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
     except DivergenceError as error:
-        _refuse(error, exit_code=3)
+        refuse(error, exit_code=3)
     except EvaluationError as error:
         traceback.print_exception(error.__cause__)  # the environment may be the user's own
-        _refuse(error, exit_code=1)
+        refuse(error, exit_code=1)
     except (ValueError, OSError, ImportError) as error:
-        _refuse(error)
+        refuse(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        _refuse(
+        refuse(
             MemoryError(
                 f"out of memory ({error}): lower batch_size, num_samples, hidden_sizes or the "
                 "number of w2_weights, or use less data."
@@ -493,7 +508,8 @@ def _hydra_main(cfg: DictConfig) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def _refuse(error: Exception, exit_code: int = 2) -> NoReturn:
+def refuse(error: Exception, exit_code: int = 2) -> NoReturn:
+    """End the process with one line."""
     sentence = " ".join(line.strip() for line in str(error).splitlines())
     print(f"pogo: {sentence}", file=sys.stderr)
     sys.exit(exit_code)
@@ -508,5 +524,5 @@ def main() -> None:
     try:
         configs.check_overrides(sys.argv[1:])
     except ValueError as error:
-        _refuse(error)
+        refuse(error)
     _hydra_main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -180,6 +181,20 @@ def test_leftover_temporary_files_do_not_count(hopper, tmp_path):
     (tmp_path / f".{hopper.name}.0123.tmp").write_bytes(hopper.read_bytes())
     path = make(tmp_path)
     assert path.read_bytes() == hopper.read_bytes()
+
+
+def test_of_runs_that_start_at_once_one_generates(tmp_path, monkeypatch):
+    generate, calls = behaviour._generate, []
+
+    def count(*args):
+        calls.append(args)
+        return generate(*args)
+
+    monkeypatch.setattr(behaviour, "_generate", count)
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(lambda _: make(tmp_path), range(4)))
+    assert len(calls) == 1
+    assert list(tmp_path.iterdir()) == list(paths)
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

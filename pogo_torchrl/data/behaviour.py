@@ -14,6 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import count
 from numbers import Integral
 from pathlib import Path
@@ -24,6 +25,7 @@ import gymnasium
 import h5py
 import mujoco
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -131,23 +133,26 @@ def behaviour_dataset(
         _LOGGER.warning("%s is damaged and is generated again", path)
     make_writable(folder, "data.cache_dir")  # before the work, not after it
 
-    bar = tqdm(total=size, unit="step", desc=f"Generating {task}", disable=not progress)
-    with bar:
-        rows = _generate(environment, policies, _PARTS[level], size, seed, workers, bar)
-    metadata = {
-        "algorithm": "linear policies of augmented random search, with exploration noise",
-        "policies": json.dumps(manifest[environment]),
-        "parts": json.dumps(_PARTS[level]),
-        "max_noise": MAX_NOISE[environment],
-        "seed": seed,
-        "generator_version": _VERSION,
-        "mujoco_version": mujoco.__version__,
-    }
-    try:
-        with atomic_write(path) as file:
-            file.write(_to_hdf5(rows, metadata))
-    except OSError as error:
-        raise cannot_write(folder, "data.cache_dir", error) from error
+    with _alone(folder / f".{name}.lock"):
+        if _is_intact(path, size):
+            return path  # another process has just made it
+        bar = tqdm(total=size, unit="step", desc=f"Generating {task}", disable=not progress)
+        with bar:
+            rows = _generate(environment, policies, _PARTS[level], size, seed, workers, bar)
+        metadata = {
+            "algorithm": "linear policies of augmented random search, with exploration noise",
+            "policies": json.dumps(manifest[environment]),
+            "parts": json.dumps(_PARTS[level]),
+            "max_noise": MAX_NOISE[environment],
+            "seed": seed,
+            "generator_version": _VERSION,
+            "mujoco_version": mujoco.__version__,
+        }
+        try:
+            with atomic_write(path) as file:
+                file.write(_to_hdf5(rows, metadata))
+        except OSError as error:
+            raise cannot_write(folder, "data.cache_dir", error) from error
     return path
 
 
@@ -196,6 +201,16 @@ def rollout(
         episode[key] = np.zeros(len(rows["rewards"]), dtype=bool)
         episode[key][-1] = ended
     return episode
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process generates the same: of runs that start at once, one does."""
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # while it is ours
 
 
 def _generate(
