@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, get_type_hints
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -143,6 +145,23 @@ class RunConfig:
 
 
 @dataclass
+class SweepConfig(RunConfig):
+    """Every option of ``examples/pogo_sweep.py``: its own, and all of a run."""
+
+    sweep: str | None = _option(
+        None, "the sweep file, or the name of one in the package: locomotion, antmaze"
+    )
+    results_dir: str = _option("results", "tables and figures over all runs of log_dir")
+    launcher: str = _option("local", "what carries out the runs: local (processes here)")
+    jobs: int | None = _option(
+        None,
+        "runs at once, with launcher=local; null: one for each GPU, or usable cores / "
+        "OMP_NUM_THREADS (1 where that is not set)",
+    )
+    dry_run: bool = _option(False, "print the plan and end")
+
+
+@dataclass
 class POGOLossConfig(LossConfig):
     """TorchRL config group ``loss: pogo``: every keyword of :class:`~pogo_torchrl.POGOLoss`."""
 
@@ -197,8 +216,8 @@ class POGOTrainerConfig(TrainerConfig):
         super().__post_init__()
 
 
-def options() -> dict[str, str]:
-    """The option names of a run with their meanings and defaults.
+def options(schema: type = RunConfig) -> dict[str, str]:
+    """The option names of a run (or of another command) with their meanings and defaults.
 
     Example:
         >>> options()["lr"]
@@ -208,7 +227,7 @@ def options() -> dict[str, str]:
     """
     return {
         name: f"{entry.metadata['help']} (default {_yaml(default)})"
-        for name, entry, _, default in _entries()
+        for name, entry, _, default in _entries(schema)
     }
 
 
@@ -234,7 +253,46 @@ def _entries(
             yield prefix + entry.name, entry, hints[entry.name], default
 
 
-def check(cfg: DictConfig) -> None:
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a run, as the command line would compose it.
+
+    Raises:
+        ValueError: for what :func:`check_overrides` refuses.
+
+    Example:
+        >>> compose(["task=antmaze-umaze-v2", "seed=3"]).lr
+        0.0001
+    """
+    check_overrides(overrides)
+    with initialize_config_module("pogo_torchrl.conf", version_base="1.3"):
+        return hydra_compose("config", overrides=list(overrides))
+
+
+def sweep_options(arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """A :class:`SweepConfig` of the arguments that are a sweep's own, and those of its runs.
+
+    Raises:
+        ValueError: for what :func:`check_overrides` and :func:`check` refuse.
+
+    Example:
+        >>> options, others = sweep_options(["sweep=antmaze", "lr=1e-4", "jobs=2"])
+        >>> options.sweep, options.jobs, others
+        ('antmaze', 2, ['lr=1e-4'])
+    """
+    check_overrides(arguments, SweepConfig)
+    of_runs, others = set(top_level_options()), []
+    cfg = OmegaConf.structured(SweepConfig)
+    for argument in arguments:
+        override = OverridesParser.create().parse_override(argument)
+        if override.is_hydra_override() or override.key_or_group.split(".")[0] in of_runs:
+            others.append(argument)
+        else:
+            OmegaConf.update(cfg, override.key_or_group, override.value())
+    check(cfg, SweepConfig)
+    return cfg, others
+
+
+def check(cfg: DictConfig, schema: type = RunConfig) -> None:
     """Refuse what no run can use: integers out of range, numbers that are not finite, empty lists.
 
     What an option means to the loss, the trainer or the data is checked where it is used.
@@ -248,7 +306,7 @@ def check(cfg: DictConfig) -> None:
             ...
         ValueError: eval_episodes=0 must be an integer from 1 to 10000, e.g. 10.
     """
-    for name, entry, _, default in _entries():
+    for name, entry, _, default in _entries(schema):
         try:
             value = OmegaConf.select(cfg, name, throw_on_missing=True)
         except OmegaConfBaseException as error:
@@ -292,7 +350,7 @@ def tasks() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith("yaml"))
 
 
-def check_overrides(arguments: Sequence[str]) -> None:
+def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
     """Refuse unknown options and values of a wrong type on the command line, before Hydra does.
 
     Raises:
@@ -320,12 +378,13 @@ def check_overrides(arguments: Sequence[str]) -> None:
                 f"special characters, e.g. 'data.path=\"a=b.hdf5\"' (--help lists the options)"
             ) from error
         if not override.is_hydra_override():
-            _check_override(override, several=not {"-m", "--multirun"}.isdisjoint(arguments))
+            several = not {"-m", "--multirun"}.isdisjoint(arguments)
+            _check_override(override, schema, several)
 
 
-def _check_override(override: Override, several: bool) -> None:
+def _check_override(override: Override, schema: type, several: bool) -> None:
     key, line = override.key_or_group, str(override.input_line)
-    known = {name: (hint, default) for name, _, hint, default in _entries()}
+    known = {name: (hint, default) for name, _, hint, default in _entries(schema)}
     if key not in known and key != "data":
         near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -352,7 +411,7 @@ def _check_override(override: Override, several: bool) -> None:
             _check_task(text.strip("'\" "))
             continue
         try:
-            OmegaConf.update(OmegaConf.structured(RunConfig), key, value)
+            OmegaConf.update(OmegaConf.structured(schema), key, value)
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             if key not in known:
                 reason = str(error).splitlines()[0]

@@ -1,0 +1,333 @@
+"""Sweep files: what they say, as a list of runs. Starts nothing and writes nothing.
+
+A sweep file is YAML::
+
+    common:                     # of all runs: seeds, and any option of pogo_offline.py
+      total_steps: 1000000
+      eval_interval: 10000
+      seeds: [0, 1, 2]
+    sinkhorn: {K: 4, blur: 0.05, backend: fast}
+    environments:               # of one task: any option again, and its w2_weights
+      hopper:
+        medium:
+          w2_weights_base: [0.2, 0.2]
+          w2_weights_third: [0.1, 0.2, 0.3]
+          learning_rate: 3e-4
+
+What a task says goes before what ``common`` says, and the command line before both.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pogo_torchrl import configs
+from pogo_torchrl.main import RunFolder
+
+# Names of the original code, and of the section sinkhorn.
+_ALIASES = {"max_timesteps": "total_steps", "eval_freq": "eval_interval", "learning_rate": "lr"}
+_SINKHORN = {"K": "num_samples", "blur": "blur", "backend": "w2_backend"}
+_WEIGHTS = ("w2_weights", "w2_weights_base", "w2_weights_third", "w2_weights_grid")
+
+# What tells the runs apart or keeps them apart is the sweep's to set.
+_OF_THE_SWEEP = {
+    "task": "write it as a key of environments in the sweep file",
+    "seed": "write seeds: [0, 1, 2] in the sweep file",
+    "resume": "leave it out, a sweep goes on with what is there",
+    "checkpoint_dir": "leave it out, each run keeps its checkpoints in its folder below log_dir",
+}
+
+# Far beyond any study; a typo in a grid can ask for billions.
+_MOST_RUNS = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a sweep.
+
+    Args:
+        arguments: the options of ``pogo_offline.py`` that make it, ``"option=value"``.
+        cfg: the same, composed.
+    """
+
+    arguments: tuple[str, ...]
+    cfg: DictConfig
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it writes."""
+        return RunFolder.of(self.cfg)
+
+    @property
+    def name(self) -> str:
+        """Its folder below ``log_dir``, for people: ``hopper-medium-v2/w2_0.1_0.5/seed_0``."""
+        return self.folder.root.relative_to(self.cfg.log_dir).as_posix()
+
+
+def sweep_names() -> list[str]:
+    """Names of the sweep files in the package.
+
+    Example:
+        >>> sweep_names()
+        ['antmaze', 'locomotion']
+    """
+    folder = resources.files("pogo_torchrl") / "conf" / "sweep"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+
+
+def read_sweep(name: str, overrides: Sequence[str] = ()) -> list[Run]:
+    r"""The runs that a sweep file asks for, in its order: tasks, weights, seeds.
+
+    Args:
+        name: a file, or one of :func:`sweep_names`.
+        overrides: options ``"option=value"`` for all runs; they win over the file.
+
+    Raises:
+        ValueError: for what cannot be a sweep; the message names the file, the key and its value,
+            and what is allowed.
+
+    Example:
+        >>> import tempfile
+        >>> text = '''
+        ... common: {max_timesteps: 2e4, seeds: [0, 1]}
+        ... environments:
+        ...   hopper:
+        ...     medium: {w2_weights_base: [0.2, 0.3], w2_weights_third: [0.1, 0.5]}
+        ... '''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "sweep.yaml")
+        ...     _ = file.write_text(text)
+        ...     runs = read_sweep(str(file), ["lr=1e-4"])
+        >>> for run in runs:
+        ...     print(run.name, run.cfg.total_steps, run.cfg.lr)
+        hopper-medium-v2/w2_0.2_0.3_0.1/seed_0 20000 0.0001
+        hopper-medium-v2/w2_0.2_0.3_0.1/seed_1 20000 0.0001
+        hopper-medium-v2/w2_0.2_0.3_0.5/seed_0 20000 0.0001
+        hopper-medium-v2/w2_0.2_0.3_0.5/seed_1 20000 0.0001
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key == "w2_weights":
+            raise ValueError(f"{override}: the weights tell the runs apart; write them in {name}.")
+        if key in _OF_THE_SWEEP:
+            raise ValueError(f"{override} cannot hold for all runs: {_OF_THE_SWEEP[key]}.")
+    path = _find(name)
+    content = _load(path)
+    try:
+        runs = list(_runs(content, overrides))
+        _check_apart(runs)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return runs
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if name in sweep_names():
+        return Path(str(resources.files("pogo_torchrl") / "conf" / "sweep" / f"{name}.yaml"))
+    raise ValueError(
+        f"sweep={name} is no file, and none of the package's sweeps ({', '.join(sweep_names())})."
+    )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    # OmegaConf's reader: 3e-4 is a number to it (text to PyYAML), and a key given twice an error.
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML that can be read: {error}") from error
+    return _section(content, str(path), ("common", "sinkhorn", "environments"))
+
+
+def _section(content: Any, where: str, known: Sequence[str] = ()) -> dict[str, Any]:
+    """A mapping (or nothing), with keys that are known where these are given."""
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: {content} must be a mapping, key: value.")
+    for key in content:
+        if known and key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+            raise ValueError(f"{where}: {key} is unknown; {hint}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _runs(content: dict[str, Any], overrides: Sequence[str]) -> Iterator[Run]:
+    common = _options(content.get("common"), "common")
+    names = {**_SINKHORN, "num_samples": "num_samples"}
+    sinkhorn = _section(content.get("sinkhorn"), "sinkhorn", list(names))
+    common = _merged(
+        common, _options({names[key]: v for key, v in sinkhorn.items()}, "sinkhorn"), "sinkhorn"
+    )
+    tasks = list(_tasks(content.get("environments")))
+    if not tasks:
+        raise ValueError("environments is empty; give tasks, e.g. hopper: {medium: {}}.")
+    for task, section, where in tasks:
+        own = _options(section, where)
+        inherited = {
+            key: value
+            for key, value in common.items()
+            if not (key in _WEIGHTS and own.keys() & set(_WEIGHTS))
+        }
+        try:
+            yield from _of_task(task, {**inherited, **own}, overrides)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _merged(left: dict[str, Any], right: dict[str, Any], where: str) -> dict[str, Any]:
+    for key in left.keys() & right.keys():
+        raise ValueError(f"{where}: {key} is given twice; give it once.")
+    return {**left, **right}
+
+
+def _tasks(environments: Any) -> Iterator[tuple[str, Any, str]]:
+    """Task, section, place of each, be it ``hopper: {medium: ...}`` or ``hopper-medium: ...``."""
+    for name, levels in _section(environments, "environments").items():
+        where = f"environments.{name}"
+        if _task(name) in configs.tasks():
+            yield _task(name), levels, where
+            continue
+        known = {task for task in configs.tasks() if task.startswith(f"{name}-")}
+        if not known:
+            names = sorted({task.partition("-")[0] for task in configs.tasks()})
+            near = difflib.get_close_matches(name, [*names, *configs.tasks()], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}."
+            raise ValueError(f"environments: {name} is unknown; {hint}")
+        for level, section in _section(levels, where).items():
+            task = _task(f"{name}-{level}")
+            if task not in known:
+                allowed = [t.removeprefix(f"{name}-").removesuffix("-v2") for t in sorted(known)]
+                raise ValueError(f"{where}: {level} is unknown; choose from {', '.join(allowed)}.")
+            yield task, section, f"{where}.{level}"
+
+
+def _task(name: str) -> str:
+    return f"{name.removesuffix('-v2')}-v2"
+
+
+def _options(section: Any, where: str) -> dict[str, Any]:
+    """The options in a section by the names of the command line, their types checked."""
+    options: dict[str, Any] = {}
+    for given, value in _flat(_section(section, where)):
+        key = _ALIASES.get(given, given)
+        if key in _OF_THE_SWEEP:
+            raise ValueError(f"{where}: {key} cannot stand here: {_OF_THE_SWEEP[key]}.")
+        if key not in (*_WEIGHTS, "seeds"):
+            try:
+                configs.check_overrides([f"{key}={_word(value)}"])
+            except ValueError as error:
+                raise ValueError(f"{where}.{given}: {error}") from error
+        options = _merged(options, {key: value}, where)
+    return options
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``data: {size: 1}`` as ``data.size: 1``."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _word(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))  # 1e6 updates
+    if isinstance(value, str):
+        return QuotedString(value, Quote.single).with_quotes()
+    return str(value)
+
+
+def _of_task(task: str, settings: dict[str, Any], overrides: Sequence[str]) -> Iterator[Run]:
+    seeds = settings.pop("seeds", None)
+    if seeds is None:
+        raise ValueError("seeds are missing; write seeds: [0, 1, 2], in common for all tasks.")
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
+        raise ValueError(f"seeds={seeds} must be a list of integers, e.g. [0, 1, 2].")
+    weights = _weights({key: settings.pop(key) for key in _WEIGHTS if key in settings})
+    given = [f"{key}={_word(value)}" for key, value in settings.items()]
+    given = [f"task={task}", "progress_bar=false", *given]
+    cfg = configs.compose([*given, *overrides, "resume=true"])
+    for chain, seed in itertools.product(weights or [list(cfg.w2_weights)], seeds):
+        own = copy.deepcopy(cfg)
+        own.w2_weights, own.seed = chain, seed
+        configs.check(own)
+        arguments = (*given, f"w2_weights={_word(chain)}", f"seed={seed}", *overrides)
+        yield Run((*arguments, "resume=true"), own)
+
+
+def _weights(given: dict[str, Any]) -> list[list[float]]:
+    """The chains' weights; none where the task's preset decides."""
+    for key, value in given.items():
+        lists = value if key == "w2_weights_grid" and isinstance(value, list) else [value]
+        if not lists or not all(map(_are_numbers, lists)):
+            wanted = "lists of numbers, one for each actor" if lists is value else "numbers"
+            raise ValueError(f"{key}={value} must be a list of {wanted}.")
+    if not given:
+        return []
+    if given.keys() == {"w2_weights"}:
+        return [given["w2_weights"]]
+    if given.keys() == {"w2_weights_grid"}:
+        candidates = given["w2_weights_grid"]
+    elif given.keys() == {"w2_weights_base", "w2_weights_third"}:
+        base = given["w2_weights_base"]
+        if len(base) != 2:
+            raise ValueError(
+                f"w2_weights_base={base} must hold two numbers, to which w2_weights_third adds the "
+                "third; w2_weights_grid takes chains of any length."
+            )
+        candidates = [*([weight] for weight in base), given["w2_weights_third"]]
+    else:
+        raise ValueError(
+            f"{' and '.join(given)} are no way to give weights: give w2_weights, or "
+            "w2_weights_base with w2_weights_third, or w2_weights_grid."
+        )
+    if math.prod(map(len, candidates)) > _MOST_RUNS:
+        raise ValueError(f"the weights make more than {_MOST_RUNS} chains; give fewer of them.")
+    return [list(chain) for chain in itertools.product(*candidates)]
+
+
+def _are_numbers(values: Any) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) > 0
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    )
+
+
+def _check_apart(runs: Sequence[Run]) -> None:
+    """Every run in a folder of its own, all below one."""
+    if len(runs) > _MOST_RUNS:
+        raise ValueError(f"{len(runs)} runs are more than {_MOST_RUNS}; give fewer of them.")
+    folders: set[Path] = set()
+    for run in runs:
+        if run.cfg.log_dir != runs[0].cfg.log_dir:
+            raise ValueError(
+                f"log_dir is {runs[0].cfg.log_dir} and {run.cfg.log_dir}; give one for all runs, "
+                "in common or on the command line."
+            )
+        if run.folder.root in folders:
+            raise ValueError(f"the run {run.name} is asked for twice; ask for it once.")
+        folders.add(run.folder.root)
