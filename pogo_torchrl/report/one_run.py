@@ -1,18 +1,15 @@
-"""Run folders -> tables and curves. Reads files only; knows nothing of the training."""
+"""Table and curves of one run."""
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
+from matplotlib.figure import Figure
 
-MODES = ("deterministic", "stochastic")
-
-# Okabe and Ito's palette, readable by colour-blind people.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from pogo_torchrl.report.figures import COLOURS
+from pogo_torchrl.report.runs import MODES, read_rows
 
 
 class Curve(NamedTuple):
@@ -23,17 +20,16 @@ class Curve(NamedTuple):
 
 
 def read_scores(path: str | Path) -> dict[tuple[int, str], Curve]:
-    """The curves in a run's ``evaluations.csv``, by ``(actor, mode)``.
+    """The curves in a run's ``evaluations.csv``, by ``(actor, mode)``; damaged rows are left out.
 
     Raises:
         FileNotFoundError: when there is no such file.
     """
     curves: dict[tuple[int, str], Curve] = defaultdict(lambda: Curve([], []))
-    with Path(path).open(newline="") as file:
-        for row in csv.DictReader(file):
-            curve = curves[int(row["actor"]), row["mode"]]
-            curve.steps.append(int(row["step"]))
-            curve.scores.append(float(row["score"]))
+    for row in filter(None, read_rows(Path(path))):
+        step, actor, mode, score, _ = row
+        curves[actor, mode].steps.append(step)
+        curves[actor, mode].scores.append(score)
     return dict(curves)
 
 
@@ -84,10 +80,9 @@ def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_scor
         title: stands above the axes.
         behaviour_score: drawn as the dataset's level.
     """
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    # Not pyplot's, which would choose a backend for the whole process.
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
     for (actor, mode), curve in sorted(read_scores(path).items()):
         axes.plot(
             curve.steps,
@@ -104,4 +99,3 @@ def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_scor
     # Below the axes: scores swing, and inside it would hide some.
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     figure.savefig(out, dpi=150)
-    plt.close(figure)

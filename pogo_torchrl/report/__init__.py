@@ -1,0 +1,26 @@
+"""Run folders -> tables, figures and a page. Reads files only; knows nothing of the training."""
+
+from __future__ import annotations
+
+from pogo_torchrl.report.figures import COLOURS
+from pogo_torchrl.report.one_run import Curve, plot_curves, read_scores, score_table
+from pogo_torchrl.report.page import write_report
+from pogo_torchrl.report.runs import MODES, RunRecord, read_runs
+from pogo_torchrl.report.statistics import Estimate, Spread, bootstrap, iqm, spread
+
+__all__ = [
+    "COLOURS",
+    "MODES",
+    "Curve",
+    "Estimate",
+    "RunRecord",
+    "Spread",
+    "bootstrap",
+    "iqm",
+    "plot_curves",
+    "read_runs",
+    "read_scores",
+    "score_table",
+    "spread",
+    "write_report",
+]

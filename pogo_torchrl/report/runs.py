@@ -1,0 +1,298 @@
+"""Run folders, read at any moment: half-finished ones, and damaged ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from pogo_torchrl.report.published import TASKS
+
+MODES = ("deterministic", "stochastic")
+
+Array = NDArray[np.floating]
+
+
+class Evaluations(NamedTuple):
+    """All whole evaluations of a run: those that have a row for every actor and action mode."""
+
+    steps: NDArray[np.integer]
+    """Updates made, ``[T]``, ascending."""
+    scores: Array
+    """Normalised scores, ``[T, N, 2]``: evaluation, actor, mode (as in :data:`MODES`)."""
+    returns: Array
+    """Mean returns, of the same shape."""
+    damage: str = ""
+    """What had to be left out, in a sentence."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the folder of one run tells."""
+
+    name: str
+    """The folder below ``log_dir``."""
+    task: str
+    weights: tuple[float, ...]
+    seed: int
+    total_steps: int
+    data_source: str
+    evaluations: Evaluations
+    steps_made: int
+    """Updates up to the last row of any of its files."""
+    done: bool
+    data_score: float
+    """Mean score of the episodes in the dataset; NaN if unknown."""
+    error: str
+    """Why its last attempt failed; empty if it did not."""
+
+    @property
+    def label(self) -> str:
+        """The weights as people write them, such as ``0.2, 0.2, 0.1``."""
+        return weights_label(self.weights)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there is any whole evaluation."""
+        return len(self.evaluations.steps) > 0
+
+    @property
+    def last(self) -> Array:
+        """Scores of the last checkpoint, ``[N, 2]``."""
+        return self.evaluations.scores[-1]
+
+    @property
+    def best(self) -> Array:
+        """The best scores of any checkpoint, of each actor and mode by itself, ``[N, 2]``."""
+        return self.evaluations.scores.max(0)
+
+    @property
+    def status(self) -> str:
+        """``done``, or how far it is, such as ``5000 of 20000``."""
+        if self.done:
+            return "done"
+        progress = f"{self.steps_made} of {self.total_steps}"
+        return f"failed at {progress}" if self.error else progress
+
+
+def weights_label(weights: tuple[float, ...]) -> str:
+    """Weights as people write them.
+
+    Example:
+        >>> weights_label((0.2, 1.0))
+        '0.2, 1'
+    """
+    return ", ".join(f"{w:g}" for w in weights)
+
+
+def task_order(task: str) -> tuple[int, str]:
+    """Sorts tasks as papers do, unknown ones last."""
+    return (TASKS.index(task) if task in TASKS else len(TASKS), task)
+
+
+def read_runs(log_dir: str | Path) -> tuple[list[RunRecord], dict[str, str]]:
+    """Read every run folder ``log_dir/{task}/w2_{...}/seed_{s}``.
+
+    Args:
+        log_dir: the folder that the runs were written to.
+
+    Returns:
+        The runs, sorted by task, weights and seed; and by name the folders that are left out
+        because nothing says what they hold, each with the reason.
+
+    Raises:
+        FileNotFoundError: when there is no run folder.
+    """
+    log_dir = Path(log_dir)
+    folders = sorted(p for p in log_dir.glob("*/w2_*/seed_*") if p.is_dir())
+    if not folders:
+        raise FileNotFoundError(
+            f"log_dir={log_dir} holds no runs (TASK/w2_WEIGHTS/seed_SEED); give the folder that "
+            "they were written to."
+        )
+    runs, left_out = [], {}
+    for folder in folders:
+        name = folder.relative_to(log_dir).as_posix()
+        try:
+            runs.append(read_run(folder, name))
+        except ValueError as error:
+            failure = _read_json(folder / "failed.json").get("error")
+            left_out[name] = f"failed: {_line(failure)}" if failure else str(error)
+    runs.sort(key=lambda run: (task_order(run.task), run.weights, run.seed))
+    return runs, left_out
+
+
+def read_run(folder: Path, name: str) -> RunRecord:
+    """Read one run folder.
+
+    Args:
+        folder: the folder.
+        name: what to call it.
+
+    Raises:
+        ValueError: when its ``config.yaml`` does not say which run it is.
+    """
+    training = folder / "training"
+    cfg = _read_config(training / "config.yaml")
+    evaluations = read_evaluations(training / "evaluations.csv", len(cfg["w2_weights"]))
+    made = [*evaluations.steps.tolist(), *_steps(training / "metrics.csv")]
+    done_steps = _read_json(folder / "done.json").get("total_steps", -1)
+    done = isinstance(done_steps, int) and done_steps >= cfg["total_steps"]
+    return RunRecord(
+        name=name,
+        task=cfg["task"],
+        weights=tuple(cfg["w2_weights"]),
+        seed=cfg["seed"],
+        total_steps=cfg["total_steps"],
+        data_source=cfg["data_source"],
+        evaluations=evaluations,
+        steps_made=max(made, default=0),
+        done=done,
+        data_score=_data_score(training / "train.log"),
+        # The run may have succeeded after it failed.
+        error="" if done else _line(_read_json(folder / "failed.json").get("error", "")),
+    )
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, int, str, float, float] | None]:
+    """Rows ``(step, actor, mode, score, return)`` of an ``evaluations.csv``.
+
+    Yields ``None`` for a row that is damaged: that was cut short, is garbled or not finite.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+    """
+    # A last line without its end was cut short, perhaps in the middle of a number.
+    whole, _, rest = path.read_text(errors="replace").rpartition("\n")
+    reader = csv.DictReader(whole.replace("\0", "\ufffd").splitlines())
+    while True:
+        try:
+            row = next(reader, None)
+            if row is None:
+                break
+            if None in row.values() or None in row:
+                raise ValueError
+            score, mean = float(row["score"]), float(row.get("return_mean", "nan"))
+            if not math.isfinite(score) or row["mode"] not in MODES:
+                raise ValueError
+            yield int(row["step"]), int(row["actor"]), row["mode"], score, mean
+        except (ValueError, KeyError, csv.Error):
+            yield None
+    if rest:
+        yield None
+
+
+def read_evaluations(path: Path, actors: int) -> Evaluations:
+    r"""Read a run's ``evaluations.csv``, leaving out what is damaged.
+
+    Args:
+        path: the file; one that is absent holds no evaluations.
+        actors: length N of the chain.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "evaluations.csv")
+        ...     _ = path.write_text("step,actor,mode,return_mean,score\n"
+        ...                         "1,0,deterministic,10,40\n1,0,stochastic,9,38\n"
+        ...                         "2,0,deterministic,11,4")
+        ...     read_evaluations(path, 1)._asdict()  # doctest: +NORMALIZE_WHITESPACE
+        {'steps': array([1]), 'scores': array([[[40., 38.]]]), 'returns': array([[[10., 9.]]]),
+         'damage': 'evaluations.csv: 1 damaged row left out'}
+    """
+    found: dict[int, dict[tuple[int, str], tuple[float, float]]] = {}
+    damaged = 0
+    try:
+        for row in read_rows(path):
+            if row is None or not 0 <= row[1] < actors:
+                damaged += 1
+            else:
+                step, actor, mode, *numbers = row
+                found.setdefault(step, {})[actor, mode] = (numbers[0], numbers[1])
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return Evaluations(*_stack({}, actors), f"evaluations.csv cannot be read: {error}")
+    whole = {step: found[step] for step in sorted(found) if len(found[step]) == 2 * actors}
+    damage = []
+    if damaged:
+        damage.append(f"{damaged} damaged row{'s' * (damaged > 1)} left out")
+    if cut := len(found) - len(whole):
+        damage.append(f"{cut} incomplete evaluation{'s' * (cut > 1)} left out")
+    return Evaluations(
+        *_stack(whole, actors), f"evaluations.csv: {', '.join(damage)}" if damage else ""
+    )
+
+
+def _stack(
+    evaluations: Mapping[int, Mapping[tuple[int, str], tuple[float, float]]], actors: int
+) -> tuple[NDArray[np.integer], Array, Array]:
+    table = [
+        [[rows[actor, mode] for mode in MODES] for actor in range(actors)]
+        for rows in evaluations.values()
+    ]
+    numbers = np.array(table, dtype=float).reshape(-1, actors, len(MODES), 2)
+    return np.array(list(evaluations), dtype=int), numbers[..., 0], numbers[..., 1]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The settings that say which run it is."""
+    try:
+        cfg = yaml.safe_load(path.read_text())
+        data = cfg.get("data") or {}
+        found = {
+            "task": str(cfg["task"]),
+            "seed": int(cfg["seed"]),
+            "w2_weights": [float(w) for w in cfg["w2_weights"]],
+            "total_steps": int(cfg["total_steps"]),
+            "data_source": str(data.get("source", "unknown")),
+        }
+    except FileNotFoundError:
+        raise ValueError("not started: there is no training/config.yaml") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        raise ValueError("training/config.yaml cannot be read: it is damaged") from None
+    if not found["w2_weights"]:
+        raise ValueError("training/config.yaml cannot be read: w2_weights is empty")
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _steps(path: Path) -> list[int]:
+    """First column of a CSV file."""
+    whole = _read_text(path).rpartition("\n")[0]
+    cells = (line.partition(",")[0] for line in whole.split("\n"))
+    return [int(cell) for cell in cells if cell.isdecimal()]
+
+
+def _data_score(path: Path) -> float:
+    """Mean score of the dataset's episodes, which a run tells in its log alone."""
+    found = re.findall(r"Data: .* mean D4RL score (-?[\d.]+)$", _read_text(path), re.MULTILINE)
+    return float(found[-1]) if found else math.nan

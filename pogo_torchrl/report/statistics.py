@@ -1,0 +1,111 @@
+"""Means, spreads and intervals over seeds and tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 10_000
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation; NaN for the deviation of one number."""
+
+    mean: float
+    std: float
+
+
+class Estimate(NamedTuple):
+    """A value and its interval; NaN for bounds that the data do not give."""
+
+    value: float
+    low: float
+    high: float
+
+
+def spread(values: ArrayLike) -> Spread:
+    r"""Mean and sample standard deviation (divisor n - 1).
+
+    Args:
+        values: n numbers.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0])
+        Spread(mean=2.0, std=1.0)
+        >>> spread([1.0])
+        Spread(mean=1.0, std=nan)
+    """
+    x = np.asarray(values, dtype=float)
+    return Spread(float(x.mean()), float(x.std(ddof=1)) if x.size > 1 else math.nan)
+
+
+def mean(scores: ArrayLike) -> NDArray[np.floating]:
+    """Mean along the last axis."""
+    return np.asarray(scores, dtype=float).mean(-1)
+
+
+def iqm(scores: ArrayLike) -> NDArray[np.floating]:
+    r"""Interquartile mean along the last axis: the mean of the middle half.
+
+    Of n sorted numbers the first and the last ``floor(n / 4)`` are left out; up to three numbers
+    give their mean. The same as ``scipy.stats.trim_mean(scores, 0.25, axis=-1)``.
+
+    Args:
+        scores: numbers, ``[..., n]``.
+
+    Source: Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical
+    Precipice".
+
+    Example:
+        >>> float(iqm([0.0, 1.0, 2.0, 30.0]))
+        1.5
+    """
+    x = np.sort(np.asarray(scores, dtype=float), axis=-1)
+    cut = x.shape[-1] // 4
+    return x[..., cut : x.shape[-1] - cut].mean(-1)
+
+
+def bootstrap(
+    strata: Sequence[ArrayLike],
+    statistic: Callable[[ArrayLike], NDArray[np.floating]] = iqm,
+    *,
+    level: float = 0.95,
+) -> Estimate:
+    r"""A statistic of all runs of a study, with its stratified bootstrap interval.
+
+    Each of `RESAMPLES` resamples draws, for every task by itself, as many of its runs as it has,
+    with replacement; the interval is between the percentiles ``100 (1 -+ level) / 2`` of the
+    statistic over the resamples. The random numbers are the same at every call.
+
+    Args:
+        strata: one array of scores a task, of any lengths.
+        statistic: from ``[..., n]`` to ``[...]``.
+        level: probability of the interval.
+
+    Returns:
+        The statistic of all scores together. The interval is NaN where no task has two runs, for
+        then nothing is known of the spread.
+
+    Source: Agarwal et al. (2021), as above; the procedure of their library rliable.
+
+    Example:
+        >>> bootstrap([[10.0, 20.0, 30.0, 40.0], [60.0, 60.0]])
+        Estimate(value=37.5, low=27.5, high=45.0)
+        >>> bootstrap([[10.0], [60.0]])
+        Estimate(value=35.0, low=nan, high=nan)
+    """
+    arrays = [np.asarray(stratum, dtype=float) for stratum in strata]
+    value = float(statistic(np.concatenate(arrays)))
+    if max(x.size for x in arrays) == 1:
+        return Estimate(value, math.nan, math.nan)
+    rng = np.random.default_rng(0)
+    resamples = [x[rng.integers(x.size, size=(RESAMPLES, x.size))] for x in arrays]
+    outside = 50 * (1 - level)
+    low, high = np.percentile(
+        statistic(np.concatenate(resamples, axis=-1)), [outside, 100 - outside]
+    )
+    return Estimate(value, float(low), float(high))

@@ -1,0 +1,47 @@
+"""``summary.csv``: one row per task, w2_weights, seed, actor and action mode."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+
+from pogo_torchrl.report.runs import MODES, RunRecord
+
+COLUMNS = (
+    "task", "w2_weights", "seed", "actor", "mode", "last_step", "last_score", "last_return",
+    "best_step", "best_score", "status", "data_score",
+)  # fmt: skip
+
+
+def summary_csv(runs: Iterable[RunRecord]) -> str:
+    """The numbers of every run as CSV; a run that has no evaluation yet has empty cells.
+
+    Args:
+        runs: as :func:`~pogo_torchrl.report.read_runs` gives them.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for run in runs:
+        # The same spelling as in the names of the folders.
+        weights = "_".join(f"{w:g}" for w in run.weights)
+        data_score = "" if math.isnan(run.data_score) else f"{run.data_score:.1f}"
+        for actor in range(len(run.weights)):
+            for m, mode in enumerate(MODES):
+                row = [run.task, weights, run.seed, actor, mode, *_scores(run, actor, m)]
+                writer.writerow([*row, run.status, data_score])
+    return file.getvalue()
+
+
+def _scores(run: RunRecord, actor: int, mode: int) -> list[object]:
+    steps, scores, returns, _ = run.evaluations
+    if not run.evaluated:
+        return [""] * 5
+    curve = scores[:, actor, mode]
+    best = int(curve.argmax())  # the first of equals
+    return [
+        int(steps[-1]), f"{curve[-1]:.4f}", f"{returns[-1, actor, mode]:.4f}",
+        int(steps[best]), f"{curve[best]:.4f}",
+    ]  # fmt: skip
