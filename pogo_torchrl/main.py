@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -431,11 +432,19 @@ class _Stopped(Exception):
 def _stop_on_signals(trainer: POGOTrainer, evaluator: Evaluator) -> Iterator[None]:
     """First signal: save and stop after the current updates; the second acts at once.
 
-    SIGUSR1 is what Slurm sends ahead of the end of a job's time (``--signal=USR1@60``).
+    SIGUSR1 is what Slurm sends ahead of the end of a job's time (``--signal=USR1@60``). It signals
+    every process of a job, and those that started this one may pass it on: within a second of the
+    first, a signal is the same one.
     """
+    asked: dict[int, float] = {}
 
     def handler(number: int, frame: Any) -> None:
-        signal.signal(number, before[number])
+        if number in asked:
+            if time.monotonic() - asked[number] >= 1:
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
+            return
+        asked[number] = time.monotonic()
         name = signal.Signals(number).name
         LOGGER.warning("%s: saving a checkpoint, then stopping (once more stops at once).", name)
         trainer.request_stop(name)

@@ -89,6 +89,19 @@ def test_a_signal_saves_and_the_run_goes_on(cache, whole, tmp_path, number):
     assert_same(state(run_folder(tmp_path)), whole)
 
 
+def test_a_signal_that_is_passed_on_is_one_signal(cache, whole, tmp_path):
+    metrics = run_folder(tmp_path) / "training" / "metrics.csv"
+    process = start(tmp_path, cache, STEPS)
+    wait_for(metrics.exists, process)
+    process.terminate()
+    time.sleep(0.05)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert pogo(tmp_path, cache, STEPS, "resume=true").returncode == 0
+    assert_same(state(run_folder(tmp_path)), whole)
+
+
 TROUBLE = """
 import os, time
 import gymnasium
@@ -100,6 +113,8 @@ class Trouble(gymnasium.Wrapper):
         Trouble.steps += 1
         if Trouble.steps > 5 and "SLOW" in os.environ:
             time.sleep(0.2)
+        if Trouble.steps > 5 and "STUCK" in os.environ:
+            time.sleep(60)
         if Trouble.steps > 5 and "BROKEN" in os.environ:
             raise RuntimeError("the simulator is gone")
         return super().step(action)
@@ -134,6 +149,18 @@ def test_a_signal_during_an_evaluation(cache, whole, tmp_path, trouble):
     resumed = pogo(tmp_path, *arguments, "resume=true", **trouble())
     assert resumed.returncode == 0, resumed.stderr
     assert_same(state(run_folder(tmp_path)), whole)
+
+
+def test_a_second_signal_stops_at_once(cache, tmp_path, trouble):
+    process = start(tmp_path, cache, STEPS, "env.id=trouble:Trouble-v0", **trouble("STUCK"))
+    wait_for((run_folder(tmp_path) / "training" / "metrics.csv").exists, process)
+    time.sleep(2)  # in the evaluation of update 6, which hangs
+    process.terminate()
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_an_evaluation_environment_that_raises(cache, whole, tmp_path, trouble):
