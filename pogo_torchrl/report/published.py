@@ -55,7 +55,9 @@ _REBRAC = "ReBRAC's paper, means of tables 2 and 3"
 _IQL = "Kostrikov et al. 2022 (IQL), arXiv:2110.06169, table 1"
 
 GROUP_MEANS = (
-    GroupMeans("POGO", 83.2, 45.3, "POGO's paper; its Gaussian variant, not this algorithm"),
+    GroupMeans(
+        "POGO", 83.2, 45.3, "POGO's paper, its Gaussian variant, not this algorithm; unchecked"
+    ),
     GroupMeans("TD3+BC", 75.3, None, _IQL),
     GroupMeans("TD3+BC, tuned", 72.1, 28.7, _REBRAC),
     GroupMeans("IQL", 76.9, None, _IQL),

@@ -1,0 +1,107 @@
+"""All of ``results/``: summary, tables, figures and the page that shows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from pogo_torchrl.files import atomic_write, make_writable
+from pogo_torchrl.report import content, figures
+from pogo_torchrl.report.page import page
+from pogo_torchrl.report.published import PER_TASK
+from pogo_torchrl.report.runs import read_runs
+from pogo_torchrl.report.study import (
+    GroupScore,
+    Setting,
+    best_settings,
+    by_task,
+    group_scores,
+    settings,
+)
+from pogo_torchrl.report.summary import summary_csv
+from pogo_torchrl.report.tables import Table
+
+
+def write_report(log_dir: str | Path, results_dir: str | Path) -> Path:
+    """Write tables, figures and a one-page summary of all runs below a folder.
+
+    Reads files only, at any moment of a study. The same files give the same report, byte for byte.
+
+    Args:
+        log_dir: the folder that the runs were written to.
+        results_dir: where to write; files of an earlier report there are replaced.
+
+    Returns:
+        The path of the one-page summary, ``results_dir/README.md``.
+
+    Raises:
+        FileNotFoundError: when there is no run below ``log_dir``.
+        OSError: when ``results_dir`` cannot be written.
+
+    Example:
+        >>> write_report("no_such_folder", "results")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: log_dir=no_such_folder holds no runs (TASK/w2_WEIGHTS/seed_SEED); give \
+the folder that they were written to.
+    """
+    results_dir = Path(results_dir)
+    runs, left_out = read_runs(log_dir)
+    found = settings(runs)
+    selected = best_settings(found)
+    scores = group_scores(selected)
+    tables = {table.name: table for table in _tables(found, selected, scores) if table.rows}
+    drawn = dict(_figures(found, selected, scores))
+
+    for folder in (results_dir, results_dir / "tables", results_dir / "figures"):
+        make_writable(folder, "results_dir")
+    _write(results_dir / "summary.csv", summary_csv(runs))
+    for table in tables.values():
+        stem = results_dir / "tables" / table.name
+        _write(stem.with_suffix(".md"), f"{table.full_caption}\n\n{table.markdown()}\n")
+        _write(stem.with_suffix(".csv"), table.csv())
+        _write(stem.with_suffix(".tex"), table.latex())
+    for name, figure in drawn.items():
+        for kind in ("png", "pdf"):
+            _write(results_dir / "figures" / f"{name}.{kind}", figures.encode(figure, kind))
+    path = results_dir / "README.md"
+    _write(path, page(runs, left_out, tables, list(drawn)))
+    return path
+
+
+def _tables(
+    found: Sequence[Setting], selected: Sequence[Setting], scores: Sequence[GroupScore]
+) -> list[Table]:
+    return [
+        content.headline_table(found),
+        content.scores_table(found),
+        content.groups_table(scores),
+        content.chain_table(found),
+        content.weights_table(found),
+        content.published_table(selected),
+        content.published_groups_table(),
+    ]
+
+
+def _figures(
+    found: Sequence[Setting], selected: Sequence[Setting], scores: Sequence[GroupScore]
+) -> Iterator[tuple[str, Figure]]:
+    """Name and figure; none that would be empty."""
+    if scores:
+        yield "intervals", figures.intervals_figure(scores)
+    if any(setting.task in PER_TASK for setting in selected):
+        yield "published", figures.published_figure(selected)
+    for task, members in by_task(found).items():
+        yield "curves_" + re.sub(r"[^\w.-]", "_", task), figures.curves_figure(members)
+    if any(len(setting.weights) > 1 for setting in found):
+        yield "chain", figures.chain_figure(found)
+    if found:
+        yield "weights", figures.weights_figure(found)
+
+
+def _write(path: Path, text: str | bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode() if isinstance(text, str) else text)
