@@ -1,0 +1,11 @@
+"""Many runs, from a sweep file to a table; the same command goes on with what is missing.
+
+python examples/pogo_sweep.py sweep=FILE
+python examples/pogo_sweep.py sweep=locomotion data.source=local total_steps=20000 dry_run=true
+python examples/pogo_sweep.py --help                     # all options
+"""
+
+from pogo_torchrl.sweep import main
+
+if __name__ == "__main__":
+    main()

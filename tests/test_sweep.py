@@ -1,0 +1,366 @@
+"""Sweeps in real processes: whole, killed, stopped, failing, and two at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_same, state
+
+from pogo_torchrl import launch
+from pogo_torchrl import sweep as command
+from pogo_torchrl.data import behaviour_dataset
+from pogo_torchrl.estimate import Cost, measure
+from pogo_torchrl.main import _claim
+from pogo_torchrl.sweep import main, sweep
+from pogo_torchrl.sweeps import read_sweep
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "pogo_sweep.py"
+MEDIUM, REPLAY = "hopper-medium-v2/w2_0.1", "hopper-medium-replay-v2/w2_0.2_0.3"
+RUNS = [f"{MEDIUM}/seed_0", f"{MEDIUM}/seed_1", f"{REPLAY}/seed_0"]
+FILE = """
+common:
+  total_steps: 24
+  eval_interval: 12
+  eval_episodes: 1
+  checkpoint_interval: 4
+  log_interval: 4
+  batch_size: 16
+  hidden_sizes: [16]
+  data: {size: 2000}
+  seeds: [0, 1]
+environments:
+  hopper:
+    medium: {w2_weights: [0.1]}
+    medium-replay: {seeds: [0], w2_weights: [0.2, 0.3]}
+"""
+LONG = ("total_steps=1000000", "eval_interval=1000000", "compile=false")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The data of all runs of this file."""
+    folder = tmp_path_factory.mktemp("cache")
+    for task in ("hopper-medium-v2", "hopper-medium-replay-v2"):
+        behaviour_dataset(task, size=2000, cache_dir=folder, progress=False)
+    return f"data.cache_dir={folder}"
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLE), "sweep=sweep.yaml", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def started(output: str) -> list[str]:
+    return sorted(re.findall(r"^start +(\S+)$", output, re.MULTILINE))
+
+
+def workers(folder: Path, *words: str) -> list[int]:
+    """Processes of runs that were started in a folder, with words of their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (process / "cmdline").read_text().split("\0")
+            here = (process / "cwd").resolve() == folder.resolve()
+        except OSError:
+            continue  # it has just ended, or is another user's
+        if here and "pogo_torchrl.worker" in arguments and set(words) <= set(arguments):
+            found.append(int(process.name))
+    return found
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def states(folder: Path) -> dict[str, dict]:
+    """What all runs have computed."""
+    logs = folder / "logs"
+    roots = [path.parent for path in logs.rglob("training")]
+    return {root.relative_to(logs).as_posix(): state(root) for root in roots}
+
+
+def left_over(folder: Path) -> list[str]:
+    """Locks, unfinished files and reports of failures."""
+    files = [p for p in folder.rglob("*") if p.name[0] == "." or p.suffix == ".log"]
+    files += folder.rglob("failed.json")
+    return [path.name for path in files if path.name != "train.log"]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """A sweep in this process measures with the threads of its runs."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with the sweep file."""
+    (tmp_path / "sweep.yaml").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """An unbroken sweep of three runs: its folder and what it said."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "sweep.yaml").write_text(FILE)
+    return folder, finish(start(folder, cache, "jobs=2"))
+
+
+def test_a_sweep_makes_every_run(whole):
+    folder, (code, out, err) = whole
+    assert code == 0, err
+    assert "hopper-medium-v2         0.1         0, 1 to run" in out
+    assert "To do: 3 runs, 72 updates" in out
+    assert started(out) == sorted(RUNS)
+    for number in (1, 2, 3):
+        assert len(re.findall(f"^ *{number}/3 .*: done after", out, re.MULTILINE)) == 1
+    assert "3 of 3 runs are done." in out
+    assert sorted(states(folder)) == sorted(RUNS)
+    for run in RUNS:
+        done = json.loads((folder / "logs" / run / "done.json").read_text())
+        assert done == {"total_steps": 24}
+    assert left_over(folder) == []
+
+
+def test_what_is_done_is_not_done_again(whole, cache, folder, capsys):
+    shutil.copytree(whole[0] / "logs", folder / "logs")
+    arguments = ["sweep=sweep.yaml", cache, "total_steps=20"]
+    assert sweep(arguments) == 0
+    out = capsys.readouterr().out
+    assert started(out) == []
+    assert "To do: 0 of 3 runs, 0 updates" in out
+    shutil.rmtree(folder / "logs" / MEDIUM / "seed_1")
+    (folder / "sweep.yaml").write_text(FILE.replace("seeds: [0, 1]", "seeds: [1]"))
+    assert sweep([*arguments[:-1], "total_steps=28"]) == 0  # one from scratch, one goes on
+    out = capsys.readouterr().out
+    assert "0.1         1 to run" in out
+    assert "0.2, 0.3    0 to resume" in out
+    assert "To do: 2 runs, 32 updates" in out
+    assert json.loads((folder / "logs" / REPLAY / "seed_0" / "done.json").read_text()) == {
+        "total_steps": 28
+    }
+
+
+def test_a_folder_that_holds_another_run(whole, cache, folder, capsys):
+    shutil.copytree(whole[0] / "logs", folder / "logs")
+    shutil.rmtree(folder / "logs" / MEDIUM / "seed_1")
+    (folder / "sweep.yaml").write_text(FILE.replace("[0.1]", "[0.1], lr: 1e-3"))
+    assert sweep(["sweep=sweep.yaml", cache]) == 1
+    out = capsys.readouterr().out
+    assert "0 holds another run; 1 to run" in out
+    assert started(out) == [f"{MEDIUM}/seed_1"]
+    assert "2 of 3 runs are done." in out
+    assert f"{MEDIUM}/seed_0: resume=true would change the run" in out
+    assert "(lr: 0.0003 -> 0.001)" in out
+    assert left_over(folder) == []  # it is no failure of the run that lies there
+
+
+def test_a_killed_sweep_goes_on(whole, cache, folder):
+    process = start(folder, cache, "jobs=2")
+    for line in process.stdout:
+        if ": done" in line:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not workers(folder))  # the run notices, and ends itself
+    before = {run for run in RUNS if (folder / "logs" / run / "done.json").exists()}
+    assert 0 < len(before) < 3
+    code, out, err = finish(start(folder, cache, "jobs=2"))
+    assert code == 0, err
+    assert set(started(out)) == set(RUNS) - before
+    assert_same(states(folder), states(whole[0]))
+    for run in set(RUNS) - before:
+        assert left_over(folder / "logs" / run) == []
+
+
+def test_failures_stop_nothing_else_and_are_tried_again(whole, cache, folder):
+    (folder / "sweep.yaml").write_text(FILE.replace("[0.2, 0.3]", "[0.2, 0.3], tau: 2"))
+    process = start(folder, cache, "jobs=2")
+    wait_for(lambda: workers(folder, "seed=1"))
+    os.kill(*workers(folder, "seed=1"), signal.SIGKILL)
+    code, out, _ = finish(process)
+    assert code == 1
+    assert started(out) == sorted(RUNS)
+    assert "1 of 3 runs are done." in out
+    _, listed = out.split("Failed, and tried again by the same command:")
+    assert f"{MEDIUM}/seed_1: the process was ended by SIGKILL" in listed
+    assert f"{REPLAY}/seed_0: tau=2.0 must be in (0, 1]" in listed
+    failed = json.loads((folder / "logs" / REPLAY / "seed_0" / "failed.json").read_text())
+    assert failed["error"].startswith("tau=2.0")
+    assert failed["exit_code"] == 2
+
+    # Two sweeps at once make every run that is missing once.
+    (folder / "sweep.yaml").write_text(FILE)
+    results = [finish(process) for process in [start(folder, cache, "jobs=1") for _ in range(2)]]
+    for code, out, err in results:
+        assert code == 0, err
+        assert f"{MEDIUM}/seed_1 failed before: the process was ended by SIGKILL" in out
+        assert "3 of 3 runs are done." in out
+    assert sorted(started(results[0][1]) + started(results[1][1])) == sorted(RUNS[1:])
+    assert_same(states(folder), states(whole[0]))
+    assert left_over(folder) == []
+
+
+def test_a_signal_stops_the_runs_with_a_checkpoint(cache, folder):
+    process = start(folder, cache, "jobs=2", *LONG)
+    metrics = [folder / "logs" / run / "training" / "metrics.csv" for run in RUNS[:2]]
+    wait_for(lambda: all(path.exists() for path in metrics))
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 128 + signal.SIGINT
+    assert err.splitlines() == [
+        "SIGINT: the runs save and stop (once more stops at once).",
+        "Stopped; the same command goes on from here.",
+    ]
+    assert not workers(folder)
+    assert out.count(": stopped") == 3
+    assert started(out) == RUNS[:2]
+    for run in RUNS[:2]:
+        assert list((folder / "logs" / run / "checkpoints").glob("step-*"))
+        log = (folder / "logs" / run / "training" / "train.log").read_text()
+        assert log.count("SIGINT: saving a checkpoint") == 1
+    assert left_over(folder) == []
+
+
+def test_a_run_of_another_sweep_is_left_to_it(cache, folder):
+    run = read_sweep("sweep.yaml", [cache])[0]
+    job = launch.Job.of(run)
+    with launch._claim(run.folder) as is_ours:
+        assert is_ours
+        assert launch.state(run) == launch.RUNNING
+        assert [outcome.status for outcome in launch.Worker(job)()] == [launch.HELD]
+    # Its failure, too, is one: unknown when the job was made, so that it is not tried twice.
+    launch._record(run.folder, "it broke", 1)
+    (outcome,) = launch.Worker(job)()
+    assert (outcome.status, outcome.error) == (launch.FAILED, "it broke")
+    assert launch.state(run) == launch.FAILED_BEFORE
+    assert not run.folder.training.exists()
+
+
+def test_a_run_of_a_single_process_is_held(cache, folder):
+    run = read_sweep("sweep.yaml", [cache])[0]
+    with _claim(run.folder):
+        (outcome,) = launch.Worker(launch.Job.of(run))()
+        assert outcome.status == launch.HELD
+    assert launch.state(run) == launch.NEW
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(cache, folder, capsys):
+    assert sweep(["sweep=sweep.yaml", cache, "dry_run=true", "total_steps=1000"]) == 0
+    out = capsys.readouterr().out
+    assert "To do: 3 runs, 3,000 updates" in out
+    assert re.search(r"Time: +about .* an estimate", out)
+    assert re.search(r"Disk: +about .* are free", out)
+    assert [path.name for path in folder.iterdir()] == ["sweep.yaml"]
+
+
+def test_a_disk_that_is_too_small(cache, folder, monkeypatch):
+    monkeypatch.setattr(command, "measure", lambda cfg: Cost(1.0, 1.0, 10**6, 10**5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
+    with pytest.raises(OSError, match=r"log_dir=logs: the runs need about 6\.91 MB, 1 kB are free"):
+        sweep(["sweep=sweep.yaml", cache])
+    assert not (folder / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ([], "sweep is missing"),
+        (["sweep=sweep.yaml", "launcher=ship"], "launcher=ship is unknown; choose one of local"),
+        (["sweep=sweep.yaml", "jobs=0"], "jobs=0 must be an integer >= 1"),
+        (["sweep=sweep.yaml", "job=2"], "job is no option; did you mean jobs"),
+        (["sweep=sweep.yaml", "dry_run=perhaps"], "dry_run=perhaps must be true or false"),
+        (["sweep=sweep.yaml", "lr=high"], "lr=high must be a number"),
+        (["sweep=sweep.yaml", "--multirun"], "--multirun is no option"),
+        (["sweep=gone.yaml"], "sweep=gone.yaml is no file"),
+    ],
+)
+def test_bad_input_gets_one_sentence(folder, monkeypatch, capsys, arguments, answer):
+    monkeypatch.setattr(sys, "argv", ["pogo_sweep.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("pogo: ")
+    assert answer in err
+    assert err.count("\n") == 1
+    assert not (folder / "logs").exists()
+
+
+def test_help_lists_the_options_of_a_sweep(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pogo_sweep.py", "--help"])
+    main()
+    out = capsys.readouterr().out
+    for name in ("sweep", "results_dir", "launcher", "jobs", "dry_run"):
+        assert f"\n  {name} " in out
+
+
+def test_the_estimate_knows_the_size_of_a_checkpoint(whole, monkeypatch):
+    monkeypatch.chdir(whole[0])
+    run = read_sweep("sweep.yaml")[-1]
+    cost = measure(run.cfg, seconds=0.1)
+    assert cost.update > 0
+    assert cost.evaluation > 0
+    sizes = 0
+    for name, part in state(run.folder.root).items():
+        if "loss_module" in name or "optimization_stepper" in name:
+            leaves = torch.utils._pytree.tree_leaves(part)
+            sizes += sum(v.nbytes for v in leaves if isinstance(v, torch.Tensor) and v.dim())
+    assert cost.checkpoint == pytest.approx(sizes, rel=0.02)
+    files = [path.stat().st_size for path in run.folder.root.rglob("*") if path.is_file()]
+    assert cost.disk(run.cfg) == pytest.approx(sum(files), rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("most", "cores", "gpus", "threads", "count", "each"),
+    [
+        (None, 8, [], "", 3, "1"),  # no more than there are runs
+        (None, 2, [], "", 2, "1"),
+        (None, 8, [], "4", 2, "4"),
+        (2, 8, [], "", 2, "4"),
+        (None, 8, ["0"], "", 1, "8"),
+        (None, 8, ["3", "5"], "", 2, "4"),
+        (3, 8, ["3", "5"], "", 3, "2"),
+    ],
+)
+def test_processes_share_cores_and_gpus(
+    folder, monkeypatch, most, cores, gpus, threads, count, each
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(launch, "_usable_cores", lambda: cores)
+    monkeypatch.setattr(launch, "_gpus", lambda: gpus)
+    jobs = [launch.Job.of(run) for run in read_sweep("sweep.yaml")]
+    places = launch.slots(most, jobs)
+    assert [place["OMP_NUM_THREADS"] for place in places] == [each] * count
+    seen = [place.get("CUDA_VISIBLE_DEVICES") for place in places]
+    assert seen == ([None] * count if len(gpus) < 2 else (gpus * 2)[:count])
+    on_cpu = [launch.Job.of(run) for run in read_sweep("sweep.yaml", ["device=cpu"])]
+    assert all("CUDA_VISIBLE_DEVICES" not in place for place in launch.slots(most, on_cpu))
