@@ -43,11 +43,6 @@ class Cost(NamedTuple):
     policy: int
     """Bytes of the trained chain."""
 
-    def seconds(self, cfg: DictConfig, updates: int) -> float:
-        """Time of so many updates of a run, with their evaluations."""
-        evaluations = max(updates // cfg.eval_interval, 1)
-        return updates * self.update + evaluations * self.evaluation
-
     def disk(self, cfg: DictConfig) -> int:
         """Bytes that a finished run leaves behind."""
         rows = cfg.total_steps // cfg.log_interval

@@ -80,7 +80,7 @@ class Screen(Protocol):
         """A run has ended, or another process holds it."""
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A signal has ended the sweep; its number is the first argument."""
 
 

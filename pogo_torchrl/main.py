@@ -17,14 +17,16 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn
 
 import gymnasium
 import hydra
 import numpy as np
 import torch
+import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from pogo_torchrl import configs
@@ -407,7 +409,14 @@ def check_folder(folder: RunFolder, cfg: DictConfig) -> None:
             f"{folder.training.parent} already holds a run. Continue it with resume=true, or "
             "choose another seed or log_dir, or delete that folder."
         )
-    before = cast(DictConfig, OmegaConf.load(file))
+    try:
+        before: Any = OmegaConf.load(file)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError):
+        before = None
+    if not isinstance(before, DictConfig):
+        raise ValueError(
+            f"{file} cannot be read: delete the folder {folder.root}, or choose another log_dir."
+        )
     changed = [
         f"{key}: {before.get(key)} -> {cfg[key]}"
         for key in configs.top_level_options()

@@ -36,10 +36,13 @@ from pogo_torchrl.launch import (
     updates_made,
 )
 from pogo_torchrl.main import refuse
+from pogo_torchrl.submit import run_by_submitit, run_on_slurm
 from pogo_torchrl.sweeps import Run, read_sweep
 
 ENGINES: dict[str, Callable[[Sequence[Job], DictConfig, Screen], list[Outcome]]] = {
     "local": run_locally,
+    "slurm": run_on_slurm,
+    "submitit_local": run_by_submitit,
 }
 """What carries out the jobs, by the name that ``launcher`` takes: see ``pogo_torchrl.launch``."""
 
@@ -214,10 +217,11 @@ class _Plan:
         lines = [f"To do: {count}, {updates:,} updates"]
         if self.runs:
             free = shutil.disk_usage(self._place()).free
+            updating, evaluating = self._seconds()
             lines += [
-                f"Time:  about {_duration(self._seconds())} on this machine with {self.at_once} at "
-                "once; an estimate from half a second of updates, not compiled, and of "
-                "evaluation, as if all episodes lasted to their horizon",
+                f"Time:  about {_duration(updating)}, an estimate from half a second of updates "
+                f"that were not compiled, and at most {_duration(evaluating)} of evaluation; on "
+                f"this machine with {self.at_once} at once",
                 f"Disk:  about {_size(self._disk())}; {_size(free)} are free",
                 *self.errors,
             ]
@@ -240,12 +244,16 @@ class _Plan:
         path = Path(self.runs[0].cfg.log_dir).absolute()
         return next(place for place in (path, *path.parents) if place.is_dir())
 
-    def _seconds(self) -> float:
-        each = [
-            _START + (cost.seconds(run.cfg, _updates_left(run)) if cost else 0.0)
-            for run, cost in self._costs()
-        ]
-        return max(max(each), sum(each) / self.at_once)
+    def _seconds(self) -> tuple[float, float]:
+        """Time of updates and start-up, and time of evaluations."""
+        updating = evaluating = 0.0
+        for run, cost in self._costs():
+            updates = _updates_left(run)
+            updating += _START
+            if cost is not None:
+                updating += updates * cost.update
+                evaluating += max(updates // run.cfg.eval_interval, 1) * cost.evaluation
+        return updating / self.at_once, evaluating / self.at_once
 
     def _disk(self) -> int:
         """Bytes that the runs will take beside what they already have."""

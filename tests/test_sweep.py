@@ -183,6 +183,14 @@ def test_a_folder_that_holds_another_run(whole, cache, folder, capsys):
     assert left_over(folder) == []  # it is no failure of the run that lies there
 
 
+@pytest.mark.parametrize("content", ["", "[1]", "a: [", "5", "\0", "\xff"])
+def test_a_folder_with_a_damaged_config(folder, content):
+    run = read_sweep("sweep.yaml")[0]
+    run.folder.training.mkdir(parents=True)
+    (run.folder.training / "config.yaml").write_bytes(content.encode("latin1"))
+    assert launch.state(run) == launch.OTHER
+
+
 def test_a_killed_sweep_goes_on(whole, cache, folder):
     process = start(folder, cache, "jobs=2")
     for line in process.stdout:
