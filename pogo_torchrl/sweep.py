@@ -24,6 +24,7 @@ from pogo_torchrl.launch import (
     FAILED_BEFORE,
     HELD,
     OTHER,
+    STOPPED,
     Interrupted,
     Job,
     Outcome,
@@ -128,14 +129,14 @@ class Progress:
 
     def ended(self, outcome: Outcome) -> None:
         """Tell how a run has ended."""
-        if outcome.status == HELD:
-            return
+        if outcome.status == HELD or (outcome.status == STOPPED and not outcome.seconds):
+            return  # nothing has happened
         with self._lock:
             self._left.pop(outcome.run.name)
             self._made += outcome.updates
             number = self._total - len(self._left)
             rest = ""
-            if self._left and self._made:
+            if self._left and self._made and outcome.status != STOPPED:
                 speed = self._made / (time.monotonic() - self._begun)
                 rest = f"; about {_duration(sum(self._left.values()) / speed)} left"
             how = outcome.status
@@ -215,7 +216,7 @@ class _Plan:
         updates = sum(map(_updates_left, self.runs))
         count = f"{len(self.runs)} of {total} runs" if len(self.runs) < total else f"{total} runs"
         lines = [f"To do: {count}, {updates:,} updates"]
-        if self.runs:
+        if any(self.costs.values()):
             free = shutil.disk_usage(self._place()).free
             updating, evaluating = self._seconds()
             lines += [
@@ -223,9 +224,8 @@ class _Plan:
                 f"that were not compiled, and at most {_duration(evaluating)} of evaluation; on "
                 f"this machine with {self.at_once} at once",
                 f"Disk:  about {_size(self._disk())}; {_size(free)} are free",
-                *self.errors,
             ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.errors])
 
     def check_disk(self) -> None:
         """Refuse a sweep that would fill the disk."""
