@@ -72,7 +72,7 @@ def chain_figure(settings: Sequence[Setting]) -> Figure:
                 _dot(axes, total, y + offsets[-1], -1, "last actor − π0")
             axes.set_title(f"{members[0].task}, {MODES[m]}", fontsize="small")
     for axes in grid[-1]:
-        axes.set_xlabel(f"difference of {SCORE}s, {_SPREAD}")
+        axes.set_xlabel("difference of scores, mean ± std")
     _legend(figure, grid.flat)
     return figure
 

@@ -51,6 +51,8 @@ class GroupMeans(NamedTuple):
     source: str
 
 
+# The other numbers have been compared with the text of the papers.
+_POGO = "POGO's paper, second-hand; its Gaussian variant, which is not this algorithm"
 _REBRAC = "ReBRAC's paper, means of tables 2 and 3"
 _IQL = "Kostrikov et al. 2022 (IQL), arXiv:2110.06169, table 1"
 

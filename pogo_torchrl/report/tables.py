@@ -104,7 +104,7 @@ class Table(NamedTuple):
             r"\begin{table}",
             r"  \centering",
             rf"  \caption{{{_tex(self.full_caption)}}}",
-            rf"  \label{{tab:{self.name}}}",
+            rf"  \label{{tab:{self.name.replace('_', '-')}}}",
             rf"  \begin{{tabular}}{{{alignment}}}",
             r"    \toprule",
             rf"    {' & '.join(map(_tex, self.columns))} \\",
