@@ -19,6 +19,7 @@ import yaml
 from runs import pogo, run_folder
 
 from pogo_torchrl.report import Estimate, bootstrap, iqm, read_runs, spread, write_report
+from pogo_torchrl.report.__main__ import main
 from pogo_torchrl.report.content import chain_table, scores_table, weights_table
 from pogo_torchrl.report.figures import (
     chain_figure,
@@ -378,7 +379,8 @@ def test_the_same_files_give_the_same_bytes(results, logs, tmp_path):
         *(f"tables/{stem}.{kind}" for kind in ("md", "csv", "tex") for stem in (
             "headline", "scores", "groups", "chain", "weights", "published", "published_groups")),
         *(f"figures/{stem}.{kind}" for kind in ("png", "pdf") for stem in (
-            "intervals", "published", f"curves_{CHEETAH}", f"curves_{HOPPER}", "chain", "weights")),
+            "intervals", "published", f"curves_{CHEETAH}", f"curves_{HOPPER}", "chain_hopper",
+            "weights_halfcheetah", "weights_hopper")),
     }  # fmt: skip
 
 
@@ -394,7 +396,8 @@ def test_a_second_report_replaces_the_first(logs, tmp_path):
 def test_page_shows_its_figures(results):
     page = (results / "README.md").read_text()
     linked = re.findall(r"!\[.*?\]\((.*?)\)", page)
-    assert len(linked) == 6
+    assert len(linked) == 7
+    assert page.count("## Sensitivity to w2_weights") == page.count("| rank |") == 1
     assert all((results / name).is_file() for name in linked)
     assert f"| {HOPPER} | 0.2, 0.3 | 2 | 2 | 20 | 23.4 | 52.0 ± 2.8 | 82.0 ± 2.8 |" in page
     assert "Not comparable" not in page
@@ -489,17 +492,13 @@ def test_published_scores_have_the_means_of_their_tables():
 # ------------------------------------------------------------------------------- command
 
 
-def report(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "pogo_torchrl.report", *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-
-
 def test_the_command_reports_a_real_run(tmp_path):
     process = pogo(tmp_path, f"data.cache_dir={tmp_path / 'cache'}", "total_steps=12")
     assert process.returncode == 0, process.stderr
-    done = report(cwd=tmp_path)  # by default from logs to results
+    done = subprocess.run(  # by default from logs to results
+        [sys.executable, "-m", "pogo_torchrl.report"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Report: results/README.md\n"
     rows = read_csv(tmp_path / "results" / "summary.csv")
@@ -523,17 +522,22 @@ def test_the_command_reports_a_real_run(tmp_path):
         ("log_dir=", "pogo: log_dir= is no option"),
     ],
 )
-def test_bad_input_is_one_sentence(tmp_path, argument, sentence):
-    done = report(argument, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(sentence)
-    assert len(done.stderr.splitlines()) == 1
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, argument, sentence):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main([argument])
+    out, error = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert error.startswith(sentence)
+    assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_results_dir_that_is_a_file_is_one_sentence(logs, tmp_path):
+def test_a_results_dir_that_is_a_file_is_one_sentence(logs, tmp_path, capsys):
     (tmp_path / "results").write_text("")
-    done = report(cwd=tmp_path)
-    assert done.returncode == 2
-    assert "results_dir" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(SystemExit) as stop:
+        main([f"log_dir={logs}", f"results_dir={tmp_path / 'results'}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "results_dir" in error
+    assert len(error.splitlines()) == 1

@@ -117,7 +117,7 @@ def intervals_figure(scores: Sequence[GroupScore]) -> Figure:
     names = list(dict.fromkeys(score.group for score in scores))
     # The longest chain has a row for each of its actors.
     actors = [*sorted({score.actor for score in scores} - {"last"}, key=int), "last"]
-    figure, grid = _panels(len(names), 2, height=0.7 + 0.35 * len(actors), sharex=True)
+    figure, grid = _panels(len(names), 2, height=0.6 + 0.3 * len(actors), sharex=True)
     for row, name in zip(grid, names):
         for axes, which in zip(row, ("last", "best")):
             for score in (score for score in scores if score.group == name):

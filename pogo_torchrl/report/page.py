@@ -52,12 +52,13 @@ def page(
     }
     for figure in figures:
         kind = figure.partition("_")[0]
-        # One title for the curves of all tasks.
-        sections.append(titles.pop(kind, ""))
+        # One title for all figures of a kind.
+        title = titles.pop(kind, "")
+        sections.append(title)
         if kind == "published":
             sections += [*_comparable(runs), show(tables["published"])]
             sections.append(show(tables["published_groups"]))
-        if kind == "weights":
+        if kind == "weights" and title:
             sections.append(show(tables["weights"]))
         sections.append(f"![{figure}](figures/{figure}.png)")
     sections += ["## Missing, failed, damaged", _problems(runs, left_out)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -20,6 +20,11 @@ class Setting(NamedTuple):
     task: str
     weights: tuple[float, ...]
     runs: list[RunRecord]
+
+    @property
+    def family(self) -> str:
+        """The task's environment, such as ``hopper``."""
+        return self.task.split("-")[0]
 
     @property
     def label(self) -> str:
@@ -83,10 +88,19 @@ def settings(runs: Iterable[RunRecord]) -> list[Setting]:
 
 def by_task(found: Iterable[Setting]) -> dict[str, list[Setting]]:
     """The settings of each task, in their order."""
-    tasks: dict[str, list[Setting]] = {}
+    return _by(found, lambda setting: setting.task)
+
+
+def by_family(found: Iterable[Setting]) -> dict[str, list[Setting]]:
+    """The settings of each environment, in their order."""
+    return _by(found, lambda setting: setting.family)
+
+
+def _by(found: Iterable[Setting], key: Callable[[Setting], str]) -> dict[str, list[Setting]]:
+    parts: dict[str, list[Setting]] = {}
     for setting in found:
-        tasks.setdefault(setting.task, []).append(setting)
-    return tasks
+        parts.setdefault(key(setting), []).append(setting)
+    return parts
 
 
 def best_settings(found: Iterable[Setting]) -> list[Setting]:
@@ -99,15 +113,15 @@ def best_settings(found: Iterable[Setting]) -> list[Setting]:
 
 def groups(selected: Sequence[Setting]) -> dict[str, list[Setting]]:
     """All tasks, locomotion, antmaze, and each environment; each set of tasks once."""
-    family = {setting.task: setting.task.split("-")[0] for setting in selected}
+    families = by_family(selected)
     wanted = {
-        "all tasks": set(family.values()),
+        "all tasks": set(families),
         "locomotion": set(_LOCOMOTION),
-        **{name: {name} for name in family.values()},
+        **{name: {name} for name in families},
     }
     found: dict[str, list[Setting]] = {}
-    for name, families in wanted.items():
-        members = [setting for setting in selected if family[setting.task] in families]
+    for name, parts in wanted.items():
+        members = [setting for setting in selected if setting.family in parts]
         if members and members not in found.values():
             found[name] = members
     return found

@@ -17,6 +17,7 @@ from pogo_torchrl.report.study import (
     GroupScore,
     Setting,
     best_settings,
+    by_family,
     by_task,
     group_scores,
     settings,
@@ -50,14 +51,14 @@ the folder that they were written to.
     """
     results_dir = Path(results_dir)
     runs, left_out = read_runs(log_dir)
+    for folder in (results_dir, results_dir / "tables", results_dir / "figures"):
+        make_writable(folder, "results_dir")
     found = settings(runs)
     selected = best_settings(found)
     scores = group_scores(selected)
     tables = {table.name: table for table in _tables(found, selected, scores) if table.rows}
     drawn = dict(_figures(found, selected, scores))
 
-    for folder in (results_dir, results_dir / "tables", results_dir / "figures"):
-        make_writable(folder, "results_dir")
     _write(results_dir / "summary.csv", summary_csv(runs))
     for table in tables.values():
         stem = results_dir / "tables" / table.name
@@ -95,11 +96,18 @@ def _figures(
     if any(setting.task in PER_TASK for setting in selected):
         yield "published", figures.published_figure(selected)
     for task, members in by_task(found).items():
-        yield "curves_" + re.sub(r"[^\w.-]", "_", task), figures.curves_figure(members)
-    if any(len(setting.weights) > 1 for setting in found):
-        yield "chain", figures.chain_figure(found)
-    if found:
-        yield "weights", figures.weights_figure(found)
+        yield f"curves_{_slug(task)}", figures.curves_figure(members)
+    # One for each environment, so that none outgrows a page.
+    for family, members in by_family(found).items():
+        if any(len(setting.weights) > 1 for setting in members):
+            yield f"chain_{_slug(family)}", figures.chain_figure(members)
+    for family, members in by_family(found).items():
+        yield f"weights_{_slug(family)}", figures.weights_figure(members)
+
+
+def _slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 def _write(path: Path, text: str | bytes) -> None:
