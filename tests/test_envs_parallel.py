@@ -1,0 +1,81 @@
+"""Environments shared with forks: the same steps, errors, and nothing left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+
+from pogo_torchrl.envs import make_env
+from pogo_torchrl.envs.parallel import side_by_side
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    assert not multiprocessing.active_children()
+
+
+def reset_envs(count: int) -> list[gymnasium.Env]:
+    envs = [make_env("walker2d-medium-v2") for _ in range(count)]
+    for i, env in enumerate(envs):
+        env.reset(seed=i)
+    return envs
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_steps_are_those_of_each_environment_alone(processes):
+    rng = np.random.default_rng(0)
+    alone = reset_envs(5)
+    with side_by_side(reset_envs(5), processes) as step:
+        for index in ([0, 1, 2, 3, 4], [4, 2], [0, 1, 3], [2]):
+            actions = rng.uniform(-1, 1, (len(index), 6)).astype(np.float32)
+            observations, rewards, over = step(np.array(index), actions)
+            expected = [alone[i].step(action) for i, action in zip(index, actions)]
+            np.testing.assert_array_equal(
+                observations, np.array([e[0] for e in expected], dtype=np.float32)
+            )
+            assert rewards.tolist() == [e[1] for e in expected]
+            assert over.tolist() == [e[2] or e[3] for e in expected]
+
+
+@pytest.mark.parametrize("faulty", [0, 1])  # stepped here, and in a fork
+def test_what_an_environment_raises(faulty, monkeypatch):
+    envs = reset_envs(2)
+
+    def step(action):
+        raise ArithmeticError("no such step")
+
+    monkeypatch.setattr(envs[faulty], "step", step)
+    with (
+        pytest.raises(ArithmeticError, match="no such step"),
+        side_by_side(envs, 2) as step_all,
+    ):
+        step_all(np.arange(2), np.zeros((2, 6), dtype=np.float32))
+
+
+def test_a_killed_process_is_an_error_in_one_sentence():
+    with side_by_side(reset_envs(2), 2) as step:
+        [worker] = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGTERM)  # signals are the parent's business
+        step(np.arange(2), np.zeros((2, 6), dtype=np.float32))
+        worker.kill()
+        worker.join()
+        with pytest.raises(RuntimeError, match="was killed"):
+            step(np.arange(2), np.zeros((2, 6), dtype=np.float32))
+
+
+def test_without_more_processes_one_does_the_work(monkeypatch):
+    def fork():
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with side_by_side(reset_envs(2), 2) as step:
+        assert len(step(np.arange(2), np.zeros((2, 6), dtype=np.float32))[0]) == 2
