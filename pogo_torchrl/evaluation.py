@@ -1,8 +1,11 @@
-"""Rollouts of all actors of a chain at once, in one process, reproducible to the bit."""
+"""Rollouts of all actors of a chain at once, reproducible to the bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +17,8 @@ from tensordict import TensorDict
 from torchrl.data import Bounded
 
 from pogo_torchrl.envs import make_env, score
+from pogo_torchrl.envs.base import LegacyMujocoEnv
+from pogo_torchrl.envs.parallel import side_by_side
 from pogo_torchrl.modules import TransportActor
 
 MODES = ("deterministic", "stochastic")
@@ -22,6 +27,9 @@ MODES = ("deterministic", "stochastic")
 
 # Keeps the streams of evaluations apart from those of other uses of the same seed.
 _STREAM = 0xE7A1
+
+# The least that is worth another process: a step of fewer takes less than the way there and back.
+_ENVS_PER_PROCESS = 8
 
 
 class Evaluation(NamedTuple):
@@ -47,8 +55,9 @@ class Evaluator:
     Every actor acts in both modes in the same ``episodes`` episodes: episode e has its own start
     state and, for the stochastic mode, its own noise, both derived from ``seed`` and e alone. Two
     evaluations of the same weights therefore agree, actors are compared on equal terms, and no
-    global random state is read or written. All environments step in one process, and each actor
-    sees its episodes as one batch.
+    global random state is read or written. Each actor sees its episodes as one batch. The package's
+    own environments step in as many processes as PyTorch has threads, others in this one, all with
+    the same results.
 
     Args:
         task: a D4RL task name.
@@ -127,33 +136,47 @@ class Evaluator:
         starts = [int(start.generate_state(1)[0]) for start, _ in seeds]
         noise_streams = [np.random.default_rng(noise) for _, noise in seeds]
 
-        observations = np.zeros((*shape, self.observation_dim), dtype=np.float32)
-        for env, slot in zip(self._envs, slots):
-            observations[slot], _ = env.reset(seed=starts[slot[2]])
-        returns, lengths = np.zeros(shape), np.zeros(shape, dtype=int)
-        running = dict(zip(slots, self._envs))
+        observations = np.zeros((len(slots), self.observation_dim), dtype=np.float32)
+        for i, (_, _, episode) in enumerate(slots):
+            observations[i], _ = self._envs[i].reset(seed=starts[episode])
+        returns, lengths = np.zeros(len(slots)), np.zeros(len(slots), dtype=int)
+        running = np.arange(len(slots))
         noise = np.zeros((len(MODES), self.episodes, self.action_dim), dtype=np.float32)
-        while running:
-            if self._interrupted:
-                raise EvaluationInterrupted
-            noise[1] = [stream.standard_normal(self.action_dim) for stream in noise_streams]
-            actions = self._act(actors, observations, noise)
-            for slot, env in list(running.items()):
-                observation, reward, terminated, truncated, _ = env.step(actions[slot])
-                observations[slot] = observation
-                returns[slot] += reward
-                lengths[slot] += 1
-                if terminated or truncated:
-                    del running[slot]
+        processes = self._processes(len(slots))
+        with _one_torch_thread(), side_by_side(self._envs, processes) as step:
+            while len(running):
+                if self._interrupted:
+                    raise EvaluationInterrupted
+                noise[1] = [stream.standard_normal(self.action_dim) for stream in noise_streams]
+                actions = self._act(actors, observations.reshape(*shape, -1), noise)
+                actions = actions.reshape(len(slots), -1)[running]
+                observations[running], rewards, over = step(running, actions)
+                returns[running] += rewards
+                lengths[running] += 1
+                running = running[~over]
+        pairs = [(i, mode) for i in range(len(actors)) for mode in MODES]
+        returns_of, lengths_of = (x.reshape(-1, self.episodes) for x in (returns, lengths))
         return [
-            Evaluation(i, mode, returns[i, m], lengths[i, m], score(self.task, returns[i, m]))
-            for i in range(len(actors))
-            for m, mode in enumerate(MODES)
+            Evaluation(*pair, r, n, score(self.task, r))
+            for pair, r, n in zip(pairs, returns_of, lengths_of)
         ]
 
     def interrupt(self) -> None:
         """End an evaluation at its next step, and all later ones; for signal handlers."""
         self._interrupted = True
+
+    def _processes(self, envs: int) -> int:
+        """How many processes step: as many as PyTorch would use threads, where it pays.
+
+        Only for environments that are known to survive a fork.
+        """
+        if (
+            not isinstance(self._envs[0].unwrapped, LegacyMujocoEnv)
+            or not sys.platform.startswith("linux")
+            or multiprocessing.current_process().daemon  # such a process may have no children
+        ):
+            return 1
+        return max(1, min(torch.get_num_threads(), envs // _ENVS_PER_PROCESS))
 
     @staticmethod
     def _act(
@@ -177,6 +200,17 @@ class Evaluator:
                 )
             actions.append(action)
         return np.stack(actions)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Batches are tiny here, and PyTorch's idle threads spin on the cores of the environments."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def format_evaluation(evaluations: Sequence[Evaluation]) -> str:

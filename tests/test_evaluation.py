@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import PendulumEnv
 from torch import nn
 
 from pogo_torchrl import TransportActor, make_actor
 from pogo_torchrl.envs import make_env, score
-from pogo_torchrl.evaluation import _STREAM, Evaluation, Evaluator, format_evaluation
+from pogo_torchrl.evaluation import (
+    _STREAM,
+    Evaluation,
+    EvaluationInterrupted,
+    Evaluator,
+    format_evaluation,
+)
 
 TASK = "hopper-medium-v2"
 EPISODES = 2
@@ -127,6 +137,58 @@ def test_longer_chains_after_shorter_ones(evaluator, chain):
     alone = evaluator(chain[:1])
     assert equal(evaluator(chain)[:2], alone)
     assert equal(evaluator(chain[:1]), alone)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_results_do_not_depend_on_the_number_of_processes(chain, threads, monkeypatch):
+    """To the bit; and PyTorch's threads stay as they were."""
+    results = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr("pogo_torchrl.evaluation._ENVS_PER_PROCESS", 2)
+        threads(count)
+        evaluator = Evaluator(TASK, episodes=EPISODES)
+        results += [evaluator(chain), evaluator(chain)]
+        assert torch.get_num_threads() == count
+    assert all(equal(results[0], other) for other in results[1:])
+
+
+def test_a_signal_ends_an_evaluation(threads, monkeypatch):
+    monkeypatch.setattr("pogo_torchrl.evaluation._ENVS_PER_PROCESS", 1)
+    threads(3)
+    evaluator = Evaluator("halfcheetah-medium-v2", episodes=4)
+    chain = [make_actor(evaluator.observation_dim, evaluator.action_spec)]
+    before = signal.signal(signal.SIGALRM, lambda *_: evaluator.interrupt())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(EvaluationInterrupted):
+            evaluator(chain)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not multiprocessing.active_children()
+    assert torch.get_num_threads() == 3
+
+
+def test_other_environments_step_in_this_process(threads, monkeypatch):
+    """They may hold what does not survive a fork."""
+    monkeypatch.setattr("pogo_torchrl.evaluation._ENVS_PER_PROCESS", 1)
+    threads(2)
+    here = []
+
+    class Pendulum(PendulumEnv):
+        def step(self, action):
+            here.append(os.getpid())
+            observation, reward, *_ = super().step(action)
+            return observation, reward, False, True, {}
+
+    evaluator = Evaluator(TASK, episodes=EPISODES, env_fn=Pendulum)
+    evaluator([make_actor(3, evaluator.action_spec, (8,))])
+    assert here == [os.getpid()] * 2 * EPISODES
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
