@@ -294,7 +294,7 @@ def _size(number: float) -> str:
 
     Example:
         >>> _size(1_234_567)
-        '1.2 MB'
+        '1.23 MB'
     """
     for unit in ("B", "kB", "MB"):
         if number < 1000:

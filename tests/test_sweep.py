@@ -347,6 +347,17 @@ def test_the_estimate_knows_the_size_of_a_checkpoint(whole, monkeypatch):
     assert cost.disk(run.cfg) == pytest.approx(sum(files), rel=0.5)
 
 
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """The jobs of the file, on any device and on the CPU."""
+    file = tmp_path_factory.mktemp("jobs") / "sweep.yaml"
+    file.write_text(FILE)
+    return [
+        [launch.Job.of(run) for run in read_sweep(str(file), [option])]
+        for option in ("device=auto", "device=cpu")
+    ]
+
+
 @pytest.mark.parametrize(
     ("most", "cores", "gpus", "threads", "count", "each"),
     [
@@ -359,16 +370,13 @@ def test_the_estimate_knows_the_size_of_a_checkpoint(whole, monkeypatch):
         (3, 8, ["3", "5"], "", 3, "2"),
     ],
 )
-def test_processes_share_cores_and_gpus(
-    folder, monkeypatch, most, cores, gpus, threads, count, each
-):
+def test_processes_share_cores_and_gpus(jobs, monkeypatch, most, cores, gpus, threads, count, each):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.setattr(launch, "_usable_cores", lambda: cores)
     monkeypatch.setattr(launch, "_gpus", lambda: gpus)
-    jobs = [launch.Job.of(run) for run in read_sweep("sweep.yaml")]
-    places = launch.slots(most, jobs)
+    anywhere, on_cpu = jobs
+    places = launch.slots(most, anywhere)
     assert [place["OMP_NUM_THREADS"] for place in places] == [each] * count
     seen = [place.get("CUDA_VISIBLE_DEVICES") for place in places]
     assert seen == ([None] * count if len(gpus) < 2 else (gpus * 2)[:count])
-    on_cpu = [launch.Job.of(run) for run in read_sweep("sweep.yaml", ["device=cpu"])]
     assert all("CUDA_VISIBLE_DEVICES" not in place for place in launch.slots(most, on_cpu))
