@@ -32,14 +32,15 @@ def headline_table(settings: Sequence[Setting]) -> Table:
     """The last actor, deterministic: one row a task and choice of weights."""
     return Table(
         "headline",
-        f"Last actor, deterministic actions: {SCORE}, {OVER_SEEDS}.",
+        f"Last actor, deterministic actions: {SCORE}, {OVER_SEEDS}; data score: mean of the "
+        "dataset's episodes.",
         (
             "task",
             "w2_weights",
             "seeds",
             "runs done",
             "last step",
-            "data",
+            "data score",
             "last checkpoint",
             "best checkpoint",
         ),

@@ -208,7 +208,9 @@ def _panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
 def _dot_panels(tasks: dict[str, list[Setting]], columns: int) -> tuple[Figure, np.ndarray]:
     """A row of panels for each task, as high as it has settings."""
     lines = [len(members) for members in tasks.values()]
-    figure = Figure(figsize=(7.2, 1.2 + 0.5 * len(lines) + 0.5 * sum(lines)), layout="constrained")
+    figure = Figure(
+        figsize=(7.2, 1.2 + 0.45 * len(lines) + 0.38 * sum(lines)), layout="constrained"
+    )
     grid = figure.subplots(
         len(lines), columns, squeeze=False, sharex=True, height_ratios=[n + 0.4 for n in lines]
     )
