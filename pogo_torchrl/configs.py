@@ -32,8 +32,8 @@ _LONGEST = 32
 def _option(default: Any, help: str, *, lowest: int = 1, highest: int | None = None) -> Any:
     """A field; ``lowest`` and ``highest`` bound it where it holds integers."""
     metadata = {"help": help, "lowest": lowest, "highest": highest}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -145,6 +145,23 @@ class RunConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """What a job on a cluster asks for; null: what the cluster gives by default."""
+
+    partition: str | None = _option(None, "the partition, or several: a,b")
+    timeout_min: int = _option(240, "minutes; a job that needs more is queued again and goes on")
+    gpus_per_node: int | None = _option(None, "GPUs of a job", lowest=0)
+    cpus_per_task: int | None = _option(None, "cores of a job, shared by its runs")
+    mem_gb: int | None = _option(None, "gigabytes of memory of a job")
+    array_parallelism: int = _option(256, "jobs of an array that run at once")
+    runs_per_job: int = _option(1, "runs of a job at once, side by side on its GPU or GPUs")
+    signal_delay_s: int = _option(90, "seconds before its time is up when a job saves")
+    additional_parameters: dict[str, Any] = _option(
+        {}, "any other options of sbatch: {qos: long, account: me}"
+    )
+
+
+@dataclass
 class SweepConfig(RunConfig):
     """Every option of ``examples/pogo_sweep.py``: its own, and all of a run."""
 
@@ -152,13 +169,18 @@ class SweepConfig(RunConfig):
         None, "the sweep file, or the name of one in the package: locomotion, antmaze"
     )
     results_dir: str = _option("results", "tables and figures over all runs of log_dir")
-    launcher: str = _option("local", "what carries out the runs: local (processes here)")
+    launcher: str = _option(
+        "local",
+        "what carries out the runs: local (processes here), slurm (a cluster) or submitit_local "
+        "(the cluster's jobs as processes here, all at once, to try them)",
+    )
     jobs: int | None = _option(
         None,
         "runs at once, with launcher=local; null: one for each GPU, or usable cores / "
         "OMP_NUM_THREADS (1 where that is not set)",
     )
     dry_run: bool = _option(False, "print the plan and end")
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass
@@ -434,6 +456,7 @@ def _in_words(hint: Any) -> str:
         list[float]: "a list of numbers",
         int | None: "an integer or null",
         str | None: "text or null",
+        dict[str, Any]: "options with their values, {option: value}",
     }
     return words[hint]
 
