@@ -13,12 +13,13 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.spaces import Box
+from gymnasium.wrappers import TimeLimit
 from tensordict import TensorDict
 from torchrl.data import Bounded
 
 from pogo_torchrl.envs import make_env, score
-from pogo_torchrl.envs.base import LegacyMujocoEnv
 from pogo_torchrl.envs.parallel import side_by_side
+from pogo_torchrl.envs.selfcheck import ENVIRONMENTS
 from pogo_torchrl.modules import TransportActor
 
 MODES = ("deterministic", "stochastic")
@@ -168,10 +169,13 @@ class Evaluator:
     def _processes(self, envs: int) -> int:
         """How many processes step: as many as PyTorch would use threads, where it pays.
 
-        Only for environments that are known to survive a fork.
+        Only for the package's own environments: others, and wrappers, may hold what does not
+        survive a fork, or keep what would be lost with it.
         """
+        env = self._envs[0]
         if (
-            not isinstance(self._envs[0].unwrapped, LegacyMujocoEnv)
+            type(env) is not TimeLimit
+            or type(env.env) not in ENVIRONMENTS.values()
             or not sys.platform.startswith("linux")
             or multiprocessing.current_process().daemon  # such a process may have no children
         ):

@@ -7,10 +7,10 @@ import os
 import random
 import signal
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.envs.classic_control import PendulumEnv
 from torch import nn
 
 from pogo_torchrl import TransportActor, make_actor
@@ -175,20 +175,19 @@ def test_a_signal_ends_an_evaluation(threads, monkeypatch):
 
 
 def test_other_environments_step_in_this_process(threads, monkeypatch):
-    """They may hold what does not survive a fork."""
+    """They may hold what does not survive a fork, or keep what would be lost with it."""
     monkeypatch.setattr("pogo_torchrl.evaluation._ENVS_PER_PROCESS", 1)
     threads(2)
     here = []
 
-    class Pendulum(PendulumEnv):
+    class Recorder(gymnasium.Wrapper):
         def step(self, action):
             here.append(os.getpid())
-            observation, reward, *_ = super().step(action)
-            return observation, reward, False, True, {}
+            return super().step(action)
 
-    evaluator = Evaluator(TASK, episodes=EPISODES, env_fn=Pendulum)
-    evaluator([make_actor(3, evaluator.action_spec, (8,))])
-    assert here == [os.getpid()] * 2 * EPISODES
+    evaluator = Evaluator(TASK, episodes=EPISODES, env_fn=lambda: Recorder(make_env(TASK)))
+    results = evaluator([make_actor(11, evaluator.action_spec, (8,))])
+    assert here == [os.getpid()] * sum(e.lengths.sum() for e in results)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
