@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from common import machine, seconds, table  # noqa: E402
 from geomloss import SamplesLoss  # noqa: E402
+from tensordict import TensorDict  # noqa: E402
 from tensordict.nn import TensorDictModule  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -32,11 +33,10 @@ from torchrl.data import Bounded  # noqa: E402
 from torchrl.modules import MLP, ValueOperator  # noqa: E402
 from torchrl.objectives import SoftUpdate, TD3BCLoss  # noqa: E402
 
-from pogo_torchrl import POGOLoss, make_actor, make_qvalue  # noqa: E402
+from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue  # noqa: E402
 from pogo_torchrl.data import make_replay_buffer  # noqa: E402
 from pogo_torchrl.envs import make_env  # noqa: E402
 from pogo_torchrl.evaluation import Evaluator  # noqa: E402
-from pogo_torchrl.training import POGOOptimizationStepper  # noqa: E402
 
 OBS, ACT, HIDDEN, BATCH, K, ROWS = 17, 6, 256, 256, 4, 100_000
 WEIGHT = 0.2
@@ -169,14 +169,9 @@ def ours(path: Path, device: torch.device, actors: int, **settings) -> Callable[
         **settings,
     ).to(device)
     loss.make_value_estimator(gamma=0.99)
-    stepper = POGOOptimizationStepper(loss, compile=compile, bf16=bf16)
-    updater = SoftUpdate(loss, tau=0.005)
-
-    def update() -> None:
-        stepper.step(None, rb.sample())
-        updater.step()
-
-    return update
+    trainer = POGOTrainer(loss, rb, 10**9, compile=compile, bf16=bf16, progress_bar=False)
+    one = TensorDict({}, [1])
+    return lambda: trainer.optim_steps(one)
 
 
 def flops(actors: int) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.trainers import TrainerHookBase
 
@@ -53,7 +53,7 @@ class LogMetrics(TrainerHookBase):
             raise ValueError(f"log_interval={interval} must be an integer >= 1.")
         self.sinks = sinks
         self.interval = interval
-        self._sums: TensorDictBase | None = None
+        self._sums: Tensor | None = None
         self._count = 0
         self._observation: Tensor | None = None
         self._clock = time.perf_counter
@@ -73,8 +73,8 @@ class LogMetrics(TrainerHookBase):
 
     def _add(self, batch: TensorDictBase) -> None:
         # Update by update, so that a sum does not depend on where the other hooks' boundaries lie.
-        metrics = self.trainer.optimization_stepper.metrics
-        self._sums = metrics.clone() if self._sums is None else self._sums + metrics
+        scalars = self.trainer.optimization_stepper.scalars
+        self._sums = scalars if self._sums is None else self._sums + scalars
         self._count += 1
         self._observation = batch.get(self.trainer.loss_module.actor_network.in_keys[0])
 
@@ -98,7 +98,8 @@ class LogMetrics(TrainerHookBase):
         """The averages since the last row, by name."""
         if self._sums is None:
             return {}
-        return {k: v.item() for k, v in sorted((self._sums / self._count).items())}
+        means = (self._sums / self._count).tolist()  # the one look at the device
+        return dict(sorted(zip(self.trainer.optimization_stepper.names, means)))
 
     @torch.no_grad()
     def _spread(self) -> dict[str, float]:
@@ -119,15 +120,14 @@ class LogMetrics(TrainerHookBase):
         """The averages since the last row."""
         return {
             "count": self._count,
-            "sums": dict(self._sums.items()) if self._sums is not None else {},
+            "sums": [] if self._sums is None else [self._sums],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._count = state_dict["count"]
-        self._sums = TensorDict(state_dict["sums"]) if self._count else None
-        if self._sums is not None:
-            self._sums = self._sums.to(next(self.trainer.loss_module.parameters()).device)
+        device = self.trainer.loss_module.min_action.device
+        self._sums = state_dict["sums"][0].to(device) if self._count else None
 
 
 class Evaluate(TrainerHookBase):

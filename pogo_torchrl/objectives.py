@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
@@ -334,6 +336,71 @@ class POGOLoss(LossModule):
             pseudo_vmap=self.deactivate_vmap,
         )
 
+    def draw_noise(
+        self,
+        tensordict: TensorDictBase,
+        generator: torch.Generator | None = None,
+        *,
+        critic: bool = True,
+        actors: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        r"""All standard normal draws that an update on a batch takes, from a single call.
+
+        Args:
+            tensordict: the batch, of which only shapes matter.
+            generator: where they come from. Defaults to torch's own.
+            critic: draw those of the TD target. Defaults to ``True``.
+            actors: draw those of these actors. Defaults to all.
+
+        Returns:
+            ``smoothing`` (n of the TD target, ``[*B, d]``) and, for actors that read z from the
+            tensordict, each actor's z: ``target`` (:math:`z'`, ``[*B, d]``), ``actor_0``
+            (``[*B, 1, d]``), and for :math:`i \ge 1` ``actor_i`` and ``reference_i``
+            (``[*B, K, d]``, one and the same with ``shared_noise``).
+
+        Example:
+            >>> import torch
+            >>> from tensordict import TensorDict
+            >>> from torchrl.data import Bounded
+            >>> from pogo_torchrl import POGOLoss, make_actor, make_qvalue
+            >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
+            >>> loss = POGOLoss(make_actor(3, spec), make_qvalue(3, 2), w2_weights=(0.2, 0.5))
+            >>> batch = TensorDict({"action": spec.rand([8])}, [8])
+            >>> {name: list(z.shape) for name, z in loss.draw_noise(batch, critic=False).items()}
+            {'actor_0': [8, 1, 2], 'actor_1': [8, 4, 2], 'reference_1': [8, 4, 2]}
+        """
+        action = tensordict.get(self.tensor_keys.action)
+        actor = self.actor_network
+        reads_noise = hasattr(actor, "noise_key")
+        if action is None:  # only actor 0 and the critics need the data's
+            batch_size, dim = tensordict.batch_size, actor.noise_dim if reads_noise else 0
+        else:
+            *batch_size, dim = action.shape
+        shapes: dict[str, tuple[int, ...]] = {"smoothing": ()} if critic else {}
+        if reads_noise:
+            if critic:
+                shapes["target"] = ()
+            for i in range(self.num_actors) if actors is None else actors:
+                shapes[f"actor_{i}"] = (self.num_samples if i else 1,)
+                if i and not self.shared_noise:
+                    shapes[f"reference_{i}"] = (self.num_samples,)
+        sizes = [math.prod((*batch_size, *shape, dim)) for shape in shapes.values()]
+        flat = torch.randn(
+            sum(sizes),
+            dtype=self.min_action.dtype,
+            device=self.min_action.device,
+            generator=generator,
+        )
+        noise = {
+            name: part.view(*batch_size, *shape, dim)
+            for (name, shape), part in zip(shapes.items(), flat.split(sizes))
+        }
+        if self.shared_noise:
+            for i in range(1, self.num_actors):
+                if f"actor_{i}" in noise:
+                    noise[f"reference_{i}"] = noise[f"actor_{i}"]
+        return noise
+
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """The critics' loss, summed over the critics.
 
@@ -344,14 +411,44 @@ class POGOLoss(LossModule):
             The loss, and a dictionary of detached values: ``td_error`` (squared, ``[C, *B]``),
             and the batch means ``pred_value``, ``target_value`` and ``next_state_value``.
         """
+        loss, metadata = self.qvalue_terms(
+            tensordict,
+            self.draw_noise(tensordict, actors=()),
+            self.target_actor_network_params[0],
+            self.qvalue_network_params,
+            self.target_qvalue_network_params,
+        )
+        self._clear_weakrefs(tensordict, *self._parameter_names)
+        return loss, metadata
+
+    def qvalue_terms(
+        self,
+        tensordict: TensorDictBase,
+        noise: dict[str, Tensor],
+        actor: TensorDictBase,
+        qvalue: TensorDictBase,
+        target_qvalue: TensorDictBase,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`qvalue_loss` as a function of the parameters and the noise, for ``torch.vmap``.
+
+        Args:
+            tensordict: a batch.
+            noise: of :meth:`draw_noise`.
+            actor: parameters of the actor in the TD target.
+            qvalue: parameters of the critics, stacked ``[C]``.
+            target_qvalue: those of the target critics.
+
+        Returns:
+            As :meth:`qvalue_loss`.
+        """
         self._check_batch(tensordict, self.in_keys)
         weights = self._maybe_get_priority_weight(tensordict)
         tensordict = tensordict.clone(False)
         with torch.no_grad():
-            next_value = self._next_value(tensordict)
+            next_value = self._next_value(tensordict, noise, actor, target_qvalue)
         tensordict.set(("next", self.tensor_keys.state_action_value), next_value.unsqueeze(-1))
         target_value = self.value_estimator.value_estimate(tensordict).squeeze(-1)
-        pred_value = self._qvalues(tensordict, self.qvalue_network_params)
+        pred_value = self._qvalues(tensordict, qvalue)
         td_error = (pred_value - target_value).detach().pow(2)
         loss = distance_loss(
             pred_value, target_value.expand_as(pred_value), loss_function=self.loss_function
@@ -363,7 +460,6 @@ class POGOLoss(LossModule):
             "target_value": target_value.detach().mean(),
             "next_state_value": next_value.mean(),
         }
-        self._clear_weakrefs(tensordict, *self._parameter_names)
         return loss, metadata
 
     def _check_batch(self, tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> None:
@@ -404,23 +500,28 @@ class POGOLoss(LossModule):
                     "for each action."
                 )
 
-    def _next_value(self, tensordict: TensorDictBase) -> Tensor:
+    def _next_value(
+        self,
+        tensordict: TensorDictBase,
+        noise: dict[str, Tensor],
+        actor: TensorDictBase,
+        target_qvalue: TensorDictBase,
+    ) -> Tensor:
         """``min_j Qbar_j(s', a')`` with the smoothed action of actor 0, shape ``[*B]``."""
         next_td = step_mdp(tensordict)
         action = self._act(
-            next_td.select(*self.actor_network.in_keys, strict=False),
-            self.target_actor_network_params[0],
+            next_td.select(*self.actor_network.in_keys, strict=False), noise.get("target"), actor
         )
         action = functional.smoothed_target_action(
             action,
-            torch.randn_like(action),
+            noise["smoothing"],
             self.min_action,
             self.max_action,
             sigma=self.policy_noise,
             clip=self.noise_clip,
         )
         next_td.set(self.tensor_keys.action, action)
-        return self._qvalues(next_td, self.target_qvalue_network_params).min(0)[0]
+        return self._qvalues(next_td, target_qvalue).min(0)[0]
 
     def _qvalues(self, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
         """Values of all critics, shape ``[C, *B]``."""
@@ -446,78 +547,139 @@ class POGOLoss(LossModule):
         Raises:
             IndexError: when there is no such actor.
         """
-        if index is None:
-            losses, metadata = zip(*(self._jko(tensordict, i) for i in range(self.num_actors)))
-            return sum(losses), {k: v for entries in metadata for k, v in entries.items()}
-        if not 0 <= index < self.num_actors:
+        if index is not None and not 0 <= index < self.num_actors:
             raise IndexError(f"actor index {index} is not in 0..{self.num_actors - 1}.")
-        return self._jko(tensordict, index)
-
-    def _jko(self, tensordict: TensorDictBase, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if index == 0:
-            keys = (*self.actor_network.in_keys, self.tensor_keys.action)
-            self._check_batch(tensordict, keys)
-        weights = self._maybe_get_priority_weight(tensordict)
-        state = tensordict.select(*self.actor_network.in_keys, strict=False)
-        params = self.actor_network_params[index]
-        # Beyond actor 0, K draws for the distance, the first of which also serves the Q term: each
-        # term's distribution is that of draws of its own, and so is the loss's expectation.
-        draws = 1 if index == 0 else self.num_samples
-        states = _repeat(state, draws)
-        if self.shared_noise and index > 0:
-            states = self._with_noise(states, tensordict)
-        actions = self._act(states, params)
-        action = actions[..., 0, :]
-        q = self._critic(tensordict, action)
-        if index == 0:
-            distance = functional.l2_distance(
-                self._to_unit_box(action),
-                self._to_unit_box(tensordict.get(self.tensor_keys.action)),
+        indices = range(self.num_actors) if index is None else (index,)
+        noise = self.draw_noise(tensordict, critic=False, actors=indices)
+        params = self.actor_network_params
+        losses, metadata = [], {}
+        for i in indices:
+            loss, scalars = self.jko_terms(
+                tensordict,
+                noise,
+                params[i],
+                params[i - 1] if i else None,
+                self.qvalue_network_params,
+                self.w2_weights[i],
+                self.alpha,
+                index=i,
             )
+            losses.append(loss)
+            metadata.update(scalars)
+        self._clear_weakrefs(tensordict, *self._parameter_names)
+        return sum(losses[1:], losses[0]), metadata
+
+    def jko_terms(
+        self,
+        tensordict: TensorDictBase,
+        noise: dict[str, Tensor],
+        actor: TensorDictBase,
+        reference: TensorDictBase | None,
+        qvalue: TensorDictBase,
+        weight: float | Tensor,
+        alpha: float | Tensor,
+        *,
+        index: int,
+        over_runs: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda terms: terms,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`actor_loss` as a function of the parameters and the noise.
+
+        Args:
+            tensordict: a batch.
+            noise: of :meth:`draw_noise`.
+            actor: parameters of actor i.
+            reference: parameters of the one before it; ``None`` for actor 0.
+            qvalue: parameters of the critics, stacked ``[C]``.
+            weight: :math:`w_i`.
+            alpha: weight of the Q term.
+            index: which actor.
+            over_runs: vectorises a function over a leading dimension that all arguments share, as
+                ``torch.vmap`` does. The distance takes any leading dimensions as it is.
+
+        Returns:
+            As :meth:`actor_loss`.
+        """
+        actions, others, q = over_runs(partial(self._jko_samples, index=index))(
+            tensordict, noise, actor, reference, qvalue
+        )
+        if reference is None:
+            distance = functional.l2_distance(actions[..., 0, :], others[..., 0, :])
         else:
-            states = states if self.shared_noise else _repeat(state, self.num_samples)
-            with torch.no_grad():
-                reference = self._act(states, self.actor_network_params[index - 1])
             distance = sinkhorn_divergence(
-                self._to_unit_box(actions),
-                self._to_unit_box(reference),
+                actions,
+                others,
                 blur=self.blur,
                 backend=self.w2_backend,
                 # The diagonal of the unit box; GeomLoss measures the batch's, as published.
-                diameter=2 * action.shape[-1] ** 0.5 if self.w2_backend == "fast" else None,
+                diameter=2 * actions.shape[-1] ** 0.5 if self.w2_backend == "fast" else None,
             )
-        scale = functional.q_scale(q, self.alpha, self.q_normalization)
-        loss = functional.jko_loss(q, distance, scale=scale, weight=self.w2_weights[index])
+        return over_runs(partial(self._jko_objective, index=index))(
+            tensordict, q, distance, weight, alpha
+        )
+
+    def _jko_samples(
+        self,
+        tensordict: TensorDictBase,
+        noise: dict[str, Tensor],
+        actor: TensorDictBase,
+        reference: TensorDictBase | None,
+        qvalue: TensorDictBase,
+        *,
+        index: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The actor's actions and those of what came before it, in the unit box, and Q."""
+        if index == 0:
+            keys = (*self.actor_network.in_keys, self.tensor_keys.action)
+            self._check_batch(tensordict, keys)
+        state = tensordict.select(*self.actor_network.in_keys, strict=False)
+        # Beyond actor 0, K draws for the distance, the first of which also serves the Q term: each
+        # term's distribution is that of draws of its own, and so is the loss's expectation.
+        states = _repeat(state, self.num_samples if index else 1)
+        actions = self._act(states, noise.get(f"actor_{index}"), actor)
+        if reference is None:
+            others = tensordict.get(self.tensor_keys.action).unsqueeze(-2)
+        else:
+            with torch.no_grad():
+                states = _repeat(state, self.num_samples)
+                others = self._act(states, noise.get(f"reference_{index}"), reference)
+        q = self._critic(tensordict, actions[..., 0, :], qvalue)
+        return self._to_unit_box(actions), self._to_unit_box(others), q
+
+    def _jko_objective(
+        self,
+        tensordict: TensorDictBase,
+        q: Tensor,
+        distance: Tensor,
+        weight: float | Tensor,
+        alpha: float | Tensor,
+        *,
+        index: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = self._maybe_get_priority_weight(tensordict)
+        scale = functional.q_scale(q, alpha, self.q_normalization)
+        loss = functional.jko_loss(q, distance, scale=scale, weight=weight)
         loss = self._reduce_loss(loss, tensordict=tensordict, weights=weights)
-        metadata = {
+        return loss, {
             f"loss_actor_{index}": loss.detach().mean(),
             f"q_actor_{index}": q.detach().mean(),
             f"w2_{index}": distance.detach().mean(),
             f"lmbd_{index}": scale,
         }
-        self._clear_weakrefs(tensordict, *self._parameter_names)
-        return loss, metadata
 
-    def _act(self, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
+    def _act(
+        self, tensordict: TensorDictBase, noise: Tensor | None, params: TensorDictBase
+    ) -> Tensor:
+        """The action of an actor that is given its z, or draws on its own."""
+        if noise is not None:
+            tensordict = tensordict.set(self.actor_network.noise_key, noise)
         with params.to_module(self.actor_network, preserve_module_state=False):
             return self.actor_network(tensordict).get(self.tensor_keys.action)
 
-    def _with_noise(self, states: TensorDictBase, like: TensorDictBase) -> TensorDictBase:
-        """The states with a draw of z for each, which every actor given them will act on."""
-        action = like.get(self.tensor_keys.action)
-        noise = torch.randn(
-            (*states.batch_size, action.shape[-1]),
-            dtype=self.min_action.dtype,
-            device=action.device,
-        )
-        return states.set(self.actor_network.noise_key, noise)
-
-    def _critic(self, tensordict: TensorDictBase, action: Tensor) -> Tensor:
+    def _critic(self, tensordict: TensorDictBase, action: Tensor, qvalue: TensorDictBase) -> Tensor:
         """``Q1(s, action)`` with the critic frozen, shape ``[*B]``."""
         inputs = tensordict.select(*self.qvalue_network.in_keys, strict=False)
         inputs.set(self.tensor_keys.action, action)
-        params = self.qvalue_network_params[0].detach()
-        with params.to_module(self.qvalue_network, preserve_module_state=False):
+        with qvalue[0].detach().to_module(self.qvalue_network, preserve_module_state=False):
             out = self.qvalue_network(inputs)
         return out.get(self.tensor_keys.state_action_value).squeeze(-1)
 

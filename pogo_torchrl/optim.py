@@ -1,4 +1,4 @@
-"""Adam over stacked networks, of which one is stepped at a time, in plain tensor operations."""
+"""Adam in plain tensor operations, which torch.compile traces into one graph with the losses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-class StackedAdam:
-    r"""Adam, for parameters that several networks of one architecture share as ``[N, ...]`` stacks.
+class Adam:
+    r"""Adam over plain tensors, to be called within a traced update.
 
     .. math::
         m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
@@ -20,24 +20,22 @@ class StackedAdam:
         \theta \leftarrow \theta -
         lr \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    Each network has its own moments and its own count :math:`t`: as many optimizers as networks.
     ``torch.optim.Adam`` gives the same numbers; it cannot be traced together with the losses into
-    one graph where its parameters are slices of the tensors that the losses read.
+    one graph. Being elementwise, it serves a stack of networks as it serves one.
 
     Source: Kingma and Ba (2015), algorithm 1.
 
     Args:
-        params: stacks, each ``[N, ...]``, updated in place.
+        params: updated in place.
         lr: learning rate.
         betas: decay rates of the moments. Defaults to ``(0.9, 0.999)``.
         eps: :math:`\epsilon`. Defaults to ``1e-8``.
 
     Example:
-        >>> params = [torch.zeros(2, 3)]
-        >>> StackedAdam(params, lr=0.1).step([torch.ones(2, 3)], index=1)
+        >>> params = [torch.zeros(2)]
+        >>> Adam(params, lr=0.1).step([torch.ones(2)])
         >>> params[0]
-        tensor([[ 0.0000,  0.0000,  0.0000],
-                [-0.1000, -0.1000, -0.1000]])
+        tensor([-0.1000, -0.1000])
     """
 
     def __init__(
@@ -49,41 +47,41 @@ class StackedAdam:
     ) -> None:
         self.params = list(params)
         self.lr, self.betas, self.eps = lr, betas, eps
-        self.exp_avg = [torch.zeros_like(p.data) for p in self.params]
-        self.exp_avg_sq = [torch.zeros_like(p.data) for p in self.params]
-        # float64: 1 - 0.999^t loses digits in float32
-        self.steps = torch.zeros(len(self.params[0]), dtype=torch.float64, device=params[0].device)
+        self.exp_avg = [torch.zeros_like(p) for p in self.params]
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
+        # float64: 1 - 0.999^t loses digits in float32. A vector: of one number alone torch.compile
+        # (2.13) misses the change in place.
+        self.steps = torch.zeros(1, dtype=torch.float64, device=self.params[0].device)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], index: int | None = None) -> None:
-        """Move the networks, or the one at ``index``, by gradients of the stacks."""
-        part = slice(None) if index is None else slice(index, index + 1)
-        gradients = [g[part] for g in gradients]
-        moments = [m[part] for m in self.exp_avg]
-        squares = [v[part] for v in self.exp_avg_sq]
-        steps = self.steps[part].add_(1)
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Move the parameters by their gradients."""
+        self.steps.add_(1)
         beta1, beta2 = self.betas
-        torch._foreach_lerp_(moments, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        size = self.lr / (1 - beta1**steps)
-        correction = (1 - beta2**steps).sqrt()
-        for parameter, m, v in zip(self.params, moments, squares):
-            shape = (-1, *[1] * (m.ndim - 1))
-            denominator = v.sqrt().div_(correction.to(v.dtype).view(shape)).add_(self.eps)
-            parameter.data[part].sub_(m / denominator * size.to(m.dtype).view(shape))
+        torch._foreach_lerp_(self.exp_avg, gradients, 1 - beta1)
+        torch._foreach_mul_(self.exp_avg_sq, beta2)
+        torch._foreach_addcmul_(self.exp_avg_sq, gradients, gradients, 1 - beta2)
+        size = self.lr / (1 - beta1**self.steps)
+        correction = (1 - beta2**self.steps).rsqrt()
+        for parameter, m, v in zip(self.params, self.exp_avg, self.exp_avg_sq):
+            denominator = v.sqrt().mul_(correction.to(v.dtype)).add_(self.eps)
+            parameter.sub_(m / denominator * size.to(m.dtype))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments and counts."""
-        return {
-            "steps": self.steps,
-            "exp_avg": list(self.exp_avg),
-            "exp_avg_sq": list(self.exp_avg_sq),
-        }
+    def state_dict(self, part: int | None = None) -> dict[str, Any]:
+        """Moments and count; of stacked networks, those of the one at ``part``."""
+        return {"steps": self.steps, **{k: _of(getattr(self, k), part) for k in _MOMENTS}}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], part: int | None = None) -> None:
         """Go on from a checkpoint."""
         self.steps.copy_(state_dict["steps"])
-        for name in ("exp_avg", "exp_avg_sq"):
-            for mine, theirs in zip(getattr(self, name), state_dict[name], strict=True):
-                mine.copy_(theirs)
+        for name in _MOMENTS:
+            mine = _of(getattr(self, name), part)
+            for values, theirs in zip(mine, state_dict[name], strict=True):
+                values.copy_(theirs)
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _of(stacks: list[Tensor], part: int | None) -> list[Tensor]:
+    return stacks if part is None else [stack[part] for stack in stacks]

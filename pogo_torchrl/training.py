@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pogo_torchrl.checkpoints import (
 )
 from pogo_torchrl.hooks import DivergenceError
 from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.optim import StackedAdam
+from pogo_torchrl.update import Update
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -85,17 +85,17 @@ class Ticks:
 
 
 class POGOOptimizationStepper(OptimizationStepper):
-    """One update of POGO: the critics, then the actors 0, 1, ..., each after the one before.
-
-    Actor i is trained against the just updated actor i - 1 and the just updated critic. There is
-    one Adam for each critic and for each actor.
+    """One update of POGO on one batch (:class:`~pogo_torchrl.update.Update`).
 
     Args:
         loss_module: the objective.
         lr: learning rate of every Adam. Defaults to ``3e-4``.
         policy_freq: critic steps per chain of actor steps. Defaults to ``1``.
-        compile: run the whole update as one graph of ``torch.compile``. It draws the same noise and
-            gives the same numbers, up to rounding. Defaults to ``False``.
+        tau: also move the targets, by this Polyak step. Defaults to ``None``: they are moved by a
+            ``SoftUpdate`` elsewhere.
+        compile: run the whole update as one graph of ``torch.compile``. It is given the same noise
+            and gives the same numbers, up to rounding. Settings of the loss are read at its first
+            call. Defaults to ``False``.
         bf16: run the networks in bfloat16 (autocast); parameters, moments and the divergence stay
             in float32. Defaults to ``False``.
     """
@@ -106,84 +106,52 @@ class POGOOptimizationStepper(OptimizationStepper):
         *,
         lr: float = 3e-4,
         policy_freq: int = 1,
+        tau: float | None = None,
         compile: bool = False,
         bf16: bool = False,
     ) -> None:
         self.loss_module = loss_module
-        self.bf16 = bf16
         self.policy_freq = policy_freq
+        self.update = Update([loss_module], lr=lr, tau=tau, compile=compile, bf16=bf16)
+        self.names = [name for names in self.update.names for name in names]
         self._steps = 0
-        self._actor_metrics: dict[str, Tensor] = {}
-        self.metrics = TensorDict()
-        self._qvalue_params = list(loss_module.qvalue_network_params.parameters())
-        self._actor_params = list(loss_module.actor_network_params.parameters())
-        self._device = self._qvalue_params[0].device
-        self.optimizers = {
-            "qvalue": StackedAdam(self._qvalue_params, lr),
-            "actor": StackedAdam(self._actor_params, lr),
-        }
-        self._update = _compiled(self.update) if compile else self.update
+        self._actor_scalars: Tensor | None = None
+        self.scalars = torch.empty(0)
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Update on one batch and return the detached scalars of all losses."""
-        # Steps without an actor update repeat the last values: the trainer averages over steps.
-        metrics, actor_metrics = self._update(sub_batch, self._steps % self.policy_freq == 0)
-        self._actor_metrics = actor_metrics or self._actor_metrics
-        self._steps += 1
-        self.metrics = TensorDict({**metrics, **self._actor_metrics})
-        return self.metrics.copy()  # the trainer averages in place
+        with_actors = self._steps % self.policy_freq == 0
+        noise = self.loss_module.draw_noise(sub_batch, actors=None if with_actors else ())
+        self.take(*self.update(sub_batch, noise, with_actors))
+        return self.metrics
 
-    def update(
-        self, batch: TensorDictBase, with_actors: bool = True
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The update itself; returns the scalars of the critics and of the actors."""
-        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self.bf16)
-        with autocast:
-            loss, metrics = self.loss_module.qvalue_loss(batch)
-        gradients = torch.autograd.grad(loss, self._qvalue_params)
-        self.optimizers["qvalue"].step(gradients)
-        del metrics["td_error"]  # scalars only
-        metrics["loss_qvalue"] = loss.detach()
-        actor_metrics: dict[str, Tensor] = {}
-        for index in range(self.loss_module.num_actors if with_actors else 0):
-            with autocast:
-                loss, scalars = self.loss_module.actor_loss(batch, index)
-            # Of the stacked parameters only slice ``index`` has a gradient.
-            gradients = torch.autograd.grad(loss, self._actor_params)
-            self.optimizers["actor"].step(gradients, index)
-            actor_metrics.update(scalars)
-        return metrics, actor_metrics
+    def take(self, critics: Tensor, actors: Tensor | None) -> None:
+        """Count an update and keep its scalars."""
+        # Steps without an actor update repeat the last values: the log averages over steps.
+        self._actor_scalars = self._actor_scalars if actors is None else actors
+        self.scalars = torch.cat([critics, self._actor_scalars])
+        self._steps += 1
+
+    @property
+    def metrics(self) -> TensorDict:
+        """The scalars of the last update, by name."""
+        return TensorDict(dict(zip(self.names, self.scalars.unbind())))
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer states, and the place in the cycle of ``policy_freq``."""
+        actors = [] if self._actor_scalars is None else [self._actor_scalars]
         return {
             "steps": self._steps,
-            "actor_metrics": dict(self._actor_metrics),
-            "optimizers": {name: opt.state_dict() for name, opt in self.optimizers.items()},
+            "actor_scalars": actors,
+            "optimizers": self.update.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        device = self._device
         self._steps = state_dict["steps"]
-        self._actor_metrics = {k: v.to(device) for k, v in state_dict["actor_metrics"].items()}
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state_dict["optimizers"][name])
-
-
-def _compiled(update: Callable[..., Any]) -> Callable[..., Any]:
-    """The update as one graph: losses, gradients and optimizers together."""
-    # With torch's own generator, so that the numbers are those of the update as it is written.
-    compiled = torch.compile(
-        update, fullgraph=True, dynamic=False, options={"fallback_random": True}
-    )
-
-    def run(*args: Any) -> Any:
-        # Off by default in torch 2.13; without it a graph ends at each autograd.grad.
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            return compiled(*args)
-
-    return run
+        for scalars in state_dict["actor_scalars"]:
+            self._actor_scalars = scalars.to(self.loss_module.min_action.device)
+        self.update.load_state_dict(state_dict["optimizers"])
 
 
 class POGOTrainer(Trainer):
@@ -274,8 +242,11 @@ class POGOTrainer(Trainer):
             raise ValueError("The replay buffer is empty: there is nothing to learn from.")
 
         delayed = loss_module.delay_qvalue or loss_module.delay_actor
+        traced_tau = None
         if target_net_updater is None and delayed:
             target_net_updater = SoftUpdate(loss_module, tau=tau)
+            if compile:  # within the graph, then
+                traced_tau, target_net_updater = tau, None
         self.fingerprint = dict(fingerprint or {})
         ticks, rotation = Ticks(total_steps), None
         if checkpoint_dir is not None:
@@ -285,10 +256,15 @@ class POGOTrainer(Trainer):
             collector=ticks,
             total_frames=total_steps,
             frame_skip=1,
-            optim_steps_per_batch=1,  # set for each tick by optim_steps()
+            optim_steps_per_batch=1,  # each tick has its own, see optim_steps()
             loss_module=loss_module,
             optimization_stepper=POGOOptimizationStepper(
-                loss_module, lr=lr, policy_freq=policy_freq, compile=compile, bf16=bf16
+                loss_module,
+                lr=lr,
+                policy_freq=policy_freq,
+                tau=traced_tau,
+                compile=compile,
+                bf16=bf16,
             ),
             progress_bar=progress_bar,
             # the trainer saves once MORE than the interval has passed
@@ -354,9 +330,14 @@ class POGOTrainer(Trainer):
 
     def optim_steps(self, batch: TensorDictBase) -> None:
         """As many updates as the tick is long."""
-        self.optim_steps_per_batch = batch.numel()
+        # TorchRL's own loop averages number by number, which takes longer than moving the targets.
         try:
-            super().optim_steps(batch)
+            for _ in range(batch.numel()):
+                self._optim_count += 1
+                sub_batch = self._process_optim_batch_hook(batch)
+                self.optimization_stepper.step(self, sub_batch)
+                self._post_optim_hook()
+                self._post_optim_log(sub_batch)
         except FloatingPointError as error:
             raise DivergenceError(
                 f"Training has diverged: at update {self._optim_count}, {error}"

@@ -187,34 +187,28 @@ def make_batch(plain):
 
 @pytest.fixture
 def draws(monkeypatch):
-    """Every standard normal draw made through torch.randn and randn_like, in order."""
-    recorded = []
+    """The noise that ``draw_noise`` gave last."""
+    recorded, draw_noise = {}, POGOLoss.draw_noise
 
-    def recording(function):
-        def draw(*args, **kwargs):
-            recorded.append(function(*args, **kwargs))
-            return recorded[-1].clone()
+    def recording(*args, **kwargs):
+        noise = draw_noise(*args, **kwargs)
+        recorded.clear()
+        recorded.update({name: z.clone() for name, z in noise.items()})
+        return noise
 
-        return draw
-
-    for name in ("randn", "randn_like"):
-        monkeypatch.setattr(torch, name, recording(getattr(torch, name)))
+    monkeypatch.setattr(POGOLoss, "draw_noise", recording)
     return recorded
 
 
 def noise_of_qvalue_loss(draws):
-    """``z'`` and the smoothing noise: the order in which ``qvalue_loss`` draws."""
-    z, n = draws
-    draws.clear()
-    return z, n
+    """``z'`` and the smoothing noise."""
+    return draws["target"], draws["smoothing"]
 
 
 def noise_of_actor_loss(draws, i):
-    """As ``actor_loss`` draws: K for actor i, the first for the Q term too, K for its reference."""
-    own, *reference = draws
-    draws.clear()
-    assert len(reference) == (i > 0)
-    return own[:, 0], own, *(reference or (None,))
+    """K draws for actor i, the first for the Q term too, and K for its reference."""
+    own = draws[f"actor_{i}"]
+    return own[:, 0], own, draws.get(f"reference_{i}")
 
 
 def assert_gradients_equal(params, i, net):
@@ -257,7 +251,6 @@ class TestFixedNoise:
     def test_qvalue_loss(self, make_plain, draws, bounds, delay_actor):
         plain = make_plain(bounds, delay_actor=delay_actor)
         loss, batch = plain.as_pogo_loss(), make_batch(plain)
-        draws.clear()
         value, _ = loss.qvalue_loss(batch)
         expected = plain.qvalue_loss(batch, noise_of_qvalue_loss(draws))
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
@@ -277,7 +270,6 @@ class TestFixedNoise:
             bounds, q_normalization=q_normalization, alpha=alpha, num_samples=num_samples
         )
         loss, batch = plain.as_pogo_loss(), make_batch(plain)
-        draws.clear()
         value, _ = loss.actor_loss(batch, index)
         expected = plain.actor_loss(batch, index, noise_of_actor_loss(draws, index))
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
@@ -291,7 +283,6 @@ class TestFixedNoise:
     def test_metadata(self, make_plain, draws, bounds, q_normalization, alpha):
         plain = make_plain(bounds, q_normalization=q_normalization, alpha=alpha)
         loss, batch = plain.as_pogo_loss(), make_batch(plain)
-        draws.clear()
         value, metadata = loss.actor_loss(batch, 2)
         z, _, _ = noise_of_actor_loss(draws, 2)
         s = batch["observation"]
@@ -374,15 +365,12 @@ class TestSequentialUpdate:
         trainer = SimpleNamespace(replay_buffer=None)
         for step in range(3):
             batch, with_actors = make_batch(plain), step % policy_freq == 0
-            draws.clear()
             stepper.step(trainer, batch)
             updater.step()
-            recorded, noise = list(draws), []
-            for count in (2, 1, 2, 2) if with_actors else (2,):
-                take, recorded = recorded[:count], recorded[count:]
-                i = len(noise) - 1
-                noise.append(noise_of_actor_loss(take, i) if noise else noise_of_qvalue_loss(take))
-            assert not recorded
+            assert len(draws) == (7 if with_actors else 2)
+            noise = [noise_of_qvalue_loss(draws)]
+            if with_actors:
+                noise += [noise_of_actor_loss(draws, i) for i in range(len(WEIGHTS))]
             self.update(plain, optimizers, batch, noise, with_actors)
         for i, net in enumerate(plain.actors):
             assert_weights_equal(loss.actor_network_params[i], net)

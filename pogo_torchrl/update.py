@@ -1,0 +1,218 @@
+"""One update of POGO over the parameters of one run, or of a stack of runs at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.optim import Adam
+
+Noise = Mapping[str, Tensor]
+
+
+class Update:
+    r"""The critics, then the actors 0, 1, ..., each after the one before.
+
+    Actor i is trained against the just updated actor i - 1 and the just updated critic. There is
+    one Adam for the critics and one for each actor.
+
+    Losses of one architecture and of the same settings, up to ``w2_weights`` and ``alpha``, are
+    updated together: their parameters are laid side by side in memory, ``[R, ...]``, and the
+    update is vectorised over the R runs. Each loss goes on to see its own.
+
+    Args:
+        losses: one, or a stack.
+        lr: learning rate of every Adam.
+        tau: also move the targets, by this Polyak step: what TorchRL's ``SoftUpdate`` does, as a
+            part of the update. Defaults to ``None``: they are moved elsewhere.
+        compile: run the update as one graph of ``torch.compile``: the numbers are the same up to
+            rounding. Settings of the losses are read when it is traced, at the first call.
+        bf16: run the networks in bfloat16 (autocast); parameters, moments and the divergence stay
+            in float32.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[POGOLoss],
+        *,
+        lr: float,
+        tau: float | None = None,
+        compile: bool = False,
+        bf16: bool = False,
+    ) -> None:
+        self.losses = list(losses)
+        self.loss = losses[0]
+        self.tau, self.bf16 = tau, bf16
+        # Compiled, a single run is a stack of one: products over a stack are traced into batched
+        # ones, whose biases join the activations (a linear layer's are written beforehand).
+        self.stacked = compile or len(losses) > 1
+        first = self.loss
+        # Actor i of all runs is one contiguous block, since it is what a step reads and writes.
+        actors = self._side_by_side("actor_network_params", 1)
+        self.actors = list(actors.unbind(0))
+        self.qvalue = self._side_by_side("qvalue_network_params")
+        # Without copies of their own the targets are the networks themselves.
+        self.target_actor, self.target_qvalue = self.actors[0], self.qvalue
+        self._targets: list[tuple[TensorDictBase, TensorDictBase]] = []
+        if first.delay_qvalue:
+            self.target_qvalue = self._side_by_side("target_qvalue_network_params")
+            self._targets.append((self.target_qvalue, self.qvalue))
+        if first.delay_actor:
+            target_actors = self._side_by_side("target_actor_network_params", 1)
+            self.target_actor = target_actors[0]
+            self._targets.append((target_actors, actors))
+        self.weights: list[Any] = list(first.w2_weights)
+        self.alpha: Any = first.alpha
+        if len(losses) > 1:
+            like = first.min_action
+            self.weights = [like.new_tensor(w) for w in zip(*(one.w2_weights for one in losses))]
+            self.alpha = like.new_tensor([one.alpha for one in losses])
+        self._actor_names = _trainable(first.actor_network_params)
+        self._qvalue_names = _trainable(first.qvalue_network_params)
+        self.optimizers = {
+            "qvalue": Adam([self.qvalue[name] for name in self._qvalue_names], lr),
+            **{
+                f"actor_{i}": Adam([actor[name] for name in self._actor_names], lr)
+                for i, actor in enumerate(self.actors)
+            },
+        }
+        self._run = _compiled(self._update) if compile else self._update
+
+    def state_dict(self, run: int = 0) -> dict[str, Any]:
+        """The optimizers' states of one run: the same, stacked or not."""
+        part = run if self.stacked else None
+        return {name: adam.state_dict(part) for name, adam in self.optimizers.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], run: int = 0) -> None:
+        """Have one run go on from a checkpoint."""
+        part = run if self.stacked else None
+        for name, adam in self.optimizers.items():
+            adam.load_state_dict(state_dict[name], part)
+
+    @property
+    def names(self) -> tuple[list[str], list[str]]:
+        """What the two vectors of a call hold."""
+        critics = ["loss_qvalue", "pred_value", "target_value", "next_state_value"]
+        scalars = ("loss_actor", "q_actor", "w2", "lmbd")
+        return critics, [f"{name}_{i}" for i in range(len(self.actors)) for name in scalars]
+
+    def __call__(
+        self, batch: TensorDictBase, noise: Noise, with_actors: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Update on one batch and its noise, each with a leading [R] where losses are stacked.
+
+        Returns:
+            The scalars of the critics and of the actors (``None`` without), in the order of
+            :attr:`names`, ``[M]`` or ``[R, M]``.
+        """
+        if self.stacked and len(self.losses) == 1:
+            batch = batch.unsqueeze(0)
+            noise = {name: z.unsqueeze(0) for name, z in noise.items()}
+            results = self._run(batch, noise, with_actors)
+            return tuple(r if r is None else r.squeeze(0) for r in results)  # type: ignore
+        return self._run(batch, noise, with_actors)
+
+    def _update(
+        self, batch: TensorDictBase, noise: Noise, with_actors: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        loss = self.loss
+        autocast = torch.autocast(loss.min_action.device.type, torch.bfloat16, enabled=self.bf16)
+        qvalue, leaves = _leaves(self.qvalue, self._qvalue_names)
+        with autocast:
+            value, found = self._over_runs(loss.qvalue_terms)(
+                batch, noise, self.target_actor, qvalue, self.target_qvalue
+            )
+        self.optimizers["qvalue"].step(torch.autograd.grad(value.sum(), leaves))
+        found["loss_qvalue"] = value.detach()
+        names, actor_names = self.names
+        critics = torch.stack([found[name] for name in names], -1)
+        scalars: dict[str, Tensor] = {}
+        for i, params in enumerate(self.actors if with_actors else []):
+            actor, leaves = _leaves(params, self._actor_names)
+            with autocast:
+                value, found = loss.jko_terms(
+                    batch,
+                    noise,
+                    actor,
+                    self.actors[i - 1] if i else None,
+                    self.qvalue,
+                    self.weights[i],
+                    self.alpha,
+                    index=i,
+                    over_runs=self._over_runs,
+                )
+            self.optimizers[f"actor_{i}"].step(torch.autograd.grad(value.sum(), leaves))
+            scalars.update(found)
+        if self.tau is not None:
+            self._move_targets(self.tau)
+        if not with_actors:
+            return critics, None
+        return critics, torch.stack([scalars[name] for name in actor_names], -1)
+
+    @torch.no_grad()
+    def _move_targets(self, tau: float) -> None:
+        for target, online in self._targets:
+            for key, values in target.items(True, True):
+                values.lerp_(online.get(key), tau)
+
+    def _over_runs(self, terms: Callable[..., Any]) -> Callable[..., Any]:
+        if not self.stacked:
+            return terms
+
+        def call(*args: Any) -> Any:
+            dims = tuple(None if arg is None or isinstance(arg, float) else 0 for arg in args)
+            # Noise that an actor draws by itself differs from run to run.
+            return torch.vmap(terms, dims, randomness="different")(*args)
+
+        return call
+
+    def _side_by_side(self, name: str, dim: int = 0) -> TensorDict:
+        """The parameters of one name of all losses, stacked in memory that the losses share."""
+        every = [getattr(loss, name) for loss in self.losses]
+        if len(every) == 1:
+            return every[0].data.unsqueeze(dim) if self.stacked else every[0].data
+        stacked = torch.stack([params.data for params in every], dim).contiguous()
+        for own, params in zip(stacked.unbind(dim), every):
+            for key, values in params.items(True, True):
+                values.data = own.get(key)
+        return stacked
+
+
+def _trainable(params: TensorDictBase) -> list[NestedKey]:
+    return [k for k, v in params.items(True, True) if isinstance(v, nn.Parameter)]
+
+
+def _leaves(params: TensorDict, names: Sequence[NestedKey]) -> tuple[TensorDict, list[Tensor]]:
+    """The same parameters, and of them those to differentiate by."""
+    leaves = [params.get(name).detach().requires_grad_() for name in names]
+    params = params.clone(False)
+    for name, leaf in zip(names, leaves):
+        params.set(name, leaf)
+    return params, leaves
+
+
+def _compiled(update: Callable[..., Any]) -> Callable[..., Any]:
+    """The update as one graph: losses, gradients and optimizers together."""
+    # With torch's own generator, so that the numbers are those of the update as it is written.
+    compiled = torch.compile(
+        update,
+        fullgraph=True,
+        dynamic=False,
+        options={
+            "fallback_random": True,
+            # Nothing but the batch changes from call to call; looking costs a tenth of the time.
+            "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+        },
+    )
+
+    def run(*args: Any) -> Any:
+        # Off by default in torch 2.13; without it a graph ends at each autograd.grad.
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return compiled(*args)
+
+    return run
