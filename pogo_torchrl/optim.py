@@ -33,7 +33,7 @@ class Adam:
 
     Example:
         >>> params = [torch.zeros(2)]
-        >>> Adam(params, lr=0.1).step([torch.ones(2)])
+        >>> Adam(params, lr=0.1).step((torch.ones(2),))
         >>> params[0]
         tensor([-0.1000, -0.1000])
     """
@@ -54,7 +54,7 @@ class Adam:
         self.steps = torch.zeros(1, dtype=torch.float64, device=self.params[0].device)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor]) -> None:
+    def step(self, gradients: tuple[Tensor, ...]) -> None:
         """Move the parameters by their gradients."""
         self.steps.add_(1)
         beta1, beta2 = self.betas

@@ -120,15 +120,21 @@ class POGOOptimizationStepper(OptimizationStepper):
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Update on one batch and return the detached scalars of all losses."""
+        self.update_on(sub_batch)
+        return self.metrics
+
+    def update_on(self, sub_batch: TensorDictBase) -> None:
+        """Update on one batch; :attr:`scalars` holds what it gave."""
         with_actors = self._steps % self.policy_freq == 0
         noise = self.loss_module.draw_noise(sub_batch, actors=None if with_actors else ())
         self.take(*self.update(sub_batch, noise, with_actors))
-        return self.metrics
 
     def take(self, critics: Tensor, actors: Tensor | None) -> None:
         """Count an update and keep its scalars."""
         # Steps without an actor update repeat the last values: the log averages over steps.
-        self._actor_scalars = self._actor_scalars if actors is None else actors
+        if actors is not None:
+            self._actor_scalars = actors
+        assert self._actor_scalars is not None  # the first update has them
         self.scalars = torch.cat([critics, self._actor_scalars])
         self._steps += 1
 
@@ -335,7 +341,7 @@ class POGOTrainer(Trainer):
             for _ in range(batch.numel()):
                 self._optim_count += 1
                 sub_batch = self._process_optim_batch_hook(batch)
-                self.optimization_stepper.step(self, sub_batch)
+                self.optimization_stepper.update_on(sub_batch)
                 self._post_optim_hook()
                 self._post_optim_log(sub_batch)
         except FloatingPointError as error:

@@ -17,7 +17,7 @@ def test_it_gives_the_numbers_of_torch(dtype):
     for _ in range(140):
         for copy in copies:
             copy.grad = torch.randn_like(copy)
-        adam.step([copy.grad for copy in copies])
+        adam.step(tuple(copy.grad for copy in copies))
         reference.step()
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     for mine, theirs in zip(params, copies):
@@ -28,7 +28,7 @@ def test_state_dict_round_trip():
     def run(adam, seeds):
         for seed in seeds:
             torch.manual_seed(seed)
-            adam.step([torch.randn(2, 3)])
+            adam.step((torch.randn(2, 3),))
 
     whole = Adam([torch.zeros(2, 3)], lr=0.1)
     run(whole, range(6))
