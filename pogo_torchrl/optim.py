@@ -69,7 +69,9 @@ class Adam:
 
     def state_dict(self, part: int | None = None) -> dict[str, Any]:
         """Moments and count; of stacked networks, those of the one at ``part``."""
-        return {"steps": self.steps, **{k: _of(getattr(self, k), part) for k in _MOMENTS}}
+        # Copies: a file would take the whole stack with a part of it.
+        moments = {name: [m.clone() for m in _of(getattr(self, name), part)] for name in _MOMENTS}
+        return {"steps": self.steps.clone(), **moments}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], part: int | None = None) -> None:
         """Go on from a checkpoint."""

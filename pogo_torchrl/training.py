@@ -114,6 +114,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         self.policy_freq = policy_freq
         self.update = Update([loss_module], lr=lr, tau=tau, compile=compile, bf16=bf16)
         self.names = [name for names in self.update.names for name in names]
+        self._run = 0  # its place in a stack
         self._steps = 0
         self._actor_scalars: Tensor | None = None
         self.scalars = torch.empty(0)
@@ -125,9 +126,21 @@ class POGOOptimizationStepper(OptimizationStepper):
 
     def update_on(self, sub_batch: TensorDictBase) -> None:
         """Update on one batch; :attr:`scalars` holds what it gave."""
-        with_actors = self._steps % self.policy_freq == 0
-        noise = self.loss_module.draw_noise(sub_batch, actors=None if with_actors else ())
-        self.take(*self.update(sub_batch, noise, with_actors))
+        self.take(*self.update(sub_batch, self.draw_noise(sub_batch), self.with_actors))
+
+    @property
+    def with_actors(self) -> bool:
+        """Whether the next update is one of the actors, too."""
+        return self._steps % self.policy_freq == 0
+
+    def draw_noise(self, sub_batch: TensorDictBase) -> dict[str, Tensor]:
+        """What the next update draws."""
+        return self.loss_module.draw_noise(sub_batch, actors=None if self.with_actors else ())
+
+    def join(self, update: Update, run: int) -> None:
+        """Be one run of a stack's update from here on."""
+        update.load_state_dict(self.update.state_dict(), run)
+        self.update, self._run = update, run
 
     def take(self, critics: Tensor, actors: Tensor | None) -> None:
         """Count an update and keep its scalars."""
@@ -149,7 +162,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         return {
             "steps": self._steps,
             "actor_scalars": actors,
-            "optimizers": self.update.state_dict(),
+            "optimizers": self.update.state_dict(self._run),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -157,7 +170,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         self._steps = state_dict["steps"]
         for scalars in state_dict["actor_scalars"]:
             self._actor_scalars = scalars.to(self.loss_module.min_action.device)
-        self.update.load_state_dict(state_dict["optimizers"])
+        self.update.load_state_dict(state_dict["optimizers"], self._run)
 
 
 class POGOTrainer(Trainer):

@@ -72,6 +72,8 @@ class Update:
         self.weights: list[Any] = list(first.w2_weights)
         self.alpha: Any = first.alpha
         if len(losses) > 1:
+            for one in losses:
+                self._keep_own_part(one)
             like = first.min_action
             self.weights = [like.new_tensor(w) for w in zip(*(one.w2_weights for one in losses))]
             self.alpha = like.new_tensor([one.alpha for one in losses])
@@ -190,6 +192,17 @@ class Update:
             for key, values in params.items(True, True):
                 values.data = own.get(key)
         return stacked
+
+    @staticmethod
+    def _keep_own_part(loss: POGOLoss) -> None:
+        """Have a loss's state be a copy: a file would take the whole stack with a part of it."""
+
+        def copied(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            for key, values in state.items():
+                if isinstance(values, Tensor):
+                    state[key] = values.clone()
+
+        loss.register_state_dict_post_hook(copied)
 
 
 @contextmanager
