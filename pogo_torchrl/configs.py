@@ -179,6 +179,11 @@ class SweepConfig(RunConfig):
         "runs at once, with launcher=local; null: one for each GPU, or usable cores / "
         "OMP_NUM_THREADS (1 where that is not set)",
     )
+    stack: bool = _option(
+        False,
+        "train the runs of a task that differ in seed, w2_weights or alpha only in one process, as "
+        "one batched computation",
+    )
     dry_run: bool = _option(False, "print the plan and end")
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 

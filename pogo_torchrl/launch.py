@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from pogo_torchrl.files import atomic_write, make_writable
-from pogo_torchrl.main import RunFolder, check_folder
+from pogo_torchrl.run import RunFolder, check_folder
 from pogo_torchrl.sweeps import Run
 
 # How a job found or left a run.
@@ -53,6 +53,9 @@ NEW, CUT, FAILED_BEFORE, OTHER, RUNNING = (
     "holds another run",
     "running elsewhere",
 )
+
+STACK = "--stack"
+"""First argument of a worker process that trains several runs; the second has their arguments."""
 
 STDERR = "stderr.log"
 """What the process of a run has written to stderr; kept in the run's folder if it failed."""
@@ -184,8 +187,10 @@ class Job:
     @staticmethod
     def command(runs: Sequence[Run]) -> list[str]:
         """The process that makes ``runs``, those of the job's that are still to be made."""
-        (run,) = runs
-        return [sys.executable, "-m", "pogo_torchrl.worker", *run.arguments]
+        command = [sys.executable, "-m", "pogo_torchrl.worker"]
+        if len(runs) == 1:
+            return [*command, *runs[0].arguments]
+        return [*command, STACK, json.dumps([run.arguments for run in runs])]
 
 
 @dataclass
@@ -284,7 +289,7 @@ class Worker:
             elif self._signal is not None:
                 status, error = STOPPED, ""
             else:
-                status, error = FAILED, _sentence(code, log)
+                status, error = FAILED, _sentence(code, log, run)
                 _record(run.folder, error, code)
             outcomes.append(Outcome(run, status, error, seconds, updates))
         if all(outcome.status != FAILED for outcome in outcomes):
@@ -317,15 +322,17 @@ def _record(folder: RunFolder, error: str, code: int) -> None:
         json.dump({"error": error, "exit_code": code, "time": time.time()}, file)
 
 
-def _sentence(code: int, log: Path) -> str:
-    """Why a process has failed."""
+def _sentence(code: int, log: Path, run: Run) -> str:
+    """Why a process has not brought a run to its end."""
     if code < 0:
         name = signal.Signals(-code).name
         cause = " (the system may have run out of memory)" if name == "SIGKILL" else ""
         return f"the process was ended by {name}{cause}; see {log}"
     lines = log.read_text(errors="replace").split("\n")
     said = [line.split("\r")[-1].strip() for line in lines if line.strip()]
-    return said[-1].removeprefix("pogo: ") if said else f"the process ended with exit code {code}"
+    of_run = [line for line in said if line.startswith(f"pogo: {run.name}: ")]  # in a stack
+    last = (of_run or said or [f"the process ended with exit code {code}"])[-1]
+    return last.removeprefix("pogo: ").removeprefix(f"{run.name}: ")
 
 
 # --------------------------------------------------------------------------- the local engine

@@ -38,7 +38,7 @@ from pogo_torchrl.launch import (
 )
 from pogo_torchrl.main import refuse
 from pogo_torchrl.submit import run_by_submitit, run_on_slurm
-from pogo_torchrl.sweeps import Run, read_sweep
+from pogo_torchrl.sweeps import Run, read_sweep, stacks
 
 ENGINES: dict[str, Callable[[Sequence[Job], DictConfig, Screen], list[Outcome]]] = {
     "local": run_locally,
@@ -46,6 +46,9 @@ ENGINES: dict[str, Callable[[Sequence[Job], DictConfig, Screen], list[Outcome]]]
     "submitit_local": run_by_submitit,
 }
 """What carries out the jobs, by the name that ``launcher`` takes: see ``pogo_torchrl.launch``."""
+
+STACKABLE = ("fast", "exact")
+"""Values of ``w2_backend`` that give each run of a stack what it gets alone."""
 
 # Seconds that a run takes beside its updates and evaluations: imports, data, the last files.
 _START = 5.0
@@ -76,7 +79,7 @@ def sweep(arguments: Sequence[str]) -> int:
         )
     runs = read_sweep(options.sweep, overrides)
     states = {run: state(run) for run in runs}
-    jobs = [Job.of(run) for run in runs if states[run] != DONE]
+    jobs = make_jobs([run for run in runs if states[run] != DONE], stack=options.stack)
     print(f"Sweep {options.sweep}")
     print(_table(states), flush=True)
     plan = _Plan(jobs, options)
@@ -94,6 +97,23 @@ def sweep(arguments: Sequence[str]) -> int:
         report.write_report(runs[0].cfg.log_dir, options.results_dir)
         print(f"Report: {options.results_dir}", flush=True)
     return 1 if failed else 0
+
+
+def make_jobs(runs: Sequence[Run], *, stack: bool = False) -> list[Job]:
+    """One job for each run, or for those that can be trained together.
+
+    Raises:
+        ValueError: when a run's distance cannot be computed for a stack.
+    """
+    if not stack:
+        return [Job.of(run) for run in runs]
+    for run in runs:
+        if run.cfg.w2_backend not in STACKABLE:
+            raise ValueError(
+                f"stack=true needs w2_backend={' or '.join(STACKABLE)}, {run.name} has "
+                f"{run.cfg.w2_backend}: GeomLoss's schedule depends on the whole batch of a run."
+            )
+    return [Job.of(*group) for group in stacks(runs)]
 
 
 def _carry_out(jobs: Sequence[Job], options: DictConfig, screen: Progress) -> list[Outcome]:

@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pogo_torchrl import configs
-from pogo_torchrl.main import RunFolder
+from pogo_torchrl.run import RunFolder
 
 # Names of the original code, and of the section sinkhorn.
 _ALIASES = {"max_timesteps": "total_steps", "eval_freq": "eval_interval", "learning_rate": "lr"}
@@ -49,6 +49,9 @@ _OF_THE_SWEEP = {
     "resume": "leave it out, a sweep goes on with what is there",
     "checkpoint_dir": "leave it out, each run keeps its checkpoints in its folder below log_dir",
 }
+
+# More take more memory, and gain nothing on a processor.
+MOST_STACKED = 16
 
 # Far beyond any study; a typo in a grid can ask for billions.
 _MOST_RUNS = 10_000
@@ -331,3 +334,19 @@ def _check_apart(runs: Sequence[Run]) -> None:
         if run.folder.root in folders:
             raise ValueError(f"the run {run.name} is asked for twice; ask for it once.")
         folders.add(run.folder.root)
+
+
+def stacks(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs that can be trained as one batched computation, together.
+
+    They differ in ``seed``, ``w2_weights`` (of one length) and ``alpha`` only.
+    """
+    found: dict[str, list[list[Run]]] = {}
+    for run in runs:
+        shared = {k: v for k, v in run.cfg.items() if k not in ("seed", "w2_weights", "alpha")}
+        kind = OmegaConf.to_yaml({**shared, "actors": len(run.cfg.w2_weights)})
+        groups = found.setdefault(kind, [[]])
+        if len(groups[-1]) == MOST_STACKED:
+            groups.append([])
+        groups[-1].append(run)
+    return [group for groups in found.values() for group in groups]

@@ -1,12 +1,18 @@
-"""``pogo_offline.py`` as a sweep starts it: it stops when the sweep that started it is gone."""
+"""What a sweep starts: one run, or a stack of them; it stops when that sweep is gone."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 import threading
 
+from pogo_torchrl import configs
+from pogo_torchrl.launch import STACK
 from pogo_torchrl.main import main
+from pogo_torchrl.run import Stopped, run_stack
+from pogo_torchrl.sweeps import Run
 
 
 def stop_with_parent() -> None:
@@ -24,6 +30,28 @@ def stop_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def stack(arguments: str) -> int:
+    """Train a stack of runs.
+
+    Args:
+        arguments: a JSON list of each run's options of ``pogo_offline.py``.
+
+    Returns:
+        The exit code: 0 when all have come to their end, else that of the first that has not.
+    """
+    runs = [Run(tuple(own), configs.compose(own)) for own in json.loads(arguments)]
+    errors = run_stack([run.cfg for run in runs])
+    for run, error in zip(runs, errors):
+        if error is not None:
+            print(f"pogo: {run.name}: {' '.join(str(error).split())}", file=sys.stderr)
+    first = next((error for error in errors if error is not None), None)
+    if first is None:
+        return 0
+    return first.exit_code if isinstance(first, Stopped) else 1
+
+
 if __name__ == "__main__":
     stop_with_parent()
+    if sys.argv[1:2] == [STACK]:
+        sys.exit(stack(sys.argv[2]))
     main()

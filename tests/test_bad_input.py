@@ -27,7 +27,8 @@ from torchrl.data import Bounded
 from pogo_torchrl import POGOLoss, configs, make_actor, make_qvalue, sinkhorn_divergence
 from pogo_torchrl.data import make_replay_buffer, read_hdf5
 from pogo_torchrl.data.hdf5 import RefusedFile
-from pogo_torchrl.main import RunFolder, _claim, main
+from pogo_torchrl.main import main
+from pogo_torchrl.run import RunFolder, claim
 
 few = settings(
     max_examples=30,
@@ -165,7 +166,7 @@ def workplace(tmp_path, monkeypatch):
     def train(self):
         raise AssertionError("the training has begun")
 
-    monkeypatch.setattr("pogo_torchrl.main.POGOTrainer.train", train)
+    monkeypatch.setattr("pogo_torchrl.run.POGOTrainer.train", train)
     yield place
     assert sorted(p.name for p in place.rglob("*")) == ["file", "folder"], "half-written"
 
@@ -202,9 +203,9 @@ def test_options(line, named, workplace, monkeypatch, capsys):
 def test_a_refused_process_leaves_the_lock_to_its_owner(tmp_path):
     root = tmp_path / "logs" / "run"
     folder = RunFolder(root / "training", root / "checkpoints")
-    with _claim(folder):
+    with claim(folder):
         for _ in range(2):
-            with pytest.raises(FileExistsError, match="in use by another process"), _claim(folder):
+            with pytest.raises(FileExistsError, match="in use by another process"), claim(folder):
                 pass
             assert (root / ".lock").exists()
     assert list(tmp_path.iterdir()) == []

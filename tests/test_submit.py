@@ -19,7 +19,7 @@ from test_sweep import finish, start, started, wait_for, workers
 from pogo_torchrl import configs, submit
 from pogo_torchrl.data import behaviour_dataset
 from pogo_torchrl.launch import DONE, FAILED, Interrupted, Job
-from pogo_torchrl.main import run as train
+from pogo_torchrl.run import run as train
 from pogo_torchrl.sweep import sweep
 from pogo_torchrl.sweeps import read_sweep
 

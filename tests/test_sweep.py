@@ -20,7 +20,7 @@ from pogo_torchrl import launch
 from pogo_torchrl import sweep as command
 from pogo_torchrl.data import behaviour_dataset
 from pogo_torchrl.estimate import Cost, measure
-from pogo_torchrl.main import _claim
+from pogo_torchrl.run import claim
 from pogo_torchrl.sweep import main, sweep
 from pogo_torchrl.sweeps import read_sweep
 
@@ -261,7 +261,7 @@ def test_a_signal_stops_the_runs_with_a_checkpoint(cache, folder):
 def test_a_run_of_another_sweep_is_left_to_it(cache, folder):
     run = read_sweep("sweep.yaml", [cache])[0]
     job = launch.Job.of(run)
-    with launch._claim(run.folder) as is_ours:
+    with launch.claim(run.folder) as is_ours:
         assert is_ours
         assert launch.state(run) == launch.RUNNING
         assert [outcome.status for outcome in launch.Worker(job)()] == [launch.HELD]
@@ -275,7 +275,7 @@ def test_a_run_of_another_sweep_is_left_to_it(cache, folder):
 
 def test_a_run_of_a_single_process_is_held(cache, folder):
     run = read_sweep("sweep.yaml", [cache])[0]
-    with _claim(run.folder):
+    with claim(run.folder):
         (outcome,) = launch.Worker(launch.Job.of(run))()
         assert outcome.status == launch.HELD
     assert launch.state(run) == launch.NEW
