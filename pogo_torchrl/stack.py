@@ -54,6 +54,7 @@ class TrainerStack:
             [trainer.loss_module for trainer in trainers],
             lr=lr,
             tau=tau,
+            stacked=True,
             compile=compile,
             bf16=bf16,
         )

@@ -33,6 +33,8 @@ class Update:
         lr: learning rate of every Adam.
         tau: also move the targets, by this Polyak step: what TorchRL's ``SoftUpdate`` does, as a
             part of the update. Defaults to ``None``: they are moved elsewhere.
+        stacked: take batches, and give scalars, of a stack of runs. Defaults to ``False``: of the
+            only one.
         compile: run the update as one graph of ``torch.compile``: the numbers are the same up to
             rounding. Settings of the losses are read when it is traced, at the first call.
         bf16: run the networks in bfloat16 (autocast); parameters, moments and the divergence stay
@@ -45,6 +47,7 @@ class Update:
         *,
         lr: float,
         tau: float | None = None,
+        stacked: bool = False,
         compile: bool = False,
         bf16: bool = False,
     ) -> None:
@@ -53,7 +56,8 @@ class Update:
         self.tau, self.bf16 = tau, bf16
         # Compiled, a single run is a stack of one: products over a stack are traced into batched
         # ones, whose biases join the activations (a linear layer's are written beforehand).
-        self.stacked = compile or len(losses) > 1
+        self.stacked = stacked or compile
+        self._unsqueezes = compile and not stacked
         first = self.loss
         # Actor i of all runs is one contiguous block, since it is what a step reads and writes.
         actors = self._side_by_side("actor_network_params", 1)
@@ -109,7 +113,7 @@ class Update:
     def __call__(
         self, batch: TensorDictBase, noise: Noise, with_actors: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Update on one batch and its noise, each with a leading [R] where losses are stacked.
+        """Update on one batch and its noise, each with a leading ``[R]`` if ``stacked``.
 
         Returns:
             The scalars of the critics and of the actors (``None`` without), in the order of
@@ -121,7 +125,7 @@ class Update:
     def _call(
         self, batch: TensorDictBase, noise: Noise, with_actors: bool
     ) -> tuple[Tensor, Tensor | None]:
-        if self.stacked and len(self.losses) == 1:
+        if self._unsqueezes:
             batch = batch.unsqueeze(0)
             noise = {name: z.unsqueeze(0) for name, z in noise.items()}
             results = self._run(batch, noise, with_actors)
@@ -186,7 +190,8 @@ class Update:
         """The parameters of one name of all losses, stacked in memory that the losses share."""
         every = [getattr(loss, name) for loss in self.losses]
         if len(every) == 1:
-            return every[0].data.unsqueeze(dim) if self.stacked else every[0].data
+            own = every[0].data
+            return own.unsqueeze(dim) if self.stacked else own
         stacked: Any = torch.stack([params.data for params in every], dim)
         for own, params in zip(stacked.unbind(dim), every):
             for key, values in params.items(True, True):

@@ -1,0 +1,269 @@
+"""Stacked runs against the same runs one by one."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+from runs import assert_same, state
+from torch.testing import assert_close
+from torchrl.checkpoint import GlobalRNGState
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
+from pogo_torchrl.configs import compose
+from pogo_torchrl.hooks import DivergenceError, LogMetrics
+from pogo_torchrl.launch import Job
+from pogo_torchrl.run import run, run_stack
+from pogo_torchrl.stack import TrainerStack
+from pogo_torchrl.sweep import make_jobs
+from pogo_torchrl.sweeps import MOST_STACKED, Run, stacks
+
+# seed, w2_weights, alpha
+CASES = [(0, (0.2, 0.5), 1.0), (1, (0.2, 0.5), 1.0), (1, (0.7, 0.1), 0.3)]
+TAU = 0.1
+
+
+class Rows:
+    def __init__(self):
+        self.rows = []
+
+    def write(self, step, rows):
+        clocks = ("seconds", "updates_per_second")
+        self.rows += [(step, {k: v for k, v in row.items() if k not in clocks}) for row in rows]
+
+
+class Together:
+    """Trainers of CASES, made alike whether they are stacked or not."""
+
+    def __init__(self, spec, buffer, *, stacked, folder=None, total=30, dtype, **settings):
+        lr = settings.pop("lr", 1e-2)
+        policy_freq = settings.pop("policy_freq", 1)
+        self.rng, self.streams, self.trainers, self.sinks = GlobalRNGState(), [], [], []
+        for number, (seed, weights, alpha) in enumerate(CASES):
+            torch.manual_seed(seed)
+            actor, qvalue = make_actor(3, spec, (8, 8)), make_qvalue(3, 2, (8, 8))
+            loss = POGOLoss(
+                actor.to(dtype), qvalue.to(dtype), w2_weights=weights, alpha=alpha, **settings
+            ).to(dtype)
+            sink = Rows()
+            trainer = POGOTrainer(
+                loss.make_value_estimator(gamma=0.9),
+                buffer,
+                total,
+                lr=lr,
+                tau=TAU,
+                policy_freq=policy_freq,
+                compile=stacked,
+                checkpoint_dir=folder and folder / str(number),
+                checkpoint_interval=10,
+                progress_bar=False,
+                hooks=[LogMetrics([sink], 7)],
+            )
+            self.trainers.append(trainer)
+            self.sinks.append(sink)
+            self.streams.append(self.rng.state_dict())
+        self.lr = lr
+
+    @contextmanager
+    def active(self, place):
+        self.rng.load_state_dict(self.streams[place])
+        yield
+        self.streams[place] = self.rng.state_dict()
+
+    def resume(self):
+        for place, trainer in enumerate(self.trainers):
+            with self.active(place):
+                trainer.resume()
+        return self
+
+    def train(self, *, compile=False):
+        return TrainerStack(
+            self.trainers, self.active, lr=self.lr, tau=TAU, compile=compile
+        ).train()
+
+    def train_singly(self):
+        for place, trainer in enumerate(self.trainers):
+            with self.active(place):
+                trainer.train()
+        return self
+
+
+@pytest.fixture
+def make(unit_spec, make_batch):
+    spec = unit_spec.to(torch.float64)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(64), batch_size=16)
+    buffer.extend(make_batch(64, dtype=torch.float64))
+
+    def together(**settings):
+        settings.setdefault("w2_backend", "fast")
+        return Together(spec, buffer, dtype=torch.float64, **settings)
+
+    return together
+
+
+def of(trainer):
+    stepper = trainer.optimization_stepper
+    return {"loss": dict(trainer.loss_module.state_dict()), "stepper": stepper.state_dict()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"w2_backend": "exact", "num_samples": 3},
+        {"delay_actor": True, "policy_freq": 2},
+        {"delay_qvalue": False, "shared_noise": True},
+        {"q_normalization": None, "num_qvalue_nets": 3},
+    ],
+    ids=lambda settings: "_".join(settings) or "default",
+)
+def test_each_run_of_a_stack_equals_the_run_alone(make, settings):
+    alone = make(stacked=False, **settings).train_singly()
+    stack = make(stacked=True, **settings)
+    assert stack.train() == [None] * 3
+    for one, other in zip(alone.trainers, stack.trainers):
+        assert_close(of(other), of(one), rtol=1e-9, atol=1e-9)
+    for one, other in zip(alone.sinks, stack.sinks):
+        assert [step for step, _ in one.rows] == [7, 14, 21, 28, 30]
+        assert_close(other.rows, one.rows, rtol=1e-9, atol=1e-9)
+    # ... and they are three different runs
+    weights = [trainer.loss_module.state_dict() for trainer in stack.trainers]
+    key = next(key for key in weights[0] if key.endswith("weight"))
+    assert not torch.allclose(weights[0][key], weights[1][key])
+    assert not torch.allclose(weights[1][key], weights[2][key])
+
+
+def test_a_run_goes_on_alone_or_in_a_stack(make, tmp_path):
+    whole = make(stacked=False).train_singly()
+    first = make(stacked=True, folder=tmp_path, total=20)
+    first.train()
+    sizes = {sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in tmp_path.iterdir()}
+    alone = make(stacked=False, folder=tmp_path / "alone", total=20).train_singly()
+    size = sum(f.stat().st_size for f in (tmp_path / "alone" / "0").rglob("*") if f.is_file())
+    assert max(sizes) < 1.1 * size  # no file holds the whole stack
+    for folder, stacked in ((tmp_path, False), (tmp_path / "alone", True)):
+        second = make(stacked=stacked, folder=folder).resume()
+        assert {trainer.collected_frames for trainer in second.trainers} == {20}
+        _ = second.train() if stacked else second.train_singly()
+        for one, other in zip(whole.trainers, second.trainers):
+            assert_close(of(other), of(one), rtol=1e-9, atol=1e-9)
+    assert alone.trainers[0].collected_frames == 20
+
+
+def test_what_ends_one_run_ends_no_other(make):
+    alone = make(stacked=False).train_singly()
+    stack = make(stacked=True)
+    broken = stack.trainers[1]
+
+    def diverge():
+        if broken.collected_frames >= 14:
+            raise DivergenceError("Training has diverged")
+
+    broken.register_op("post_steps", diverge)
+    with torch.no_grad():  # its numbers reach no other run
+        next(broken.loss_module.actor_network_params.parameters()).fill_(torch.nan)
+    first, second, third = stack.train()
+    assert (first, third) == (None, None)
+    assert isinstance(second, DivergenceError)
+    assert broken.collected_frames == 30  # its place in the stack is kept
+    for place in (0, 2):
+        assert_close(of(stack.trainers[place]), of(alone.trainers[place]), rtol=1e-9, atol=1e-9)
+
+
+def test_trainers_at_different_updates_are_refused(make):
+    stack = make(stacked=True)
+    stack.trainers[0].collected_frames = 3
+    with pytest.raises(ValueError, match=r"must be at one update, not at \[0, 3\]"):
+        stack.train()
+
+
+# --------------------------------------------------------------------------- runs and sweeps
+
+SHORT = [
+    "task=hopper-medium-v2", "total_steps=24", "eval_interval=12", "eval_episodes=1",
+    "checkpoint_interval=10", "log_interval=6", "batch_size=16", "hidden_sizes=[16]",
+    "data.size=2000", "compile=false", "resume=true", "progress_bar=false",
+]  # fmt: skip
+
+
+def options(folder, cache, *more):
+    return [*SHORT, f"log_dir={folder}", f"data.cache_dir={cache}", *more]
+
+
+def test_stacked_runs_write_what_single_ones_write(tmp_path):
+    variants = [["seed=0", "w2_weights=[0.1]"], ["seed=1", "w2_weights=[0.3]"]]
+    for own in variants:
+        run(compose(options(tmp_path / "alone", tmp_path / "data", *own)))
+    cfgs = [compose(options(tmp_path / "stack", tmp_path / "data", *own)) for own in variants]
+    assert run_stack(cfgs) == [None, None]
+    files = {
+        folder: sorted(p.relative_to(tmp_path / folder) for p in (tmp_path / folder).rglob("*"))
+        for folder in ("alone", "stack")
+    }
+    assert files["alone"] == files["stack"]
+    for path in (tmp_path / "alone").rglob("evaluations.csv"):
+        other = tmp_path / "stack" / path.relative_to(tmp_path / "alone")
+        rows = [
+            [line.split(",")[:3] for line in one.read_text().splitlines()] for one in (path, other)
+        ]
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == 5
+    log = (tmp_path / "stack/hopper-medium-v2/w2_0.3/seed_1/training/train.log").read_text()
+    assert "seed_0" not in log  # each has its own
+    # a second start has nothing to do, and does nothing
+    before = state(tmp_path / "stack/hopper-medium-v2/w2_0.1/seed_0")
+    assert run_stack(cfgs) == [None, None]
+    assert_same(state(tmp_path / "stack/hopper-medium-v2/w2_0.1/seed_0"), before)
+
+
+def test_a_run_that_cannot_start_leaves_the_others(tmp_path):
+    (tmp_path / "hopper-medium-v2").mkdir()
+    (tmp_path / "hopper-medium-v2" / "w2_0.3").write_text("in the way")
+    cfgs = [
+        compose(options(tmp_path, tmp_path / "data", f"w2_weights=[{weight}]"))
+        for weight in (0.3, 0.1)
+    ]
+    first, second = run_stack(cfgs)
+    assert isinstance(first, OSError)
+    assert second is None
+    assert (tmp_path / "hopper-medium-v2/w2_0.1/seed_0/done.json").exists()
+
+
+def runs_of(*variants):
+    return [Run(tuple(v), compose([*SHORT, *v])) for v in variants]
+
+
+def test_runs_that_differ_in_seed_weights_and_alpha_make_a_stack():
+    runs = runs_of(
+        ["seed=0"], ["seed=1"], ["w2_weights=[1,2,3]"], ["alpha=3"], ["w2_weights=[1]"], ["lr=0.1"],
+        ["task=hopper-medium-replay-v2"],
+    )  # fmt: skip
+    assert [len(group) for group in stacks(runs)] == [4, 1, 1, 1]
+    many = runs_of(["seed=0"]) * (2 * MOST_STACKED + 1)
+    assert [len(group) for group in stacks(many)] == [MOST_STACKED, MOST_STACKED, 1]
+
+
+def test_a_distance_that_looks_at_the_whole_batch_is_refused():
+    runs = runs_of(["w2_backend=tensorized"])
+    with pytest.raises(ValueError, match="stack=true needs w2_backend=fast or exact"):
+        make_jobs(runs, stack=True)
+    assert [len(job.runs) for job in make_jobs(runs)] == [1]
+
+
+def test_a_job_of_several_runs_is_one_process(tmp_path):
+    runs = runs_of(["seed=0"], ["seed=1"])
+    (job,) = make_jobs(runs, stack=True)
+    assert job.runs == tuple(runs)
+    assert "--stack" in Job.command(runs)
+    assert "--stack" not in Job.command(runs[:1])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_stack_equals_the_runs_alone(make):
+    alone, stack = make(stacked=False).train_singly(), make(stacked=True)
+    assert stack.train(compile=True) == [None] * 3
+    for one, other in zip(alone.trainers, stack.trainers):
+        assert_close(of(other), of(one), rtol=1e-9, atol=1e-9)
