@@ -74,14 +74,14 @@ class TrainerStack:
             for trainer in self.trainers:
                 trainer.collected_frames = trainer.collector.step = ticks.step
             for _ in range(tick.numel()):
-                self._step()
+                self.update()
             self._each(self._after)
             if not any(map(self._goes_on, range(len(self.trainers)))):
                 break
         self._each(lambda trainer: trainer._shutdown_hook())
         return self.errors
 
-    def _step(self) -> None:
+    def update(self) -> None:
         """One update of all, those that have ended included: the others do not notice."""
         batches, noises = [], []
         for place, trainer in enumerate(self.trainers):
