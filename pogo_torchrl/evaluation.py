@@ -177,6 +177,7 @@ class Evaluator:
             type(env) is not TimeLimit
             or type(env.env) not in ENVIRONMENTS.values()
             or not sys.platform.startswith("linux")
+            or torch.cuda.is_initialized()  # nor does CUDA's state survive it
             or multiprocessing.current_process().daemon  # such a process may have no children
         ):
             return 1

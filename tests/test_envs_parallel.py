@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import warnings
 
 import gymnasium
 import numpy as np
@@ -70,6 +72,21 @@ def test_a_killed_process_is_an_error_in_one_sentence():
         worker.join()
         with pytest.raises(RuntimeError, match="was killed"):
             step(np.arange(2), np.zeros((2, 6), dtype=np.float32))
+
+
+def test_threads_are_no_reason_to_warn():
+    """Python 3.12 would, at each fork."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with side_by_side(reset_envs(2), 2):
+                assert len(multiprocessing.active_children()) == 1
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_without_more_processes_one_does_the_work(monkeypatch):

@@ -158,6 +158,28 @@ def test_results_do_not_depend_on_the_number_of_processes(chain, threads, monkey
     assert all(equal(results[0], other) for other in results[1:])
 
 
+def test_antmaze_in_processes_is_antmaze_in_one(threads):
+    def short() -> gymnasium.Env:
+        return gymnasium.wrappers.TimeLimit(make_env("antmaze-umaze-v2").unwrapped, 20)
+
+    evaluator, results = Evaluator("antmaze-umaze-v2", env_fn=short), []
+    actor = make_actor(evaluator.observation_dim, evaluator.action_spec, (8,))
+    for count in (1, 2):
+        threads(count)
+        assert evaluator._processes(20) == count
+        results.append(evaluator([actor]))
+    assert equal(*results)
+    assert results[0][1].lengths.tolist() == [20] * 10
+
+
+def test_a_process_that_uses_a_gpu_is_not_forked(threads, monkeypatch):
+    threads(2)
+    evaluator = Evaluator(TASK)
+    assert evaluator._processes(20) == 2
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert evaluator._processes(20) == 1
+
+
 def test_a_signal_ends_an_evaluation(threads, monkeypatch):
     monkeypatch.setattr("pogo_torchrl.evaluation._ENVS_PER_PROCESS", 1)
     threads(3)

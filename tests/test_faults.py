@@ -111,12 +111,14 @@ class Trouble(gymnasium.Wrapper):
     steps = 0
     def step(self, action):
         Trouble.steps += 1
-        if Trouble.steps > 5 and "SLOW" in os.environ:
-            time.sleep(0.2)
-        if Trouble.steps > 5 and "STUCK" in os.environ:
-            time.sleep(60)
-        if Trouble.steps > 5 and "BROKEN" in os.environ:
-            raise RuntimeError("the simulator is gone")
+        if Trouble.steps > 5:
+            open("trouble", "w").close()
+            if "SLOW" in os.environ:
+                time.sleep(0.2)
+            if "STUCK" in os.environ:
+                time.sleep(60)
+            if "BROKEN" in os.environ:
+                raise RuntimeError("the simulator is gone")
         return super().step(action)
 
 gymnasium.register("Trouble-v0", lambda **kwargs: Trouble(make_env("hopper-medium-v2")))
@@ -137,9 +139,7 @@ def trouble(tmp_path):
 def test_a_signal_during_an_evaluation(cache, whole, tmp_path, trouble):
     arguments = (cache, STEPS, "env.id=trouble:Trouble-v0")
     process = start(tmp_path, *arguments, **trouble("SLOW"))
-    log = run_folder(tmp_path) / "training" / "metrics.csv"
-    wait_for(log.exists, process)
-    time.sleep(2)  # in the evaluation of update 6
+    wait_for((tmp_path / "trouble").exists, process)  # in the evaluation of update 6
     asked = time.monotonic()
     process.terminate()
     process.communicate(timeout=60)
@@ -153,10 +153,11 @@ def test_a_signal_during_an_evaluation(cache, whole, tmp_path, trouble):
 
 def test_a_second_signal_stops_at_once(cache, tmp_path, trouble):
     process = start(tmp_path, cache, STEPS, "env.id=trouble:Trouble-v0", **trouble("STUCK"))
-    wait_for((run_folder(tmp_path) / "training" / "metrics.csv").exists, process)
-    time.sleep(2)  # in the evaluation of update 6, which hangs
+    log = run_folder(tmp_path) / "training" / "train.log"
+    wait_for((tmp_path / "trouble").exists, process)  # in the evaluation of update 6, which hangs
     process.terminate()
-    time.sleep(1.5)
+    wait_for(lambda: "SIGTERM: saving a checkpoint" in log.read_text(), process)
+    time.sleep(1.1)  # within a second it would be the same signal
     assert process.poll() is None
     process.terminate()
     process.communicate(timeout=10)

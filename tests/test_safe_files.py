@@ -19,7 +19,7 @@ import torch
 from test_data import random_rows, write
 
 from pogo_torchrl import POGOTrainer, load_actors
-from pogo_torchrl.checkpoints import is_intact
+from pogo_torchrl.checkpoints import FORMAT_VERSION, is_intact
 from pogo_torchrl.data import behaviour_dataset, read_hdf5
 from pogo_torchrl.data.policies import load_policies
 from pogo_torchrl.files import digests
@@ -132,7 +132,7 @@ def test_a_checkpoint_with_links_is_passed_over(trainer, tmp_path):
         lambda m: m.update(components=[]),
         lambda m: m.update(components={}),
         lambda m: m.update(metadata=None),
-        lambda m: m.update(metadata={"format_version": 1, "fingerprint": []}),
+        lambda m: m.update(metadata={"format_version": FORMAT_VERSION, "fingerprint": []}),
         lambda m: m.update(format_version="new"),
         lambda m: m["components"].popitem(),
     ],

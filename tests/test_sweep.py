@@ -261,7 +261,7 @@ def test_a_signal_stops_the_runs_with_a_checkpoint(cache, folder):
 def test_a_run_of_another_sweep_is_left_to_it(cache, folder):
     run = read_sweep("sweep.yaml", [cache])[0]
     job = launch.Job.of(run)
-    with launch.claim(run.folder) as is_ours:
+    with launch._claim(run.folder) as is_ours:
         assert is_ours
         assert launch.state(run) == launch.RUNNING
         assert [outcome.status for outcome in launch.Worker(job)()] == [launch.HELD]

@@ -228,7 +228,7 @@ def test_a_checkpoint_of_another_format_is_refused(make_trainer, tmp_path, monke
     monkeypatch.setattr("pogo_torchrl.training.FORMAT_VERSION", 7)
     make_trainer(2, checkpoint_dir=tmp_path).train()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="has format version 7, this release reads 1"):
+    with pytest.raises(ValueError, match="has format version 7, this release reads 2:"):
         make_trainer(4, checkpoint_dir=tmp_path).resume()
 
 

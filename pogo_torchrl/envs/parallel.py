@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -72,7 +73,10 @@ def side_by_side(
             # Signals are this process's business; whatever it does about them closes the pipe.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
-                worker.start()
+                with warnings.catch_warnings():
+                    # Python 3.12 warns of the locks of other threads: this fork needs none of them.
+                    warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
+                    worker.start()
             except OSError:  # no memory, no processes: those there are do the work
                 ours.close()
                 break
