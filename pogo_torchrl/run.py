@@ -604,6 +604,8 @@ def stop_on_signals(runs: Sequence[RunInProgress]) -> Iterator[None]:
     try:
         yield
     finally:
+        for moment in asked.values():  # the same signal may come once more
+            time.sleep(max(moment + 1 - time.monotonic(), 0))
         for number, previous in before.items():
             signal.signal(number, previous)
 
