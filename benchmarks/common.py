@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,15 @@ def machine() -> str:
         f"{model}, {os.cpu_count()} cores{gpu}; "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
+
+
+def peak_memory() -> float:
+    """The most memory that this process has had resident, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage's number may be one of the parent process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

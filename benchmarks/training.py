@@ -1,21 +1,27 @@
-"""Training, evaluation and data, each beside what it is compared with, in one run.
+"""Training and data, each beside what it is compared with, in one run.
 
     python benchmarks/training.py [--quick] [--threads N] [--device cuda]
 
-Prints Markdown tables of medians and ratios. The baseline of the update is a plain PyTorch
-rendering of the original code's step: sampling on the host, GeomLoss, one optimizer step and one
-read number after another.
+Prints Markdown tables. The baseline of the update is a plain PyTorch rendering of the original
+code's step: sampling on the host, GeomLoss, one optimizer step and one read number after another.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.INFO)
@@ -23,23 +29,32 @@ logging.disable(logging.INFO)
 import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from common import machine, seconds, table  # noqa: E402
+from common import machine, peak_memory, seconds, table  # noqa: E402
 from geomloss import SamplesLoss  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
 from tensordict.nn import TensorDictModule  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchrl.data import Bounded  # noqa: E402
 from torchrl.modules import MLP, ValueOperator  # noqa: E402
 from torchrl.objectives import SoftUpdate, TD3BCLoss  # noqa: E402
 
 from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue  # noqa: E402
 from pogo_torchrl.data import make_replay_buffer  # noqa: E402
-from pogo_torchrl.envs import make_env  # noqa: E402
-from pogo_torchrl.evaluation import Evaluator  # noqa: E402
 
 OBS, ACT, HIDDEN, BATCH, K, ROWS = 17, 6, 256, 256, 4, 100_000
 WEIGHT = 0.2
+STRETCH = 25  # updates at a time, as between two looks at a trainer's hooks
+
+PLAIN, TD3_BC = "plain PyTorch, as the original", "TorchRL's TD3+BC"
+OURS: dict[str, dict[str, Any]] = {
+    "POGO, GeomLoss": {},
+    "POGO": {"w2_backend": "fast"},
+    "POGO, compiled": {"w2_backend": "fast", "compile": True},
+    "POGO, compiled, bfloat16": {"w2_backend": "fast", "compile": True, "bf16": True},
+}
+Updates = Callable[[int], None]  # makes so many
 
 
 class Plain:
@@ -61,20 +76,33 @@ class Plain:
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), 3e-4)
         self.divergence = SamplesLoss("sinkhorn", p=2, blur=0.05, backend="tensorized")
 
+    def sample(self) -> list[torch.Tensor]:
+        index = self.rng.integers(0, ROWS, BATCH)
+        rows = (x[index] for x in self.data)
+        return [torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in rows]
+
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, ACT, device=self.device)
 
-    def __call__(self) -> None:
+    @torch.no_grad()
+    def move_targets(self) -> None:
+        pairs = [(self.critics, self.target_critics), *zip(self.actors, self.target_actors)]
+        for module, target in pairs:
+            for p, t in zip(module.parameters(), target.parameters()):
+                t.copy_(0.005 * p + 0.995 * t)
+
+    def __call__(self, updates: int) -> None:
+        for _ in range(updates):
+            self.update()
+
+    def update(self) -> None:
         def act(actor, s, z):
             return torch.tanh(actor(torch.cat([s, z], -1)))
 
         def value(critic, s, a):
             return critic(torch.cat([s, a], -1))
 
-        index = self.rng.integers(0, ROWS, BATCH)
-        s, a, s2, r, d = (
-            torch.as_tensor(x[index], dtype=torch.float32, device=self.device) for x in self.data
-        )
+        s, a, s2, r, d = self.sample()
         with torch.no_grad():
             noise = (0.2 * self.randn(BATCH)).clamp(-0.5, 0.5)
             a2 = (act(self.target_actors[0], s2, self.randn(BATCH)) + noise).clamp(-1, 1)
@@ -101,11 +129,7 @@ class Plain:
             loss.backward()
             optimizer.step()
             loss.item(), distance.item(), q.mean().item()
-        pairs = [(self.critics, self.target_critics), *zip(self.actors, self.target_actors)]
-        with torch.no_grad():
-            for module, target in pairs:
-                for p, t in zip(module.parameters(), target.parameters()):
-                    t.copy_(0.005 * p + 0.995 * t)
+        self.move_targets()
 
 
 def action_spec() -> Bounded:
@@ -128,7 +152,7 @@ def replay_buffer(path: Path, device: torch.device):
     return make_replay_buffer("halfcheetah-medium-v2", source="hdf5", path=path, device=device)
 
 
-def td3_bc(path: Path, device: torch.device) -> Callable[[], None]:
+def td3_bc(path: Path, device: torch.device) -> Updates:
     """TorchRL's TD3+BC (one deterministic actor, no transport) in its recommended loop."""
     rb = replay_buffer(path, device)
     spec = action_spec().to(device)
@@ -144,23 +168,30 @@ def td3_bc(path: Path, device: torch.device) -> Callable[[], None]:
     critic_adam = torch.optim.Adam(loss.qvalue_network_params.parameters(), 3e-4)
     actor_adam = torch.optim.Adam(loss.actor_network_params.parameters(), 3e-4)
 
-    def update() -> None:
-        batch = rb.sample()
-        for objective, optimizer in ((loss.qvalue_loss, critic_adam),
-                                     (loss.actor_loss, actor_adam)):  # fmt: skip
-            value, _ = objective(batch)
-            value.backward()
-            optimizer.step()
-            loss.zero_grad()
-        updater.step()
+    def run(updates: int) -> None:
+        for _ in range(updates):
+            batch = rb.sample()
+            for objective, optimizer in (
+                (loss.qvalue_loss, critic_adam),
+                (loss.actor_loss, actor_adam),
+            ):
+                value, _ = objective(batch)
+                value.backward()
+                optimizer.step()
+                loss.zero_grad()
+            updater.step()
 
-    return update
+    return run
 
 
-def ours(path: Path, device: torch.device, actors: int, **settings) -> Callable[[], None]:
-    rb = replay_buffer(path, device)
-    compile = settings.pop("compile", False)
-    bf16 = settings.pop("bf16", False)
+def ours(
+    path: Path,
+    device: torch.device,
+    actors: int,
+    compile: bool = False,
+    bf16: bool = False,
+    **settings: Any,
+) -> Updates:
     loss = POGOLoss(
         make_actor(OBS, action_spec()),
         make_qvalue(OBS, ACT),
@@ -169,121 +200,145 @@ def ours(path: Path, device: torch.device, actors: int, **settings) -> Callable[
         **settings,
     ).to(device)
     loss.make_value_estimator(gamma=0.99)
-    trainer = POGOTrainer(loss, rb, 10**9, compile=compile, bf16=bf16, progress_bar=False)
-    one = TensorDict({}, [1])
-    return lambda: trainer.optim_steps(one)
+    trainer = POGOTrainer(
+        loss, replay_buffer(path, device), 10**9, compile=compile, bf16=bf16, progress_bar=False
+    )
+    return lambda updates: trainer.optim_steps(TensorDict({}, [updates]))
 
 
-def flops(actors: int) -> float:
-    """Multiplications and additions of one of our updates in matrix products."""
-
-    def net(n_in: int, n_out: int, rows: int, backward: float = 0.0) -> float:
-        return 2 * rows * (n_in * HIDDEN + HIDDEN**2 + HIDDEN * n_out) * (1 + backward)
-
-    actor = lambda rows, backward=0.0: net(OBS + ACT, ACT, rows, backward)  # noqa: E731
-    critic = lambda rows, backward=0.0: net(OBS + ACT, 1, rows, backward)  # noqa: E731
-    total = actor(BATCH) + 2 * critic(BATCH) + 2 * critic(BATCH, 2)
-    for i in range(actors):
-        rows = BATCH if i == 0 else K * BATCH
-        total += actor(rows, 2) + critic(BATCH, 1) + (actor(rows) if i else 0.0)
-    return total
+def make(name: str, path: Path, device: torch.device, actors: int) -> Updates:
+    if name == PLAIN:
+        return Plain(actors, device)
+    return td3_bc(path, device) if name == TD3_BC else ours(path, device, actors, **OURS[name])
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured FLOP/s of the update's largest matrix product."""
+def flops(name: str, path: Path, actors: int) -> float:
+    """Multiplications and additions of an update's matrix products, from their shapes."""
+    settings = {**OURS.get(name, {}), "compile": False}
+    cpu = torch.device("cpu")
+    one = ours(path, cpu, actors, **settings) if name in OURS else make(name, path, cpu, actors)
+    with FlopCounterMode(display=False) as counter:
+        one(1)
+    return counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the update's largest matrix product, alone."""
     a = torch.randn(K * BATCH, HIDDEN, device=device, dtype=dtype)
     b = torch.randn(HIDDEN, HIDDEN, device=device, dtype=dtype)
 
     def products() -> None:
-        for _ in range(20):
+        for _ in range(100):
             a @ b
 
-    return 20 * 2 * K * BATCH * HIDDEN**2 / seconds(products, repeats=15)
+    return 100 * 2 * K * BATCH * HIDDEN**2 / seconds(products, repeats=1, warmup=0)
 
 
-def updates(path: Path, device: torch.device, repeats: int, quick: bool) -> None:
-    peak = matmul_peak(device, torch.float32)
-    print(f"\n## Update\n\nfloat32 matrix products: {peak / 1e9:.0f} GFLOP/s "
-          f"(bfloat16: {matmul_peak(device, torch.bfloat16) / 1e9:.0f})\n")  # fmt: skip
-    rows = []
+def in_turns(
+    candidates: dict[str, Updates], device: torch.device, rounds: int
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds of an update, a list over the rounds, and the rate of float32 matrix products.
+
+    In turns, so that what else the machine does meets all alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    rates = []
+    for _ in range(rounds):
+        rates.append(matmul_rate(device, torch.float32))
+        for name, function in candidates.items():
+            times[name].append(seconds(partial(function, STRETCH), repeats=1, warmup=0) / STRETCH)
+    return times, statistics.median(rates)
+
+
+def print_updates(path: Path, device: torch.device, quick: bool) -> None:
+    """Medians, also of the ratios within a round."""
+    rows, rates = [], []
     for actors in (3,) if quick else (1, 2, 3):
-        candidates: dict[str, Callable[[], None]] = {
-            "plain PyTorch, as the original": Plain(actors, device),
-            "POGO, GeomLoss": ours(path, device, actors),
-            "POGO, fast": ours(path, device, actors, w2_backend="fast"),
-            "POGO, fast, compiled": ours(path, device, actors, w2_backend="fast", compile=True),
-            "POGO, fast, compiled, bfloat16": ours(
-                path, device, actors, w2_backend="fast", compile=True, bf16=True
-            ),
-        }
-        if actors == 1:
-            candidates = {"TorchRL's TD3+BC": td3_bc(path, device), **candidates}
-        # In turns, so that what else the machine does meets all alike.
-        times = {name: [] for name in candidates}
+        names = names_of(quick, actors)
+        candidates = {name: make(name, path, device, actors) for name in names}
         for function in candidates.values():
-            function()
-        for _ in range(3 if quick else 5):
-            for name, function in candidates.items():
-                times[name].append(seconds(function, repeats=repeats))
-        medians = {name: float(np.median(values)) for name, values in times.items()}
-        base = medians["plain PyTorch, as the original"]
-        for name, time in medians.items():
-            used = f"{flops(actors) / time / peak:.0%}" if name.startswith("POGO") else ""
-            rows.append([actors, name, f"{1 / time:.1f}", f"{base / time:.2f}", used])
-    print(table(["actors", "", "updates/s", "ratio", "of the peak"], rows))
+            function(STRETCH)
+        times, rate = in_turns(candidates, device, rounds=3 if quick else 15)
+        rates.append(rate)
+        for name, series in times.items():
+            time, work = statistics.median(series), flops(name, path, actors)
+            ratio = statistics.median(p / t for p, t in zip(times[PLAIN], series))
+            cells = f"{1 / time:.1f}", f"{ratio:.2f}", f"{work / 1e9:.2f}"
+            rows.append([actors, name, *cells, f"{work / time / rate:.0%}"])
+    bf16 = statistics.median(matmul_rate(device, torch.bfloat16) for _ in range(5))
+    print(
+        f"\n## Update\n\nMatrix products of {K * BATCH} x {HIDDEN} by {HIDDEN} x {HIDDEN}, alone: "
+        f"{statistics.median(rates) / 1e9:.0f} GFLOP/s (in bfloat16: {bf16 / 1e9:.0f})\n"
+    )
+    print(table(["actors", "", "updates/s", "ratio", "GFLOP", "of the float32 rate"], rows))
 
 
-def evaluation(quick: bool) -> None:
-    episodes = 2 if quick else 10
-    evaluator = Evaluator("halfcheetah-medium-v2", episodes=episodes)
-    chain = [make_actor(OBS, evaluator.action_spec) for _ in range(3)]
-
-    def serial() -> None:
-        env = make_env("halfcheetah-medium-v2")
-        for actor in chain:
-            for _mode in range(2):
-                for episode in range(episodes):
-                    observation, _ = env.reset(seed=episode)
-                    done = False
-                    while not done:
-                        with torch.no_grad():
-                            state = torch.as_tensor(observation, dtype=torch.float32)[None]
-                            action = actor(state, torch.randn(1, ACT))[0].numpy()
-                        observation, _, terminated, truncated, _ = env.step(action)
-                        done = terminated or truncated
-
-    one, other = (seconds(f, repeats=1, warmup=0) for f in (serial, lambda: evaluator(chain)))
-    print(f"\n## Evaluation, 3 actors x 2 modes x {episodes} episodes of 1,000 steps\n")
-    rows = [["serial loop", f"{one:.1f}", 1], ["Evaluator", f"{other:.1f}", f"{one / other:.1f}"]]
-    print(table(["", "seconds", "ratio"], rows))
+def names_of(quick: bool, actors: int) -> list[str]:
+    if quick:  # compiling takes most of the time
+        return [PLAIN, "POGO", "POGO, compiled"]
+    return [PLAIN, *OURS] if actors > 1 else [TD3_BC, PLAIN, *OURS]
 
 
-def data(quick: bool, device: torch.device) -> None:
+def print_processes(path: Path, device: torch.device, quick: bool) -> None:
+    """First call and memory, of 3 actors, each in a process of its own."""
+
+    def alone(name: str) -> dict[str, float]:
+        command = [sys.executable, __file__, "--alone", name, str(path), "--device", str(device),
+                   "--threads", str(torch.get_num_threads())]  # fmt: skip
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+    rows = []
+    for name in names_of(quick, 3):
+        first = alone(name)
+        cached = f"{alone(name)['first']:.1f}" if "compiled" in name else ""
+        memory = f"{first['imports']:.0f}", f"{first['peak']:.0f}"
+        rows.append([name, f"{first['first']:.1f}", cached, *memory])
+    print("## A process of its own, 3 actors\n")
+    header = ["", "first update, s", "with the compile cache, s", "imports, MB", "at most, MB"]
+    print(table(header, rows))
+
+
+def measure_alone(name: str, path: Path, device: torch.device) -> None:
+    """Print what :func:`print_processes` reads."""
+    imports = peak_memory()
+    function = make(name, path, device, 3)
+    first = seconds(partial(function, 1), repeats=1, warmup=0)
+    function(STRETCH)
+    print(json.dumps({"first": first, "imports": imports, "peak": peak_memory()}))
+
+
+def print_data(device: torch.device, quick: bool) -> None:
     rows = 100_000 if quick else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         path = write_rows(Path(folder, "data.hdf5"), rows)
         start = seconds(lambda: replay_buffer(path, device), repeats=3, warmup=1)
         rb = replay_buffer(path, device)
     sample = seconds(rb.sample, repeats=200)
+    size = rb[:].bytes() / 1e6
     print(f"\n## Data, {rows:,} transitions\n")
-    print(table(["", ""], [["start-up, seconds", f"{start:.2f}"],
-                           ["sampling 256, microseconds", f"{sample * 1e6:.0f}"]]))  # fmt: skip
+    print(table(["start-up, s", "in memory, MB", f"sampling {BATCH}, microseconds"],
+                [[f"{start:.2f}", f"{size:.0f}", f"{sample * 1e6:.0f}"]]))  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--quick", action="store_true", help="under two minutes, fewer repetitions")
+    parser.add_argument("--quick", action="store_true", help="3 actors, fewer rows and repetitions")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--alone", nargs=2, metavar=("ROW", "DATA"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    print(f"{machine()}; {arguments.threads} threads")
+    if arguments.alone:
+        name, path = arguments.alone
+        return measure_alone(name, Path(path), device)
+    print(f"{machine()}; {arguments.threads} threads\n")
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # what is compiled is so for the first time
         path = write_rows(Path(folder, "data.hdf5"), ROWS)
-        updates(path, device, repeats=5 if arguments.quick else 15, quick=arguments.quick)
-    evaluation(arguments.quick)
-    data(arguments.quick, device)
+        print_processes(path, device, arguments.quick)
+        print_updates(path, device, arguments.quick)
+    print_data(device, arguments.quick)
 
 
 if __name__ == "__main__":
