@@ -53,8 +53,9 @@ class LogMetrics(TrainerHookBase):
             raise ValueError(f"log_interval={interval} must be an integer >= 1.")
         self.sinks = sinks
         self.interval = interval
-        self._sums: Tensor | None = None
-        self._count = 0
+        # Sums over updates and, last, their number: on the device, in one place for good, so that a
+        # CUDA graph can add to them.
+        self._sums = torch.zeros(1)
         self._observation: Tensor | None = None
         self._clock = time.perf_counter
         self._started = self._last = (0.0, 0)
@@ -62,6 +63,8 @@ class LogMetrics(TrainerHookBase):
     def register(self, trainer: POGOTrainer, name: str = "log_metrics") -> None:
         """Register at the trainer's boundaries."""
         self.trainer = trainer
+        scalars = trainer.optimization_stepper.scalars
+        self._sums = scalars.new_zeros(len(scalars) + 1)
         trainer.add_interval(self.interval)
         trainer.register_module(name, self)
         trainer.register_op("setup", self._start)
@@ -73,14 +76,17 @@ class LogMetrics(TrainerHookBase):
 
     def _add(self, batch: TensorDictBase) -> None:
         # Update by update, so that a sum does not depend on where the other hooks' boundaries lie.
-        scalars = self.trainer.optimization_stepper.scalars
-        self._sums = scalars if self._sums is None else self._sums + scalars
-        self._count += 1
+        self._sums[:-1].add_(self.trainer.optimization_stepper.scalars)
+        self._sums[-1].add_(1)
+        self.remember(batch)
+
+    def remember(self, batch: TensorDictBase) -> None:
+        """Keep the last batch for the actors' spread."""
         self._observation = batch.get(self.trainer.loss_module.actor_network.in_keys[0])
 
     def _emit(self) -> None:
         step = self.trainer.collected_frames
-        if self._sums is None or (step % self.interval and step < self.trainer.total_frames):
+        if (step % self.interval and step < self.trainer.total_frames) or not self._count:
             return
         row = self.means()
         row.update(self._spread())
@@ -88,7 +94,8 @@ class LogMetrics(TrainerHookBase):
         # wall-clock columns last
         row["updates_per_second"] = (step - earlier) / max(now - before, 1e-9)
         row["seconds"] = now - self._started[0]
-        self._last, self._sums, self._count = (now, step), None, 0
+        self._last = (now, step)
+        self._sums.zero_()
         for sink in self.sinks:
             sink.write(step, [row])
         self.trainer._log(log_pbar=True, loss_q=row["loss_qvalue"])
@@ -96,10 +103,14 @@ class LogMetrics(TrainerHookBase):
 
     def means(self) -> dict[str, float]:
         """The averages since the last row, by name."""
-        if self._sums is None:
+        if not self._count:
             return {}
-        means = (self._sums / self._count).tolist()  # the one look at the device
+        means = (self._sums[:-1] / self._sums[-1]).tolist()
         return dict(sorted(zip(self.trainer.optimization_stepper.names, means)))
+
+    @property
+    def _count(self) -> int:
+        return int(self._sums[-1])
 
     @torch.no_grad()
     def _spread(self) -> dict[str, float]:
@@ -120,14 +131,15 @@ class LogMetrics(TrainerHookBase):
         """The averages since the last row."""
         return {
             "count": self._count,
-            "sums": [] if self._sums is None else [self._sums],
+            "sums": [self._sums[:-1].clone()] if self._count else [],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._count = state_dict["count"]
-        device = self.trainer.loss_module.min_action.device
-        self._sums = state_dict["sums"][0].to(device) if self._count else None
+        self._sums[-1] = state_dict["count"]
+        self._sums[:-1].zero_()
+        for sums in state_dict["sums"]:
+            self._sums[:-1].copy_(sums)
 
 
 class Evaluate(TrainerHookBase):

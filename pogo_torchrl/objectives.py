@@ -783,6 +783,8 @@ class POGOLoss(LossModule):
             LossModule.make_value_estimator(self, value_type, **hyperparams)
             self._forward_value_estimator_keys()
             return self
+        # On the host by default: each compiled update would copy gamma from there.
+        hyperparams.setdefault("device", self.min_action.device)
         dispatch_value_estimator(
             self,
             value_type,

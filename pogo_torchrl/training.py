@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
@@ -25,7 +25,8 @@ from pogo_torchrl.checkpoints import (
     metadata,
     remove_unfinished,
 )
-from pogo_torchrl.hooks import DivergenceError
+from pogo_torchrl.graphs import CUDAGraph, UpdateGraphs
+from pogo_torchrl.hooks import DivergenceError, LogMetrics
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.update import Update
 
@@ -115,9 +116,9 @@ class POGOOptimizationStepper(OptimizationStepper):
         self.update = Update([loss_module], lr=lr, tau=tau, compile=compile, bf16=bf16)
         self.names = [name for names in self.update.names for name in names]
         self._run = 0  # its place in a stack
-        self._steps = 0
-        self._actor_scalars: Tensor | None = None
-        self.scalars = torch.empty(0)
+        self.steps = 0
+        # Always the same memory: a CUDA graph writes it.
+        self.scalars = loss_module.min_action.new_zeros(len(self.names))
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Update on one batch and return the detached scalars of all losses."""
@@ -131,7 +132,7 @@ class POGOOptimizationStepper(OptimizationStepper):
     @property
     def with_actors(self) -> bool:
         """Whether the next update is one of the actors, too."""
-        return self._steps % self.policy_freq == 0
+        return self.steps % self.policy_freq == 0
 
     def draw_noise(self, sub_batch: TensorDictBase) -> dict[str, Tensor]:
         """What the next update draws."""
@@ -144,32 +145,34 @@ class POGOOptimizationStepper(OptimizationStepper):
 
     def take(self, critics: Tensor, actors: Tensor | None) -> None:
         """Count an update and keep its scalars."""
+        self.scalars[: len(critics)].copy_(critics)
         # Steps without an actor update repeat the last values: the log averages over steps.
         if actors is not None:
-            self._actor_scalars = actors
-        assert self._actor_scalars is not None  # the first update has them
-        self.scalars = torch.cat([critics, self._actor_scalars])
-        self._steps += 1
+            self._actor_scalars.copy_(actors)
+        self.steps += 1
+
+    @property
+    def _actor_scalars(self) -> Tensor:
+        return self.scalars[len(self.update.names[0]) :]
 
     @property
     def metrics(self) -> TensorDict:
         """The scalars of the last update, by name."""
-        return TensorDict(dict(zip(self.names, self.scalars.unbind())))
+        return TensorDict(dict(zip(self.names, self.scalars.clone().unbind())))
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer states, and the place in the cycle of ``policy_freq``."""
-        actors = [] if self._actor_scalars is None else [self._actor_scalars]
         return {
-            "steps": self._steps,
-            "actor_scalars": actors,
+            "steps": self.steps,
+            "actor_scalars": [self._actor_scalars.clone()] if self.steps else [],
             "optimizers": self.update.state_dict(self._run),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._steps = state_dict["steps"]
+        self.steps = state_dict["steps"]
         for scalars in state_dict["actor_scalars"]:
-            self._actor_scalars = scalars.to(self.loss_module.min_action.device)
+            self._actor_scalars.copy_(scalars)
         self.update.load_state_dict(state_dict["optimizers"], self._run)
 
 
@@ -196,7 +199,9 @@ class POGOTrainer(Trainer):
             ``0.005``.
         target_net_updater: TorchRL target updater of ``loss_module``. Defaults to
             ``SoftUpdate(loss_module, tau=tau)``.
-        compile: run the update as one graph of ``torch.compile``. Defaults to ``False``.
+        compile: run the update as one graph of ``torch.compile``; on a GPU also replay CUDA graphs
+            of many updates (:mod:`pogo_torchrl.graphs`), as long as no other hooks than
+            :class:`LogMetrics` act on each update. Defaults to ``False``.
         bf16: run the networks in bfloat16 during updates. Defaults to ``False``.
         checkpoint_dir: folder for rotated checkpoints; ``None``: none are written.
         checkpoint_interval: updates between two of them; one is always written at the end.
@@ -229,6 +234,8 @@ class POGOTrainer(Trainer):
         >>> trainer.collected_frames
         3
     """
+
+    _at_each_update = False  # whether others' operations run at each update
 
     def __init__(
         self,
@@ -267,6 +274,8 @@ class POGOTrainer(Trainer):
             if compile:  # within the graph, then
                 traced_tau, target_net_updater = tau, None
         self.fingerprint = dict(fingerprint or {})
+        self.metrics: list[LogMetrics] = []
+        self._graphs: UpdateGraphs | None = None
         ticks, rotation = Ticks(total_steps), None
         if checkpoint_dir is not None:
             ticks.intervals.append(checkpoint_interval)
@@ -303,6 +312,21 @@ class POGOTrainer(Trainer):
             self.register_op("shutdown", self._close_progress_bar)
         for hook in hooks:
             hook.register(self)
+        device = loss_module.min_action.device
+        # GeomLoss reads numbers on the host, the exact backend copies tables to the device.
+        free = loss_module.num_actors == 1 or loss_module.w2_backend == "fast"
+        if compile and device.type == "cuda" and free:
+            self._graphs = UpdateGraphs(self, partial(CUDAGraph, device), _LONGEST_TICK)
+
+    def register_op(self, dest: Any, op: Callable, **kwargs: Any) -> None:
+        """Register an operation, as TorchRL's trainer does."""
+        # A replay runs no Python, so that it would leave out what others do at each update.
+        function = getattr(op, "__func__", None)
+        if dest in ("process_optim_batch", "post_optim", "post_optim_log"):
+            self._at_each_update |= function not in (POGOTrainer._sample, LogMetrics._add)
+        if function is LogMetrics._add:
+            self.metrics.append(op.__self__)  # type: ignore[attr-defined]
+        super().register_op(dest, op, **kwargs)
 
     @staticmethod
     def check_settings(
@@ -349,21 +373,31 @@ class POGOTrainer(Trainer):
 
     def optim_steps(self, batch: TensorDictBase) -> None:
         """As many updates as the tick is long."""
-        # TorchRL's own loop averages number by number, which takes longer than moving the targets.
         try:
+            if self._graphs is not None and not self._at_each_update:
+                self._graphs.run(batch.numel())
+                return
             for _ in range(batch.numel()):
-                self._optim_count += 1
-                sub_batch = self._process_optim_batch_hook(batch)
-                self.optimization_stepper.update_on(sub_batch)
-                self._post_optim_hook()
-                self._post_optim_log(sub_batch)
+                self.update_on(self._process_optim_batch_hook(batch))
         except FloatingPointError as error:
             raise DivergenceError(
                 f"Training has diverged: at update {self._optim_count}, {error}"
             ) from error
 
-    def _sample(self, batch: TensorDictBase) -> TensorDictBase:
+    def update_on(self, sub_batch: TensorDictBase) -> None:
+        """One update on one batch, and the operations that follow it."""
+        # TorchRL's own loop averages number by number, which takes longer than moving the targets.
+        self._optim_count += 1
+        self.optimization_stepper.update_on(sub_batch)
+        self._post_optim_hook()
+        self._post_optim_log(sub_batch)
+
+    def sample(self) -> TensorDictBase:
+        """A batch of the replay buffer."""
         return self._dataset.sample()
+
+    def _sample(self, batch: TensorDictBase) -> TensorDictBase:
+        return self.sample()
 
     def _start_progress_bar(self) -> None:
         self._pbar.unit = " updates"

@@ -73,13 +73,24 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         batch_size: int = 256,
     ) -> None:
         super().__init__(
-            storage=TensorStorage(transitions),
+            # Indices are drawn where the rows are: drawn on the host, each sample would wait.
+            storage=TensorStorage(
+                transitions, device=next(iter(transitions.values(True, True))).device
+            ),
             sampler=RandomSampler(),
             writer=ImmutableDatasetWriter(),
             batch_size=batch_size,
         )
         self.normalization = normalization
         self.episode_returns = episode_returns
+
+    def samples_on(self, device: torch.device) -> bool:
+        """Whether a sample takes the same work of this device each time, and nothing else's.
+
+        Then a CUDA graph can hold it.
+        """
+        plain = type(self.sampler) is RandomSampler and not self._prefetch and self._rng is None
+        return plain and len(self.transform) == 0 and self.storage.device == device
 
     def fingerprint(self) -> str:
         """SHA-256 of the rows: equal for equal data, wherever they came from."""
