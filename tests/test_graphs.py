@@ -1,18 +1,64 @@
-"""Replayed updates against plain ones; without a GPU a stand-in repeats the captured work."""
+"""Replayed updates against plain ones. Without a GPU a tape of operations stands for its graph."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from pogo_torchrl import POGOTrainer
+from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
 from pogo_torchrl.data.replay import Normalization, OfflineReplayBuffer
-from pogo_torchrl.graphs import CUDAGraph, UpdateGraphs
-from pogo_torchrl.hooks import LogMetrics
+from pogo_torchrl.graphs import UpdateGraphs
+from pogo_torchrl.hooks import DivergenceError, LogMetrics, StopOnDivergence
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+_READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, on the CPU: replays operations on the memory of their capture.
+
+    No Python of the captured work runs at a replay, and reading a number breaks a capture.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.replays = [], 0
+
+    def capture(self, work):
+        for _ in range(2):
+            work()
+        with self:
+            work()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in _READS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, out in self.operations:
+            results = tree_leaves(func(*args, **kwargs))
+            for old, new in zip(tree_leaves(out), results, strict=True):
+                # Views and what is changed in place are there already.
+                if isinstance(old, torch.Tensor) and _address(old) != _address(new):
+                    old.copy_(new)
+
+
+def _address(x):
+    return x.untyped_storage().data_ptr()
 
 
 class Rows:
@@ -24,144 +70,275 @@ class Rows:
         self.rows += [(step, {k: v for k, v in row.items() if k not in clocks}) for row in rows]
 
 
-class StandIn:
-    """A graph of no device: replays change tensors, and no counter of Python's."""
-
-    def __init__(self, trainer):
-        self.trainer, self.replays = trainer, 0
-
-    def capture(self, work):
-        self.work = work
-        for _ in range(3):  # warming up
-            work()
-
-    def replay(self):
-        stepper = self.trainer.optimization_stepper
-        counters = stepper.steps, self.trainer._optim_count
-        self.work()
-        stepper.steps, self.trainer._optim_count = counters
-        # A device's graph writes its last batch where it has written it when captured.
-        for graph, last in self.trainer._graphs._graphs.values():
-            if graph is self:
-                last["observation"].copy_(self.trainer.metrics[0]._observation)
-        self.replays += 1
-
-
-class Broken(StandIn):
-    def capture(self, work):
-        work()
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-
-@pytest.fixture
-def make(make_loss, make_buffer, make_batch):
-    loss, plain = make_loss(w2_backend="fast"), make_buffer()
-    rows = make_batch(64)
-    offline = OfflineReplayBuffer(
+def offline(rows):
+    return OfflineReplayBuffer(
         rows,
         normalization=Normalization.identity(rows["observation"]),
         episode_returns=np.ones(1),
         batch_size=16,
     )
 
-    def trained(graph=None, *, total=33, ours=True, longest=4, hook=None, **settings):
-        sink, made = Rows(), []
+
+@pytest.fixture
+def make(make_loss, make_buffer, make_batch):
+    """Trainers that start from the same weights, data and random state, with graphs or without."""
+    losses = {backend: make_loss(w2_backend=backend) for backend in ("fast", "tensorized")}
+    buffers = {True: offline(make_batch(64)), False: make_buffer()}
+
+    def make(graphs, *, total=33, ours=True, backend="fast", guard=False, hook=None, **settings):
+        metrics = LogMetrics([Rows()], 10)
+        hooks = [StopOnDivergence(metrics), metrics] if guard else [metrics]
         trainer = POGOTrainer(
-            copy.deepcopy(loss),
-            offline if ours else plain,
-            total,
-            progress_bar=False,
-            hooks=[LogMetrics([sink], 10)],
-            **settings,
-        )
+            copy.deepcopy(losses[backend]), buffers[ours], total, progress_bar=False,
+            compile=True, hooks=hooks, **settings,
+        )  # fmt: skip
         if hook is not None:
             trainer.register_op("post_optim", hook)
-        if graph is not None:
-            # SoftUpdate is a hook of TorchRL's; compiled, targets are a part of the update.
-            trainer._at_each_update = hook is not None
+        update = trainer.optimization_stepper.update
+        update._run = update._update  # what torch.compile would trace
+        trainer.tapes = []
+        if graphs:
 
-            def new():
-                made.append(graph(trainer))
-                return made[-1]
+            def tape():
+                trainer.tapes.append(Tape())
+                return trainer.tapes[-1]
 
-            trainer._graphs = UpdateGraphs(trainer, new, longest)
+            trainer._graphs = UpdateGraphs(trainer, tape, longest=4)
         torch.manual_seed(1)
-        if "checkpoint_dir" in settings:
-            trainer.resume()
-        trainer.train()
-        stepper = trainer.optimization_stepper
-        state = {
-            "loss": dict(trainer.loss_module.state_dict()),
-            "stepper": stepper.state_dict(),
-            "count": (stepper.steps, trainer._optim_count),
-            "rows": sink.rows,
-            "random": torch.get_rng_state(),
-        }
-        return state, made
+        return trainer
 
-    return trained
+    return make
 
 
-@pytest.fixture(autouse=True)
-def _targets_within(monkeypatch):
-    """Have targets stay where they are, in both trainers alike: nothing compiles here."""
-    monkeypatch.setattr("pogo_torchrl.training.SoftUpdate.step", lambda self: None)
+def trained(trainer):
+    trainer.train()
+    return {
+        "loss": dict(trainer.loss_module.state_dict()),
+        "stepper": trainer.optimization_stepper.state_dict(),
+        "sums": trainer.metrics[0].state_dict(),
+        "count": trainer._optim_count,
+        "rows": trainer.metrics[0].sinks[0].rows,
+        "random": torch.get_rng_state(),
+    }
 
 
-@pytest.mark.parametrize("policy_freq", [1, 2, 3])
+def assert_same(one, other):
+    assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("policy_freq", [1, 2, 3, 5])
 @pytest.mark.parametrize("ours", [True, False])
 def test_replays_are_the_updates_themselves(make, policy_freq, ours):
-    plain, _ = make(ours=ours, policy_freq=policy_freq)
-    replayed, made = make(StandIn, ours=ours, policy_freq=policy_freq)
-    assert_close(replayed, plain, rtol=0, atol=0)
-    replays = sum(graph.replays for graph in made)
-    assert replays < 33 if ours else replays == 33  # a replay holds several, or one
+    plain = trained(make(False, ours=ours, policy_freq=policy_freq))
+    trainer = make(True, ours=ours, policy_freq=policy_freq)
+    assert_same(trained(trainer), plain)
+    assert [step for step, _ in plain["rows"]] == [10, 20, 30, 33]
+    assert not trainer._graphs.failed
+    replays = sum(tape.replays for tape in trainer.tapes)
+    # a replay holds several updates, or one where the buffer samples by itself
+    assert replays < 33 if ours else replays == 33
 
 
-def test_a_resumed_run_captures_anew_and_equals_the_unbroken_one(make, tmp_path):
-    whole, _ = make(StandIn)
-    make(StandIn, total=17, checkpoint_dir=tmp_path)
-    resumed, made = make(StandIn, checkpoint_dir=tmp_path)
-    assert made
-    for part in ("loss", "stepper", "random"):
-        assert_close(resumed[part], whole[part], rtol=0, atol=0)
+def test_a_tick_is_split_into_long_graphs_and_single_ones(make):
+    trainer = make(True, total=11)
+    trained(trainer)
+    long, single = trainer.tapes
+    assert (long.replays, single.replays) == (2, 3)
+
+
+def test_replays_are_exact_with_deterministic_algorithms(make):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same(trained(make(True)), trained(make(False)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("policy_freq", [1, 2])
+@pytest.mark.parametrize("cut", [3, 17])
+def test_a_resumed_run_captures_anew_and_equals_the_unbroken_one(make, tmp_path, cut, policy_freq):
+    whole = trained(make(False, policy_freq=policy_freq))
+    settings = {"checkpoint_dir": tmp_path, "policy_freq": policy_freq}
+    first = make(True, **settings)
+    first.add_interval(cut)
+    first.register_op(
+        "post_steps", lambda: first.collected_frames == cut and first.request_stop("test")
+    )
+    trained(first)
+    second = make(True, **settings)
+    torch.manual_seed(99)
+    assert second.resume() == cut
+    resumed = trained(second)
+    assert second.tapes
+    for part in ("loss", "stepper", "random", "count"):
+        assert_same(resumed[part], whole[part])
+    assert resumed["rows"] == [row for row in whole["rows"] if row[0] > cut]
+
+
+def test_a_checkpoint_loaded_in_between_is_what_replays_go_on_from(make, tmp_path):
+    trainer = make(True, total=8, checkpoint_dir=tmp_path)
+    trained(trainer)
+    trainer.optim_steps(TensorDict({}, [4]))  # beyond the checkpoint
+    trainer.resume()
+    trainer.optim_steps(TensorDict({}, [4]))
+    expected = make(False, total=12)
+    expected.train()
+    assert_same(dict(trainer.loss_module.state_dict()), dict(expected.loss_module.state_dict()))
 
 
 def test_a_capture_that_fails_costs_a_warning_only(make, caplog):
-    plain, _ = make()
-    replayed, made = make(Broken)
-    assert_close(replayed, plain, rtol=0, atol=0)
-    assert len(made) == 1
-    assert caplog.text.count("No CUDA graphs, the updates are slower for it") == 1
+    # GeomLoss reads a number on the host.
+    plain = trained(make(False, backend="tensorized"))
+    caplog.clear()
+    trainer = make(True, backend="tensorized")
+    assert_same(trained(trainer), plain)
+    assert len(trainer.tapes) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "No CUDA graphs, the updates are slower for it: operation not permitted when stream is "
+        "capturing"
+    ]
+
+
+def test_a_batch_of_another_size_is_updated_on_without_a_graph(make, make_batch):
+    def with_a_short_batch(graphs):
+        trainer = make(graphs, total=6, ours=False)
+        sizes = iter([16, 16, 5, 16, 16, 5])
+        trainer.sample = lambda: make_batch(next(sizes))
+        return trained(trainer), trainer
+
+    plain, _ = with_a_short_batch(False)
+    replayed, trainer = with_a_short_batch(True)
+    assert_same(replayed, plain)
+    assert trainer.tapes[0].replays == 4
+
+
+def test_a_divergence_is_noticed_under_replays(make):
+    trainer = make(True, guard=True)
+
+    def spoil():
+        if trainer.collected_frames == 20:
+            next(trainer.loss_module.qvalue_network_params.parameters()).data.fill_(float("nan"))
+
+    trainer.register_op("post_steps", spoil)
+    with pytest.raises(DivergenceError, match=r"at update 30.*loss_qvalue.*became infinite or NaN"):
+        trainer.train()
 
 
 def test_what_others_do_at_each_update_is_not_left_out(make):
     calls = []
-    _, made = make(StandIn, hook=lambda: calls.append(1))
+    trainer = make(True, hook=lambda: calls.append(1))
+    trained(trainer)
     assert len(calls) == 33
-    assert not made
+    assert not trainer.tapes
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("policy_freq", [1, 2])
-def test_a_gpu_replays_the_updates_themselves(make_loss, make_batch, policy_freq):
-    loss, rows = make_loss(w2_backend="fast").cuda(), make_batch(64).cuda()
-    normalization = Normalization.identity(rows["observation"])
+def test_only_uncompiled_targets_and_others_count_as_acting_at_each_update(make_loss, make_buffer):
+    class Own(LogMetrics):
+        def _add(self, batch):
+            super()._add(batch)
 
-    def trained(graphs):
-        buffer = OfflineReplayBuffer(
-            rows, normalization=normalization, episode_returns=np.ones(1), batch_size=16
-        )
+    def acts(hook, compile=True):
         trainer = POGOTrainer(
-            copy.deepcopy(loss), buffer, 60, compile=True, policy_freq=policy_freq,
-            progress_bar=False,
-        )  # fmt: skip
-        assert isinstance(trainer._graphs.make(), CUDAGraph)
-        if not graphs:
-            trainer._graphs = None
-        torch.manual_seed(1)
-        trainer.train()
-        assert not graphs or not trainer._graphs.failed
-        return dict(trainer.loss_module.state_dict())
+            make_loss(), make_buffer(), 3, progress_bar=False, compile=compile, hooks=[hook]
+        )
+        return trainer._at_each_update
 
-    assert_close(trained(True), trained(False), rtol=1e-4, atol=1e-5)
+    assert not acts(LogMetrics([], 2))
+    assert acts(LogMetrics([], 2), compile=False)
+    assert acts(Own([], 2))
+
+
+class Watch(TorchDispatchMode):
+    """Fails where an operation needs the host: reads a number, or is given a tensor of the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in _READS, func
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        # A number on the CPU travels with the launch, unless it is copied by itself.
+        assert all(x.device.type == "meta" or x.dim() == 0 for x in tensors), func
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            assert len({x.device for x in tensors}) == 1, func
+        return out
+
+
+def test_an_update_never_waits_for_the_host(unit_spec, make_batch, monkeypatch):
+    """With everything on the device "meta", which holds no numbers, in place of a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr("pogo_torchrl.training.SoftUpdate", lambda *args, **kwargs: None)
+    loss = POGOLoss(
+        make_actor(3, unit_spec, (8, 8)).to("meta"),
+        make_qvalue(3, 2, (8, 8)).to("meta"),
+        w2_weights=(0.2, 0.5),
+        w2_backend="fast",
+    )
+    loss.make_value_estimator(gamma=0.9)
+    buffer = offline(make_batch(64).to("meta"))
+    assert buffer.samples_on(torch.device("meta"))
+    trainer = POGOTrainer(
+        loss, buffer, 10, progress_bar=False, compile=True, policy_freq=2, hooks=[LogMetrics([], 9)]
+    )
+    update = trainer.optimization_stepper.update
+    update._run = update._update
+    with Watch():
+        trainer.optim_steps(TensorDict({}, [4]))
+    loss.w2_backend = "tensorized"  # reads one
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Watch():
+        trainer.optim_steps(TensorDict({}, [1]))
+
+
+@pytest.fixture
+def make_on_gpu(make_loss, make_batch):
+    losses = {backend: make_loss(w2_backend=backend) for backend in ("fast", "tensorized")}
+    rows = make_batch(64)
+
+    def make(backend="fast", **settings):
+        trainer = POGOTrainer(
+            copy.deepcopy(losses[backend]).cuda(), offline(rows.cuda()), 60, compile=True,
+            progress_bar=False, hooks=[LogMetrics([Rows()], 30)], **settings,
+        )  # fmt: skip
+        torch.manual_seed(1)
+        return trainer
+
+    return make
+
+
+@needs_gpu
+@pytest.mark.parametrize("policy_freq", [1, 2])
+def test_a_gpu_replays_the_updates_themselves(make_on_gpu, policy_freq):
+    plain, replayed = (make_on_gpu(policy_freq=policy_freq) for _ in range(2))
+    assert plain._graphs.samples
+    plain._graphs = None
+    expected, random = trained(plain), torch.cuda.get_rng_state()
+    torch.manual_seed(1)
+    found = trained(replayed)
+    assert replayed._graphs._graphs
+    assert not replayed._graphs.failed
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+def test_a_gpu_goes_on_after_a_capture_that_failed(make_on_gpu, caplog):
+    from pogo_torchrl.graphs import CUDAGraph
+
+    plain = make_on_gpu("tensorized")
+    assert plain._graphs is None
+    expected = trained(plain)
+    broken = make_on_gpu("tensorized")
+    broken._graphs = UpdateGraphs(broken, lambda: CUDAGraph(torch.device("cuda", 0)))
+    found = trained(broken)
+    assert broken._graphs.failed
+    assert "No CUDA graphs" in caplog.text
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+def test_nothing_of_an_update_waits_for_the_gpu(make_on_gpu):
+    trainer = make_on_gpu()
+    trainer.optim_steps(TensorDict({}, [25]))  # captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.optim_steps(TensorDict({}, [50]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
