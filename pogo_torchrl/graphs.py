@@ -76,22 +76,23 @@ class CUDAGraph:
 class UpdateGraphs:
     """Makes a trainer's updates by replaying captured ones.
 
-    One graph holds ``longest`` updates, one a single update for what is left over (two where
+    One graph holds ``longest`` updates, one a single update for what is left over (one more where
     ``policy_freq`` leaves the actors out of some): sampling, noise, the update, and the sums of
-    the log. Where only the replay buffer itself can sample, it does so, batch by batch, into
-    memory that a graph of a single update reads.
+    the log. A replay buffer whose sampling no graph can hold samples as ever, batch by batch,
+    into memory that a graph of a single update reads.
 
     Capturing leaves no trace in the run: weights, moments, sums, counters and random states are
-    what they were before. Graphs are part of no checkpoint. A resumed run captures them anew and
-    goes on from the state that the checkpoint restores in place, with the same draws.
+    what they were before. Graphs are part of no checkpoint: they read and write the memory that a
+    checkpoint is loaded into, and a resumed run captures its own. It draws what the unbroken run
+    draws; to the last bit it equals that as far as the GPU's kernels repeat themselves
+    (``deterministic=true``).
 
     A capture that fails gives one warning, and training goes on without graphs.
 
     Args:
         trainer: whose updates; it has only hooks of our own at each of them.
         make: makes the graphs.
-        longest: updates in the longest graph, at least; it is rounded down to whole cycles of
-            ``policy_freq``, but not below one.
+        longest: updates in the longest graph, in whole cycles of ``policy_freq``.
     """
 
     def __init__(
