@@ -1,0 +1,209 @@
+"""Where the time of an update goes: the plain step, ours, and ours compiled, by torch's profiler.
+
+    python benchmarks/breakdown.py [--threads N] [--figure FILE.svg]
+
+Prints a Markdown table, the rounds of median length, and draws docs/figures/update.svg. Summed up
+are the profiler's times of what runs within a part, backward as forward; what they leave of the
+time is Python's and that of launching operations. Profiling slows everything down, so the parts are
+scaled to the time of an update without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import matplotlib
+import torch
+import training  # first: it silences warnings
+from common import machine, seconds, table
+from torch._inductor import config as inductor
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+from torchrl.objectives import SoftUpdate
+
+import pogo_torchrl.objectives
+from pogo_torchrl import POGOLoss
+from pogo_torchrl.data import OfflineReplayBuffer
+from pogo_torchrl.optim import Adam
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
+
+FIGURE = Path(__file__).parent.parent / "docs/figures/update.svg"
+
+PRODUCTS, TRANSPORT, ADAM = "matrix products", "optimal transport", "Adam and targets"
+SAMPLING, ELEMENTWISE = "sampling and noise", "activations and other elementwise"
+REST = "Python and launching"
+# Okabe and Ito's colours, in an order that alternates light and dark.
+COLOURS = {
+    PRODUCTS: "#0072B2",
+    TRANSPORT: "#F0E442",
+    ADAM: "#D55E00",
+    SAMPLING: "#56B4E9",
+    ELEMENTWISE: "#009E73",
+    REST: "#BBBBBB",
+}
+_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
+# What moves no data, or only asks for memory or for a number.
+_LAUNCHING = (
+    "as_strided detach empty empty_like empty_strided expand linear matmul new_empty select slice "
+    "split split_with_sizes squeeze t to transpose unbind unsqueeze view _unsafe_view reshape "
+    "item _local_scalar_dense is_nonzero result_type resolve_conj resolve_neg lift_fresh alias"
+)
+_NO_WORK = {f"aten::{name}" for name in _LAUNCHING.split()}
+
+
+def part_of(event: FunctionEvent, transport: set[int]) -> str:
+    """The part that an event's own time belongs to."""
+    around: FunctionEvent | None = event
+    while around is not None:
+        if around.name in COLOURS:
+            return around.name
+        if around.name.startswith("Optimizer.step"):
+            return ADAM
+        if around.name.startswith("autograd::engine") and around.sequence_nr in transport:
+            return TRANSPORT
+        around = around.cpu_parent
+    name = event.name
+    if name in _PRODUCTS:
+        return PRODUCTS
+    if "_cpp_fused" in name:  # a compiled kernel, named by what it fuses
+        if "foreach_addcmul" in name:
+            return ADAM
+        return TRANSPORT if "_exp_" in name else ELEMENTWISE
+    if name in ("aten::normal_", "aten::random_", "aten::index"):
+        return SAMPLING
+    return ELEMENTWISE if name.startswith("aten::") and name not in _NO_WORK else REST
+
+
+def within(events: list[FunctionEvent], name: str) -> Iterator[FunctionEvent]:
+    for event in events:
+        around = event.cpu_parent
+        while around is not None and around.name != name:
+            around = around.cpu_parent
+        if around is not None:
+            yield event
+
+
+def measure(function: training.Updates, updates: int) -> dict[str, float]:
+    """Milliseconds of an update, by part."""
+    time = seconds(lambda: function(updates), repeats=1, warmup=0)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        profiled = seconds(lambda: function(updates), repeats=1, warmup=0)
+    events = profiler.events()
+    # An operation and its backward have one number.
+    transport = {e.sequence_nr for e in within(events, TRANSPORT) if e.sequence_nr >= 0}
+    parts = dict.fromkeys(COLOURS, 0.0)
+    for event in events:
+        parts[part_of(event, transport)] += event.self_cpu_time_total / 1e6
+    parts[REST] += profiled - sum(parts.values())
+    return {part: 1e3 * own * time / profiled / updates for part, own in parts.items()}
+
+
+@contextmanager
+def named_parts() -> Iterator[None]:
+    """Name the parts in the profile, in our code as in the plain step."""
+
+    def named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with record_function(part):
+                return function(*args, **kwargs)
+
+        return call
+
+    places = [
+        (training.Plain, "sample", SAMPLING),
+        (training.Plain, "randn", SAMPLING),
+        (training.Plain, "move_targets", ADAM),
+        (training.SamplesLoss, "forward", TRANSPORT),
+        (OfflineReplayBuffer, "sample", SAMPLING),
+        (POGOLoss, "draw_noise", SAMPLING),
+        (pogo_torchrl.objectives, "sinkhorn_divergence", TRANSPORT),
+        (Adam, "step", ADAM),
+        (SoftUpdate, "step", ADAM),
+    ]
+    patches = [
+        mock.patch.object(o, name, named(part, getattr(o, name))) for o, name, part in places
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def median(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """The round of median length."""
+    return sorted(rounds, key=lambda parts: sum(parts.values()))[len(rounds) // 2]
+
+
+def draw(found: dict[str, dict[str, float]], path: Path) -> None:
+    plt.rcParams.update({"svg.hashsalt": "pogo_torchrl", "svg.fonttype": "none", "font.size": 10})
+    figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    longest = max(sum(parts.values()) for parts in found.values())
+    for row, parts in enumerate(found.values()):
+        left = 0.0
+        for part, time in parts.items():
+            bar = axes.barh(row, time, 0.7, left, color=COLOURS[part], edgecolor="white")
+            if time > 0.035 * longest:  # is wide enough
+                ink = "white" if part in (PRODUCTS, ADAM, ELEMENTWISE) else "black"
+                axes.bar_label(bar, [f"{time:.1f}"], label_type="center", color=ink, fontsize=8)
+            left += time
+        axes.text(left, row, f" {left:.1f}", va="center", weight="bold")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds of an update, three actors")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    handles = [Patch(color=colour, label=part) for part, colour in COLOURS.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--updates", type=int, default=25, help="of a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"{machine()}; {arguments.threads} threads\n")
+    cpu = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        path = training.write_rows(Path(folder, "data.hdf5"), training.ROWS)
+        names = (training.PLAIN, "POGO", "POGO, compiled")
+        with named_parts():
+            candidates = {name: training.make(name, path, cpu, 3) for name in names}
+        with inductor.patch({"cpp.enable_kernel_profile": True}):  # kernels have names then
+            for function in candidates.values():
+                function(training.STRETCH)
+        with named_parts():  # in turns, so that what else the machine does meets all alike
+            rounds = [
+                {
+                    name: measure(function, arguments.updates)
+                    for name, function in candidates.items()
+                }
+                for _ in range(arguments.rounds)
+            ]
+    found = {name: median([one[name] for one in rounds]) for name in names}
+    rows = [[part, *(f"{parts[part]:.2f}" for parts in found.values())] for part in COLOURS]
+    rows.append(["all", *(f"{sum(parts.values()):.2f}" for parts in found.values())])
+    print(table(["milliseconds of an update", *found], rows))
+    draw(found, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
