@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 from pogo_torchrl.files import atomic_write, make_writable
-from pogo_torchrl.run import RunFolder, check_folder
+from pogo_torchrl.run import RunFolder, check_folder, on_signals
 from pogo_torchrl.sweeps import Run
 
 # How a job found or left a run.
@@ -336,18 +336,6 @@ def _sentence(code: int, log: Path, run: Run) -> str:
 
 
 # --------------------------------------------------------------------------- the local engine
-
-
-@contextmanager
-def on_signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Have SIGINT, SIGTERM and SIGUSR1 call ``handler`` with their number."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, lambda number, frame: handler(number)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, previous in zip(numbers, before):
-            signal.signal(number, previous)
 
 
 def run_locally(jobs: Sequence[Job], options: DictConfig, screen: Screen) -> list[Outcome]:

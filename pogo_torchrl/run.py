@@ -149,7 +149,8 @@ def run_stack(cfgs: Sequence[DictConfig]) -> list[Exception | None]:
             for places in stacks.values():
                 members = [runs[place] for place in places]
                 ended = _train_stack(members, [streams[place] for place in places])
-                errors = [ended.pop(0) if p in places else e for p, e in enumerate(errors)]
+                for place, error in zip(places, ended):
+                    errors[place] = error
         for place, one in list(runs.items()):
             if errors[place] is None:
                 with guarded(place), one.logged():
@@ -163,13 +164,14 @@ def _train_stack(
     cfg = runs[0].cfg
 
     @contextmanager
-    def active(place: int) -> Iterator[None]:
+    def around_hooks(place: int) -> Iterator[None]:
         with streams[place], runs[place].logged():
             yield
 
     stack = TrainerStack(
         [one.trainer for one in runs],
-        active,
+        streams.__getitem__,
+        around_hooks=around_hooks,
         lr=cfg.lr,
         tau=cfg.tau,
         compile=choose_compile(cfg.compile, cfg.total_steps),
@@ -178,7 +180,7 @@ def _train_stack(
     return stack.train()
 
 
-class _Stream:
+class _Stream(AbstractContextManager):
     """A context in which the global random state is a run's own."""
 
     def __init__(self) -> None:
@@ -435,6 +437,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_compile(choice: str, total_steps: int) -> bool:
+    """Whether ``compile=choice`` compiles a run of so many updates; refuses what cannot be."""
     if str(choice).lower() not in ("auto", "true", "false"):
         raise ValueError(f"compile={choice} is unknown; choose one of auto, true, false.")
     if str(choice).lower() != "auto":
@@ -576,6 +579,23 @@ class Stopped(Exception):
 
 
 @contextmanager
+def on_signals(handler: Callable[[int], None]) -> Iterator[dict[int, Any]]:
+    """Have SIGINT, SIGTERM and SIGUSR1 call ``handler`` with their number.
+
+    The context gives what they called before, by number.
+    """
+    before = {
+        int(number): signal.signal(number, lambda number, frame: handler(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        yield before
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
 def stop_on_signals(runs: Sequence[RunInProgress]) -> Iterator[None]:
     """First signal: save and stop after the current updates; the second acts at once.
 
@@ -585,7 +605,7 @@ def stop_on_signals(runs: Sequence[RunInProgress]) -> Iterator[None]:
     """
     asked: dict[int, float] = {}
 
-    def handler(number: int, frame: Any) -> None:
+    def handler(number: int) -> None:
         if number in asked:
             if time.monotonic() - asked[number] >= 1:
                 signal.signal(number, before[number])
@@ -597,17 +617,12 @@ def stop_on_signals(runs: Sequence[RunInProgress]) -> Iterator[None]:
         for one in runs:
             one.stop(name)
 
-    before: dict[int, Any] = {}
-    for number in map(int, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
-        before[number] = signal.getsignal(number)
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for moment in asked.values():  # the same signal may come once more
-            time.sleep(max(moment + 1 - time.monotonic(), 0))
-        for number, previous in before.items():
-            signal.signal(number, previous)
+    with on_signals(handler) as before:
+        try:
+            yield
+        finally:
+            for moment in asked.values():  # the same signal may come once more
+                time.sleep(max(moment + 1 - time.monotonic(), 0))
 
 
 class Screen(logging.StreamHandler):

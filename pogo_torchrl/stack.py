@@ -24,7 +24,9 @@ class TrainerStack:
             and ``alpha``; all at the same update, and made with ``compile=True``, so that none of
             them moves its targets by itself.
         active: called with a trainer's place; a context in which the global random state is that
-            trainer's, as are the logs.
+            trainer's.
+        around_hooks: the same, where its hooks and checkpoints act, not at each update. Defaults to
+            ``active``.
         lr: learning rate of every Adam.
         tau: Polyak step of the targets.
         compile: run the update of the stack as one graph.
@@ -39,6 +41,7 @@ class TrainerStack:
         trainers: Sequence[POGOTrainer],
         active: Callable[[int], AbstractContextManager],
         *,
+        around_hooks: Callable[[int], AbstractContextManager] | None = None,
         lr: float,
         tau: float,
         compile: bool = False,
@@ -48,7 +51,7 @@ class TrainerStack:
         if len(steps) > 1:
             raise ValueError(f"trainers of a stack must be at one update, not at {sorted(steps)}.")
         self.trainers = list(trainers)
-        self.active = active
+        self.active, self.around_hooks = active, around_hooks or active
         self.errors: list[Exception | None] = [None] * len(trainers)
         self._update = Update(
             [trainer.loss_module for trainer in trainers],
@@ -110,7 +113,7 @@ class TrainerStack:
             if self.errors[place] is not None:
                 continue
             try:
-                with self.active(place):
+                with self.around_hooks(place):
                     action(trainer)
             except Exception as error:  # it ends this one, whatever it is
                 self.errors[place] = error

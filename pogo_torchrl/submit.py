@@ -43,11 +43,11 @@ from pogo_torchrl.launch import (
     Screen,
     failure,
     is_done,
-    on_signals,
     run_locally,
     state,
     updates_made,
 )
+from pogo_torchrl.run import on_signals
 from pogo_torchrl.sweeps import Run
 
 if TYPE_CHECKING:

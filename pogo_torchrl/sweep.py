@@ -30,13 +30,13 @@ from pogo_torchrl.launch import (
     Outcome,
     Screen,
     failure,
-    on_signals,
     run_locally,
     slots,
     state,
     updates_made,
 )
 from pogo_torchrl.main import refuse
+from pogo_torchrl.run import on_signals
 from pogo_torchrl.submit import run_by_submitit, run_on_slurm
 from pogo_torchrl.sweeps import Run, read_sweep, stacks
 
