@@ -339,7 +339,6 @@ class POGOLoss(LossModule):
     def draw_noise(
         self,
         tensordict: TensorDictBase,
-        generator: torch.Generator | None = None,
         *,
         critic: bool = True,
         actors: Sequence[int] | None = None,
@@ -348,7 +347,6 @@ class POGOLoss(LossModule):
 
         Args:
             tensordict: the batch, of which only shapes matter.
-            generator: where they come from. Defaults to torch's own.
             critic: draw those of the TD target. Defaults to ``True``.
             actors: draw those of these actors. Defaults to all.
 
@@ -385,12 +383,7 @@ class POGOLoss(LossModule):
                 if i and not self.shared_noise:
                     shapes[f"reference_{i}"] = (self.num_samples,)
         sizes = [math.prod((*batch_size, *shape, dim)) for shape in shapes.values()]
-        flat = torch.randn(
-            sum(sizes),
-            dtype=self.min_action.dtype,
-            device=self.min_action.device,
-            generator=generator,
-        )
+        flat = torch.randn(sum(sizes), dtype=self.min_action.dtype, device=self.min_action.device)
         noise = {
             name: part.view(*batch_size, *shape, dim)
             for (name, shape), part in zip(shapes.items(), flat.split(sizes))

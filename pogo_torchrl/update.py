@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,13 +52,12 @@ class Update:
         bf16: bool = False,
     ) -> None:
         self.losses = list(losses)
-        self.loss = losses[0]
+        self.loss = first = losses[0]
         self.tau, self.bf16 = tau, bf16
         # Compiled, a single run is a stack of one: products over a stack are traced into batched
         # ones, whose biases join the activations (a linear layer's are written beforehand).
         self.stacked = stacked or compile
         self._unsqueezes = compile and not stacked
-        first = self.loss
         # Actor i of all runs is one contiguous block, since it is what a step reads and writes.
         actors = self._side_by_side("actor_network_params", 1)
         self.actors = list(actors.unbind(0))
@@ -119,18 +118,14 @@ class Update:
             The scalars of the critics and of the actors (``None`` without), in the order of
             :attr:`names`, ``[M]`` or ``[R, M]``.
         """
-        with _matmul_precision(self.loss.min_action):
-            return self._call(batch, noise, with_actors)
-
-    def _call(
-        self, batch: TensorDictBase, noise: Noise, with_actors: bool
-    ) -> tuple[Tensor, Tensor | None]:
         if self._unsqueezes:
             batch = batch.unsqueeze(0)
             noise = {name: z.unsqueeze(0) for name, z in noise.items()}
-            results = self._run(batch, noise, with_actors)
-            return tuple(r if r is None else r.squeeze(0) for r in results)  # type: ignore
-        return self._run(batch, noise, with_actors)
+        with _matmul_precision(self.loss.min_action):
+            critics, actors = self._run(batch, noise, with_actors)
+        if self._unsqueezes:
+            return critics.squeeze(0), None if actors is None else actors.squeeze(0)
+        return critics, actors
 
     def _update(
         self, batch: TensorDictBase, noise: Noise, with_actors: bool
@@ -217,11 +212,16 @@ def _matmul_precision(like: Tensor) -> Iterator[None]:
     Asked for "bf16" it takes over from torch's BLAS. Processors without bfloat16 then compute in
     float32, AMD's twice as fast as before; the others really round, which :func:`_is_exact` sees.
     """
+    chosen = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    wanted = chosen == "none" and like.device.type == "cpu" and _is_exact()
+    with _onednn() if wanted else nullcontext():
+        yield
+
+
+@contextmanager
+def _onednn() -> Iterator[None]:
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
-    if before != "none" or like.device.type != "cpu" or not _is_exact():
-        yield
-        return
     setting.fp32_precision = "bf16"
     try:
         yield
@@ -235,13 +235,8 @@ def _is_exact() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     x = torch.linspace(-1, 1, 256 * 256).view(256, 256).cos()
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
+    with _onednn():
         product = x @ x
-    finally:
-        setting.fp32_precision = before
     expected = x.double() @ x.double()
     return bool((product - expected).abs().max() < 1e-5 * expected.abs().max())
 

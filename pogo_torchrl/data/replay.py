@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +95,10 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
 
     def fingerprint(self) -> str:
         """SHA-256 of the rows: equal for equal data, wherever they came from."""
+        return self._digest
+
+    @cached_property  # the runs of a stack share the data
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for key, values in sorted(self[:].flatten_keys(".").items()):
             digest.update(f"{key} {tuple(values.shape)} ".encode())
