@@ -18,6 +18,24 @@ SMALL = [
 CLOCKS = ("seconds", "updates_per_second")
 
 
+class Rows:
+    """A sink of a trainer's hooks that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict]] = []
+
+    def write(self, step: int, rows) -> None:
+        self.rows += [(step, dict(row)) for row in rows]
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for step, _ in self.rows]
+
+    def numbers(self) -> list[tuple[int, dict]]:
+        """The rows without what a clock has measured."""
+        return [(s, {k: v for k, v in row.items() if k not in CLOCKS}) for s, row in self.rows]
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, str(EXAMPLE), *SMALL, *arguments]
 

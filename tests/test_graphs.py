@@ -8,6 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from runs import Rows
 from tensordict import TensorDict
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,15 +62,6 @@ def _address(x):
     return x.untyped_storage().data_ptr()
 
 
-class Rows:
-    def __init__(self):
-        self.rows = []
-
-    def write(self, step, rows):
-        clocks = ("seconds", "updates_per_second")
-        self.rows += [(step, {k: v for k, v in row.items() if k not in clocks}) for row in rows]
-
-
 def offline(rows):
     return OfflineReplayBuffer(
         rows,
@@ -117,7 +109,7 @@ def trained(trainer):
         "stepper": trainer.optimization_stepper.state_dict(),
         "sums": trainer.metrics[0].state_dict(),
         "count": trainer._optim_count,
-        "rows": trainer.metrics[0].sinks[0].rows,
+        "rows": trainer.metrics[0].sinks[0].numbers(),
         "random": torch.get_rng_state(),
     }
 

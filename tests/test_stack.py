@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from runs import assert_same, state
+from runs import Rows, assert_same, state
 from torch.testing import assert_close
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -24,15 +24,6 @@ from pogo_torchrl.sweeps import MOST_STACKED, Run, stacks
 # seed, w2_weights, alpha
 CASES = [(0, (0.2, 0.5), 1.0), (1, (0.2, 0.5), 1.0), (1, (0.7, 0.1), 0.3)]
 TAU = 0.1
-
-
-class Rows:
-    def __init__(self):
-        self.rows = []
-
-    def write(self, step, rows):
-        clocks = ("seconds", "updates_per_second")
-        self.rows += [(step, {k: v for k, v in row.items() if k not in clocks}) for row in rows]
 
 
 class Together:
@@ -128,7 +119,7 @@ def test_each_run_of_a_stack_equals_the_run_alone(make, settings):
         assert_close(of(other), of(one), rtol=1e-9, atol=1e-9)
     for one, other in zip(alone.sinks, stack.sinks):
         assert [step for step, _ in one.rows] == [7, 14, 21, 28, 30]
-        assert_close(other.rows, one.rows, rtol=1e-9, atol=1e-9)
+        assert_close(other.numbers(), one.numbers(), rtol=1e-9, atol=1e-9)
     # ... and they are three different runs
     weights = [trainer.loss_module.state_dict() for trainer in stack.trainers]
     key = next(key for key in weights[0] if key.endswith("weight"))

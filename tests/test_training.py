@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from runs import Rows
 from torch.testing import assert_close
 
 from pogo_torchrl import POGOTrainer
@@ -21,24 +22,6 @@ from pogo_torchrl.hooks import (
     StopOnDivergence,
 )
 from pogo_torchrl.training import Ticks
-
-
-class Rows:
-    """A sink that remembers."""
-
-    def __init__(self):
-        self.rows = []
-
-    def write(self, step, rows):
-        self.rows += [(step, dict(row)) for row in rows]
-
-    @property
-    def steps(self):
-        return [step for step, _ in self.rows]
-
-    def numbers(self):
-        clocks = ("seconds", "updates_per_second")
-        return [(s, {k: v for k, v in row.items() if k not in clocks}) for s, row in self.rows]
 
 
 @pytest.fixture
