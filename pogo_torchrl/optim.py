@@ -61,11 +61,15 @@ class Adam:
         torch._foreach_lerp_(self.exp_avg, gradients, 1 - beta1)
         torch._foreach_mul_(self.exp_avg_sq, beta2)
         torch._foreach_addcmul_(self.exp_avg_sq, gradients, gradients, 1 - beta2)
-        size = self.lr / (1 - beta1**self.steps)
-        correction = (1 - beta2**self.steps).rsqrt()
+        # Joined, two numbers in memory: torch.compile would work them out anew at each parameter.
+        size, correction = (
+            torch.cat([self.lr / (1 - beta1**self.steps), (1 - beta2**self.steps).rsqrt()])
+            .to(self.params[0].dtype)
+            .unbind()
+        )
         for parameter, m, v in zip(self.params, self.exp_avg, self.exp_avg_sq):
-            denominator = v.sqrt().mul_(correction.to(v.dtype)).add_(self.eps)
-            parameter.sub_(m / denominator * size.to(m.dtype))
+            denominator = v.sqrt().mul_(correction).add_(self.eps)
+            parameter.sub_(m / denominator * size)
 
     def state_dict(self, part: int | None = None) -> dict[str, Any]:
         """Moments and count; of stacked networks, those of the one at ``part``."""

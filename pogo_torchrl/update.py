@@ -57,7 +57,6 @@ class Update:
         # Compiled, a single run is a stack of one: products over a stack are traced into batched
         # ones, whose biases join the activations (a linear layer's are written beforehand).
         self.stacked = stacked or compile
-        self._unsqueezes = compile and not stacked
         # Actor i of all runs is one contiguous block, since it is what a step reads and writes.
         actors = self._side_by_side("actor_network_params", 1)
         self.actors = list(actors.unbind(0))
@@ -89,7 +88,11 @@ class Update:
                 for i, actor in enumerate(self.actors)
             },
         }
-        self._run = _compiled(self._update) if compile else self._update
+        if compile:
+            device = first.min_action.device.type
+            self._run = _compiled(self._update if stacked else self._update_one, device)
+        else:
+            self._run = self._update
 
     def state_dict(self, run: int = 0) -> dict[str, Any]:
         """The optimizers' states of one run: the same, stacked or not."""
@@ -118,14 +121,15 @@ class Update:
             The scalars of the critics and of the actors (``None`` without), in the order of
             :attr:`names`, ``[M]`` or ``[R, M]``.
         """
-        if self._unsqueezes:
-            batch = batch.unsqueeze(0)
-            noise = {name: z.unsqueeze(0) for name, z in noise.items()}
         with _matmul_precision(self.loss.min_action):
-            critics, actors = self._run(batch, noise, with_actors)
-        if self._unsqueezes:
-            return critics.squeeze(0), None if actors is None else actors.squeeze(0)
-        return critics, actors
+            return self._run(batch, noise, with_actors)
+
+    def _update_one(
+        self, batch: TensorDictBase, noise: Noise, with_actors: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        noise = {name: z.unsqueeze(0) for name, z in noise.items()}
+        critics, actors = self._update(batch.unsqueeze(0), noise, with_actors)
+        return critics.squeeze(0), None if actors is None else actors.squeeze(0)
 
     def _update(
         self, batch: TensorDictBase, noise: Noise, with_actors: bool
@@ -257,7 +261,7 @@ def _leaves(params: TensorDict, names: Sequence[NestedKey]) -> tuple[TensorDict,
 _instances = itertools.count()
 
 
-def _compiled(update: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(update: Callable[..., Any], device: str) -> Callable[..., Any]:
     """The update as one graph: losses, gradients and optimizers together."""
 
     # torch.compile keeps one cache for all instances: a number tells them apart, once it is used.
@@ -273,6 +277,13 @@ def _compiled(update: Callable[..., Any]) -> Callable[..., Any]:
             # With torch's own generator, so that draws are those of the update as it is written.
             "fallback_random": True,
             "guard_filter_fn": _on_arguments,
+            # What launches the kernels is compiled too. On a GPU CUDA graphs leave nothing of it.
+            "cpp_wrapper": device == "cpu",
+            # It would move the masks of ReLU's gradient up to where its inputs are still at hand,
+            # which then are kept for them beside the outputs.
+            "reorder_for_locality": False,
+            # The guards look at the arguments, and parameters keep their shapes.
+            "size_asserts": False,
         },
     )
     number = next(_instances)

@@ -87,7 +87,7 @@ def make(make_loss, make_buffer, make_batch):
         if hook is not None:
             trainer.register_op("post_optim", hook)
         update = trainer.optimization_stepper.update
-        update._run = update._update  # what torch.compile would trace
+        update._run = update._update_one  # what torch.compile would trace
         trainer.tapes = []
         if graphs:
 
@@ -271,7 +271,7 @@ def test_an_update_never_waits_for_the_host(unit_spec, make_batch, monkeypatch):
         loss, buffer, 10, progress_bar=False, compile=True, policy_freq=2, hooks=[LogMetrics([], 9)]
     )
     update = trainer.optimization_stepper.update
-    update._run = update._update
+    update._run = update._update_one
     with Watch():
         trainer.optim_steps(TensorDict({}, [4]))
     loss.w2_backend = "tensorized"  # reads one
