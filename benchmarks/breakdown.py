@@ -3,9 +3,9 @@
     python benchmarks/breakdown.py [--threads N] [--figure FILE.svg]
 
 Prints a Markdown table, the rounds of median length, and draws docs/figures/update.svg. Summed up
-are the profiler's times of what runs within a part, backward as forward; what they leave of the
-time is Python's and that of launching operations. Profiling slows everything down, so the parts are
-scaled to the time of an update without it.
+are the profiler's times of what runs within a part, backward as forward, scaled to the time without
+a profiler, which slows everything down; what they leave of an update without names of parts and
+kernels, which slow launching down, is Python's and that of launching operations.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ COLOURS = {
     ELEMENTWISE: "#009E73",
     REST: "#BBBBBB",
 }
-_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
+_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aoti_torch_cpu_bmm_out"}
 # What moves no data, or only asks for memory or for a number.
 _LAUNCHING = (
     "as_strided detach empty empty_like empty_strided expand linear matmul new_empty select slice "
@@ -76,9 +76,9 @@ def part_of(event: FunctionEvent, transport: set[int]) -> str:
     if name in _PRODUCTS:
         return PRODUCTS
     if "_cpp_fused" in name:  # a compiled kernel, named by what it fuses
-        if "foreach_addcmul" in name:
-            return ADAM
-        return TRANSPORT if "_exp_" in name else ELEMENTWISE
+        if "_exp_" in name:  # nearly all of its time, whatever else it has taken in
+            return TRANSPORT
+        return ADAM if "foreach_addcmul" in name else ELEMENTWISE
     if name in ("aten::normal_", "aten::random_", "aten::index"):
         return SAMPLING
     return ELEMENTWISE if name.startswith("aten::") and name not in _NO_WORK else REST
@@ -93,19 +93,21 @@ def within(events: list[FunctionEvent], name: str) -> Iterator[FunctionEvent]:
             yield event
 
 
-def measure(function: training.Updates, updates: int) -> dict[str, float]:
-    """Milliseconds of an update, by part."""
+def measure(function: training.Updates, named: training.Updates, updates: int) -> dict[str, float]:
+    """Milliseconds of an update, by part; the same updates as they are, and with names."""
     time = seconds(lambda: function(updates), repeats=1, warmup=0)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        profiled = seconds(lambda: function(updates), repeats=1, warmup=0)
+    with named_parts():
+        scale = seconds(lambda: named(updates), repeats=1, warmup=0)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            scale /= seconds(lambda: named(updates), repeats=1, warmup=0)
     events = profiler.events()
     # An operation and its backward have one number.
     transport = {e.sequence_nr for e in within(events, TRANSPORT) if e.sequence_nr >= 0}
     parts = dict.fromkeys(COLOURS, 0.0)
     for event in events:
-        parts[part_of(event, transport)] += event.self_cpu_time_total / 1e6
-    parts[REST] += profiled - sum(parts.values())
-    return {part: 1e3 * own * time / profiled / updates for part, own in parts.items()}
+        parts[part_of(event, transport)] += scale * event.self_cpu_time_total / 1e6
+    parts[REST] += time - sum(parts.values())
+    return {part: 1e3 * own / updates for part, own in parts.items()}
 
 
 @contextmanager
@@ -185,19 +187,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = training.write_rows(Path(folder, "data.hdf5"), training.ROWS)
         names = (training.PLAIN, "POGO", "POGO, compiled")
+        candidates = {name: training.make(name, path, cpu, 3) for name in names}
         with named_parts():
-            candidates = {name: training.make(name, path, cpu, 3) for name in names}
+            named = {name: training.make(name, path, cpu, 3) for name in names}
+        for function in candidates.values():
+            function(training.STRETCH)
         with inductor.patch({"cpp.enable_kernel_profile": True}):  # kernels have names then
-            for function in candidates.values():
+            for function in named.values():
                 function(training.STRETCH)
-        with named_parts():  # in turns, so that what else the machine does meets all alike
-            rounds = [
-                {
-                    name: measure(function, arguments.updates)
-                    for name, function in candidates.items()
-                }
-                for _ in range(arguments.rounds)
-            ]
+        rounds = [  # in turns, so that what else the machine does meets all alike
+            {name: measure(candidates[name], named[name], arguments.updates) for name in names}
+            for _ in range(arguments.rounds)
+        ]
     found = {name: median([one[name] for one in rounds]) for name in names}
     rows = [[part, *(f"{parts[part]:.2f}" for parts in found.values())] for part in COLOURS]
     rows.append(["all", *(f"{sum(parts.values()):.2f}" for parts in found.values())])
