@@ -103,7 +103,7 @@ class RunConfig:
     resume: bool = _option(False, "go on from the newest checkpoint of the same run")
     device: str = _option("auto", "auto (a GPU where there is one), cpu or cuda")
     compile: str = _option(
-        "auto", "torch.compile of the update: true, false, or auto (from 20000 total_steps on)"
+        "auto", "torch.compile of the update: true, false, or auto (from 10000 total_steps on)"
     )
     bf16: bool = _option(False, "networks in bfloat16 during updates, never for acting")
     deterministic: bool = _option(

@@ -443,8 +443,8 @@ def choose_compile(choice: str, total_steps: int) -> bool:
     if str(choice).lower() != "auto":
         wanted = str(choice).lower() == "true"
     else:
-        # Shorter runs are over before the minute that compiling takes is won back.
-        wanted = total_steps >= 20_000
+        # Compiling is won back after 3,000 to 6,000 updates (docs/speed.md).
+        wanted = total_steps >= 10_000
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     if not wanted or (compiler and headers):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import gymnasium
 import h5py
 import numpy as np
@@ -11,6 +13,7 @@ from runs import assert_same, pogo, rows, run_folder, state
 
 from pogo_torchrl import load_actors
 from pogo_torchrl.envs import make_env
+from pogo_torchrl.run import choose_compile
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +192,20 @@ def test_help_lists_every_option(cache, tmp_path):
     process = pogo(tmp_path, cache, "--help")
     assert process.returncode == 0
     assert [name for name in options() if f"  {name} " not in process.stdout] == []
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("choice", "total_steps", "compiled"),
+    [("auto", 9_999, False), ("auto", 10_000, True), ("true", 1, True), ("false", 10**6, False)],
+)
+def test_what_is_compiled_depends_on_the_length_of_the_run_alone(choice, total_steps, compiled):
+    assert choose_compile(choice, total_steps) is compiled
+
+
+def test_without_a_compiler_auto_goes_on_and_true_says_what_to_install(monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert choose_compile("auto", 10_000) is False
+    assert "a C++ compiler (g++) is missing" in caplog.text
+    with pytest.raises(ValueError, match="compile=true needs a C"):
+        choose_compile("true", 1)
