@@ -277,7 +277,8 @@ def _compiled(update: Callable[..., Any], device: str) -> Callable[..., Any]:
             # With torch's own generator, so that draws are those of the update as it is written.
             "fallback_random": True,
             "guard_filter_fn": _on_arguments,
-            # What launches the kernels is compiled too. On a GPU CUDA graphs leave nothing of it.
+            # What launches the kernels is compiled too; on a GPU, where CUDA graphs do away with it
+            # but for stacks, that is untried.
             "cpp_wrapper": device == "cpu",
             # It would move the masks of ReLU's gradient up to where its inputs are still at hand,
             # which then are kept for them beside the outputs.

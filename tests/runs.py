@@ -36,6 +36,16 @@ class Rows:
         return [(s, {k: v for k, v in row.items() if k not in CLOCKS}) for s, row in self.rows]
 
 
+def spoil_at(trainer, step: int) -> None:
+    """Have the critics of a trainer hold NaN from an update on."""
+
+    def spoil() -> None:
+        if trainer.collected_frames == step:
+            next(trainer.loss_module.qvalue_network_params.parameters()).data.fill_(float("nan"))
+
+    trainer.register_op("post_steps", spoil)
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, str(EXAMPLE), *SMALL, *arguments]
 

@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from runs import Rows
+from runs import Rows, spoil_at
 from tensordict import TensorDict
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -206,12 +206,7 @@ def test_a_batch_of_another_size_is_updated_on_without_a_graph(make, make_batch)
 
 def test_a_divergence_is_noticed_under_replays(make):
     trainer = make(True, guard=True)
-
-    def spoil():
-        if trainer.collected_frames == 20:
-            next(trainer.loss_module.qvalue_network_params.parameters()).data.fill_(float("nan"))
-
-    trainer.register_op("post_steps", spoil)
+    spoil_at(trainer, 20)
     with pytest.raises(DivergenceError, match=r"at update 30.*loss_qvalue.*became infinite or NaN"):
         trainer.train()
 

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from runs import Rows
+from runs import Rows, spoil_at
 from torch.testing import assert_close
 
 from pogo_torchrl import POGOTrainer
@@ -237,12 +237,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_loss, make_buffer, tmp_pat
         )
 
     trainer, said = guarded(make, checkpoint_dir=tmp_path)
-
-    def spoil():
-        if trainer.collected_frames == 9:
-            next(trainer.loss_module.qvalue_network_params.parameters()).data.fill_(float("nan"))
-
-    trainer.register_op("post_steps", spoil)
+    spoil_at(trainer, 9)
     with pytest.raises(DivergenceError, match=r"at update 12.*loss_qvalue.*larger w2_weights"):
         trainer.train()
     assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["06", "09"]
