@@ -15,10 +15,10 @@ from tensordict import TensorDict
 from pogo_torchrl.data.replay import Normalization, OfflineReplayBuffer
 from pogo_torchrl.envs import max_episode_steps
 from pogo_torchrl.evaluation import Evaluator
-from pogo_torchrl.hooks import LogMetrics
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.run import check_memory, choose_device, env_fn, make_loss
-from pogo_torchrl.training import POGOTrainer
+from pogo_torchrl.trainers.hooks import LogMetrics
+from pogo_torchrl.trainers.trainer import POGOTrainer
 
 # Checkpoints that a trainer keeps; bytes of a row of metrics.csv, and of the figure, the logs and
 # what a checkpoint holds beside the networks.

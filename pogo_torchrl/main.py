@@ -12,8 +12,8 @@ import torch
 from omegaconf import DictConfig
 
 from pogo_torchrl import configs
-from pogo_torchrl.hooks import DivergenceError, EvaluationError
 from pogo_torchrl.run import Stopped, run
+from pogo_torchrl.trainers.hooks import DivergenceError, EvaluationError
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -115,6 +115,20 @@ class TransportActor(TensorDictModule):
         return torch.zeros(shape, dtype=dtype, device=observation.device)
 
 
+class QValueOperator(ValueOperator):
+    """A TorchRL ``ValueOperator`` that writes what its network gives as it is.
+
+    ``ValueOperator`` itself asks at each call whether the value could be a pandas table, and for
+    that whether pandas is installed (tensordict 0.14): a tenth of the time of an eager update.
+    """
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the value of the state and action in ``tensordict``."""
+        inputs = [tensordict.get(key) for key in self.in_keys]
+        return tensordict.set(self.out_keys[0], self.module(*inputs))
+
+
 class TransportNet(nn.Module):
     """An MLP on the concatenation ``[s, z]``: the network f inside a :class:`TransportActor`.
 
@@ -236,8 +250,8 @@ def make_qvalue(
             actions that the data do not hold (Ball et al., 2023). Defaults to ``False``.
 
     Returns:
-        A TorchRL ``ValueOperator`` from ``observation``, ``action`` to ``state_action_value``
-        of shape ``[*B, 1]``.
+        A :class:`QValueOperator`, which is a TorchRL ``ValueOperator``, from ``observation``,
+        ``action`` to ``state_action_value`` of shape ``[*B, 1]``.
 
     Example:
         >>> import torch
@@ -254,7 +268,7 @@ def make_qvalue(
         norm_class=nn.LayerNorm if layer_norm else None,
         norm_kwargs=[{"normalized_shape": width} for width in hidden_sizes] if layer_norm else None,
     )
-    return ValueOperator(mlp, in_keys=["observation", "action"])
+    return QValueOperator(mlp, in_keys=["observation", "action"])
 
 
 def _check_sizes(observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:

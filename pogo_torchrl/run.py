@@ -33,18 +33,18 @@ from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
 from pogo_torchrl.envs import BACKENDS, make_env, max_episode_steps, score, split_task
 from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
 from pogo_torchrl.files import atomic_write, cannot_write, make_writable, physical_memory
-from pogo_torchrl.hooks import (
-    Evaluate,
-    LogMetrics,
-    StopOnDivergence,
-)
 from pogo_torchrl.logging import CSVSink, LoggerSink, check_logger, make_logger
 from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.policies import on_raw_observations, save_actors
 from pogo_torchrl.report import plot_curves, score_table
-from pogo_torchrl.stack import TrainerStack
-from pogo_torchrl.training import POGOTrainer
+from pogo_torchrl.trainers.hooks import (
+    Evaluate,
+    LogMetrics,
+    StopOnDivergence,
+)
+from pogo_torchrl.trainers.stack import TrainerStack
+from pogo_torchrl.trainers.trainer import POGOTrainer
 
 LOGGER = logging.getLogger("pogo_torchrl")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -16,6 +18,17 @@ SMALL = [
     "compile=false",
 ]  # fmt: skip
 CLOCKS = ("seconds", "updates_per_second")
+
+
+def example(name: str) -> ModuleType:
+    """One of the examples as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLE.with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 class Rows:

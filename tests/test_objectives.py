@@ -23,7 +23,7 @@ from torchrl.objectives.value import TD0Estimator
 from pogo_torchrl import POGOLoss, TransportActor, make_actor, make_qvalue
 from pogo_torchrl.modules import make_transport_net
 
-ALL_PARAMS = ["actor_network_params", "qvalue_network_params"]
+ALL_PARAMS = ["actor_network_0_params", "actor_network_1_params", "qvalue_network_params"]
 ESTIMATORS = [ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda]
 
 
@@ -34,6 +34,11 @@ def seeded(function, *args, seed=1, **kwargs):
 
 def gradients(loss, name):
     return [p.grad for p in getattr(loss, name).parameters()]
+
+
+def actor_gradients(loss):
+    """By actor."""
+    return [gradients(loss, f"actor_network_{i}_params") for i in range(loss.num_actors)]
 
 
 def set_target_values(loss, *values):
@@ -70,18 +75,17 @@ class TestTorchRLConventions:
     def test_actor_loss_trains_its_own_actor_only(self, make_loss, make_batch, index):
         loss = make_loss(w2_weights=(0.2, 0.3, 0.4), delay_actor=True)
         loss.actor_loss(make_batch(), index)[0].backward()
-        for gradient in gradients(loss, "actor_network_params"):
-            moved = gradient.flatten(1).abs().sum(1) > 0
-            assert moved.tolist() == [i == index for i in range(3)]
+        for i, found in enumerate(actor_gradients(loss)):
+            assert [g is not None and bool(g.abs().sum() > 0) for g in found] == [i == index] * 6
         assert gradients(loss, "qvalue_network_params") == [None] * 6
-        assert not any(p.requires_grad for p in loss.target_actor_network_params.values(1, 1))
+        assert not any(p.requires_grad for p in loss.target_actor_network_0_params.values(1, 1))
 
     def test_qvalue_loss_trains_both_critics_and_nothing_else(self, make_loss, make_batch):
         loss = make_loss(delay_actor=True)
         loss.qvalue_loss(make_batch())[0].backward()
         for gradient in gradients(loss, "qvalue_network_params"):
             assert (gradient.flatten(1).abs().sum(1) > 0).all()
-        assert gradients(loss, "actor_network_params") == [None] * 6
+        assert actor_gradients(loss) == [[None] * 6] * 2
         assert not any(p.requires_grad for p in loss.target_qvalue_network_params.values(1, 1))
 
     def test_forward_gives_each_term_its_own_gradients(self, make_loss, make_batch):
@@ -219,27 +223,30 @@ class TestTorchRLConventions:
         for p in loss.parameters():
             p.data.fill_(7.0)
         loss.reset_parameters_recursive()
-        for name in ALL_PARAMS:
-            params, target = getattr(loss, name), getattr(loss, f"target_{name}")
+        actors = torch.stack([getattr(loss, f"actor_network_{i}_params").data for i in range(3)])
+        for params in (actors, loss.qvalue_network_params.data):
             for key, value in params.items(True, True):
-                assert torch.equal(value, target[key])
                 if key[-1] not in ("weight", "bias"):
                     continue
-                assert all(len(p.unique()) == p.numel() for p in value.data)
-                assert len(value.data.flatten(1).unique(dim=0)) == len(value)
+                assert all(len(p.unique()) == p.numel() for p in value)
+                assert len(value.flatten(1).unique(dim=0)) == len(value)
                 fan_in = params[(*key[:-1], "weight")].shape[-1]
                 assert value.abs().max() <= 1 / math.sqrt(fan_in)
                 if value[0].numel() >= 16:
                     assert value.abs().max() > 0.7 / math.sqrt(fan_in)
+        for name in ("actor_network_0_params", "qvalue_network_params"):
+            target = getattr(loss, f"target_{name}")
+            for key, value in getattr(loss, name).items(True, True):
+                assert torch.equal(value, target[key])
 
     def test_reset_keeps_buffers_and_the_optimizers_parameters(self, make_loss, wide_spec):
         loss = make_loss(wide_spec)
         before = list(loss.parameters())
         loss.reset_parameters_recursive()
         assert all(a is b for a, b in zip(before, loss.parameters(), strict=True))
-        torch.testing.assert_close(
-            loss.actor_network_params["action_scale"], torch.tensor([2.0, 0.75]).expand(2, 2)
-        )
+        for i in range(2):
+            scale = getattr(loss, f"actor_network_{i}_params")["action_scale"]
+            torch.testing.assert_close(scale, torch.tensor([2.0, 0.75]))
 
 
 class TestConstructor:
@@ -334,11 +341,10 @@ class TestConstructor:
             "three": [make_actor(3, unit_spec, (8,)) for _ in range(3)],
         }[repeat]
         loss = POGOLoss(given, make_qvalue(3, 2, (8,)))
-        for params in (loss.actor_network_params, loss.qvalue_network_params):
-            for p in params.parameters():
-                assert len(p.data.flatten(1).unique(dim=0)) == len(p)
-        assert len(list(loss.actor_network_params.parameters())) == 4
-        assert loss.actor_network_params.shape == (3,)
+        actors = [torch.stack(each) for each in zip(*map(loss.actor_params, range(3)))]
+        for p in [*actors, *loss.qvalue_params()]:
+            assert len(p.data.flatten(1).unique(dim=0)) == len(p)
+        assert len(actors) == 4
         assert loss.qvalue_network_params.shape == loss.target_qvalue_network_params.shape == (2,)
 
     def test_the_given_actors_keep_their_weights_and_places(self, unit_spec):
@@ -348,12 +354,25 @@ class TestConstructor:
         for i, actor in enumerate(actors):
             torch.testing.assert_close(loss.actor(i)(s, z), actor(s, z))
 
-    def test_the_same_actor_three_times_trains_three_different_actors(self, unit_spec, make_batch):
-        loss = POGOLoss([make_actor(3, unit_spec, (8,))] * 3, make_qvalue(3, 2, (8,)))
-        before = loss.actor_network_params.data.clone()
+    @pytest.mark.parametrize("several", [False, True])
+    def test_the_given_actors_are_those_that_are_trained(self, unit_spec, make_batch, several):
+        actors = [make_actor(3, unit_spec, (8,)) for _ in range(2)]
+        given = actors if several else actors[0]
+        loss = POGOLoss(given, make_qvalue(3, 2, (8,)), w2_weights=(0.2, 0.5))
+        s, z = torch.randn(5, 3), torch.randn(5, 2)
+        before = actors[0](s, z)
         loss.actor_loss(make_batch())[0].backward()
         torch.optim.SGD(loss.parameters(), lr=1.0).step()
-        steps = (loss.actor_network_params.data - before)["module", "mlp", "0", "weight"]
+        assert not torch.equal(actors[0](s, z), before)
+        for i, actor in enumerate(actors if several else actors[:1]):
+            assert torch.equal(actor(s, z), loss.actor(i)(s, z))
+
+    def test_the_same_actor_three_times_trains_three_different_actors(self, unit_spec, make_batch):
+        loss = POGOLoss([make_actor(3, unit_spec, (8,))] * 3, make_qvalue(3, 2, (8,)))
+        before = [loss.actor_params(i)[0].data.clone() for i in range(3)]
+        loss.actor_loss(make_batch())[0].backward()
+        torch.optim.SGD(loss.parameters(), lr=1.0).step()
+        steps = torch.stack([loss.actor_params(i)[0].data - before[i] for i in range(3)])
         assert (steps.flatten(1).norm(dim=1) > 0).all()
         assert len(steps.flatten(1).unique(dim=0)) == 3
 
@@ -373,7 +392,7 @@ class TestTargets:
             loss(make_batch())
             updater.step()
         names = {k.split(".")[0] for k in old}
-        assert ("target_actor_network_params" in names) == delay_actor
+        assert ("target_actor_network_0_params" in names) == delay_actor
         for key, value in loss.state_dict().items():
             if key in old and key.endswith(("weight", "bias")):
                 torch.testing.assert_close(value, old[key] + 0.25)
@@ -390,10 +409,10 @@ class TestTargets:
         loss, batch = make_loss(delay_actor=delay_actor), make_batch()
         before = seeded(loss.qvalue_loss, batch)[1]["next_state_value"]
         kind, index = changed.split()
-        name = "actor_network_params" if kind == "online" else "target_actor_network_params"
+        name = f"{'target_' if kind == 'target' else ''}actor_network_{index}_params"
         for key, value in getattr(loss, name).items(True, True):
             if key[-1] == "bias":
-                value.data[int(index)] += 3.0
+                value.data += 3.0
         after = seeded(loss.qvalue_loss, batch)[1]["next_state_value"]
         follows = changed == ("target 0" if delay_actor else "online 0")
         assert (after != before) == follows
@@ -521,7 +540,7 @@ class TestChain:
         def fail(*args, **kwargs):
             raise AssertionError
 
-        monkeypatch.setattr("pogo_torchrl.objectives.sinkhorn_divergence", fail)
+        monkeypatch.setattr("pogo_torchrl.objectives.pogo.sinkhorn_divergence", fail)
         assert make_loss(w2_weights=(0.2,))(make_batch())["loss_actor"].isfinite()
         with pytest.raises(AssertionError):
             make_loss()(make_batch())
@@ -532,9 +551,8 @@ class TestChain:
         loss = POGOLoss(
             [actor], qvalue, w2_weights=(0.2,), num_qvalue_nets=1, delay_actor=delay_actor
         ).make_value_estimator(gamma=0.9)
-        names = ("actor_network", "target_actor_network", "qvalue_network", "target_qvalue_network")
-        for name, params in {n: getattr(loss, f"{n}_params") for n in names}.items():
-            assert params.batch_size == (1,), name
+        for params in (loss.qvalue_network_params, loss.target_qvalue_network_params):
+            assert params.batch_size == (1,)
         # a list holds the networks themselves
         observation = torch.randn(5, 3)
         given = actor(observation, torch.ones(5, 2))
@@ -612,8 +630,8 @@ class TestChain:
         loss = POGOLoss(actor, make_qvalue(3, 2, (8,)), action_spec=unit_spec)
         out = loss(make_batch())
         out["loss_actor"].backward()
-        for gradient in gradients(loss, "actor_network_params"):
-            assert (gradient.flatten(1).abs().sum(1) > 0).all()
+        for gradient in sum(actor_gradients(loss), []):
+            assert gradient.abs().sum() > 0
         td = loss.actor(-1)(TensorDict({"observation": torch.zeros(4, 3)}, [4]))
         assert td["action"].shape == (4, 2)
 
@@ -650,8 +668,32 @@ class TestActor:
         after = policy(s)
         assert not torch.equal(after, before)
         assert torch.equal(after, loss.actor(1)(s))
-        stacked = loss.actor_network_params["module", "mlp", "0", "weight"]
-        assert policy.module.mlp[0].weight.data_ptr() == stacked[1].data_ptr()
+        assert policy.module.mlp[0].weight is loss.actor_params(1)[0]
+
+    def test_each_actor_takes_an_ordinary_optimizer_of_its_own(self, make_loss, make_batch):
+        loss, batch = make_loss(), make_batch()
+        optimizers = [torch.optim.Adam(loss.actor_params(i), lr=1e-2) for i in range(2)]
+        for index in (1, 0):
+            loss.actor_loss(batch, index)[0].backward()
+            others = [p.clone() for p in loss.actor_params(1 - index)]
+            optimizers[index].step()
+            # the other one has momentum of its own, and stays where it is
+            assert all(map(torch.equal, others, loss.actor_params(1 - index)))
+        assert [id(p) for p in loss.actor_params(-1)] == [id(p) for p in loss.actor_params(1)]
+        with pytest.raises(IndexError, match=r"0\.\.1"):
+            loss.actor_params(2)
+
+    @pytest.mark.parametrize("change", ["cast", "load"])
+    def test_it_follows_a_cast_and_assigned_parameters(self, make_loss, change):
+        loss, other, s = make_loss(), make_loss(), torch.randn(5, 3)
+        policy = loss.actor(1)
+        if change == "cast":
+            loss.double().float()
+            for p in loss.actor_params(1):
+                p.data.add_(1.0)
+        else:
+            loss.load_state_dict(other.state_dict(), assign=True)
+        assert torch.equal(policy(s), loss.actor(1)(s))
 
     def test_it_follows_a_loaded_state_dict(self, make_loss):
         loss, other, s = make_loss(), make_loss(), torch.randn(5, 3)
@@ -729,13 +771,13 @@ class TestCopiesAndCasts:
         assert "POGOLoss" in repr(loss)
         prefixes = {name.split(".")[0] for name, _ in loss.named_parameters()}
         assert prefixes == set(ALL_PARAMS)
-        assert len(list(loss.parameters())) == 12
+        assert len(list(loss.parameters())) == 18
 
 
 class TestCompile:
     """Compiled losses give the numbers and gradients of the eager ones."""
 
-    def check(self, loss, batch, method, args, backend):
+    def check(self, loss, batch, method, args, backend, trained=6):
         torch._dynamo.reset()
         eager = getattr(loss, method)
         compiled = torch.compile(eager, backend=backend)
@@ -747,7 +789,7 @@ class TestCompile:
                 value.backward()
                 grads = [p.grad.clone() for p in loss.parameters() if p.grad is not None]
                 results.append((value.detach(), metadata, grads))
-            assert len(results[0][2]) == 6
+            assert len(results[0][2]) == trained
             torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
             for p in loss.parameters():  # the second round sees other weights
                 p.data.add_(0.01)
@@ -761,4 +803,5 @@ class TestCompile:
     def test_compiled(self, make_loss, make_batch, method):
         # inductor draws other random numbers than eager code unless told not to
         with torch._inductor.config.patch(fallback_random=True):
-            self.check(make_loss(), make_batch(), method, (), "inductor")
+            trained = 12 if method == "actor_loss" else 6
+            self.check(make_loss(), make_batch(), method, (), "inductor", trained)

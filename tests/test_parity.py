@@ -1,7 +1,7 @@
-"""The loss and its training step against a plain PyTorch implementation of the algorithm.
+"""The loss and its training against the method in plain PyTorch, examples/pogo_single_file.py.
 
-``Plain`` below is written from the method's equations: nn.Sequential networks, GeomLoss called
-directly, one Adam per actor; it shares no code with the package.
+That file is written from the method's equations: nn.Sequential networks, GeomLoss called directly,
+one torch.optim.Adam per actor; it shares no code with the loss and the trainer.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from geomloss import SamplesLoss
+from runs import example
 from tensordict import TensorDict
-from torch import nn
-from torch.nn.functional import mse_loss
-from torchrl.data import Bounded
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 
-from pogo_torchrl import POGOLoss, make_actor, make_qvalue
-from pogo_torchrl.training import POGOOptimizationStepper
+from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
+from pogo_torchrl.trainers import POGOOptimizationStepper
+
+single_file = example("pogo_single_file")
 
 OBS, ACT, BATCH = 3, 2, 16
-GAMMA, SIGMA, CLIP, BLUR = 0.9, 0.4, 0.5, 0.05
+GAMMA, SIGMA, CLIP, BLUR, LR, TAU = 0.9, 0.4, 0.5, 0.05, 1e-2, 0.1
 WEIGHTS = (0.3, 0.5, 2.0)
 BOUNDS = {
     "unit": ((-1.0, -1.0), (1.0, 1.0)),
@@ -30,17 +30,49 @@ BOUNDS = {
 }
 
 
-def plain_net(n_in, n_out):
-    return nn.Sequential(
-        nn.Linear(n_in, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, n_out)
-    )
+class Plain(single_file.POGO):
+    """The method in plain PyTorch, with targets that differ from the online networks."""
 
+    def __init__(self, low, high, dtype, **settings):
+        args = single_file.Args(
+            hidden=16, w2_weights=WEIGHTS, blur=BLUR, policy_noise=SIGMA, noise_clip=CLIP,
+            gamma=GAMMA, tau=TAU, lr=LR, **settings,
+        )  # fmt: skip
+        super().__init__(OBS, torch.tensor(low, dtype=dtype), torch.tensor(high, dtype=dtype), args)
+        with torch.no_grad():
+            for net in [*self.target_actors, *self.target_critics]:
+                for p in net.parameters():
+                    p.add_(0.1 * torch.randn_like(p))
 
-def noisy_copy(net):
-    net = copy.deepcopy(net).requires_grad_(False)
-    for p in net.parameters():
-        p.add_(0.1 * torch.randn_like(p))
-    return net
+    def as_pogo_loss(self, **settings):
+        """A POGOLoss of the same weights and settings."""
+        spec, args = Bounded(low=self.low, high=self.high), self.args
+        dtype = self.low.dtype
+        loss = POGOLoss(
+            [copy_weights(n, make_actor(OBS, spec, (16, 16)).to(dtype)) for n in self.actors],
+            [copy_weights(n, make_qvalue(OBS, ACT, (16, 16)).to(dtype)) for n in self.critics],
+            w2_weights=WEIGHTS,
+            num_samples=args.num_samples,
+            blur=BLUR,
+            policy_noise=SIGMA,
+            noise_clip=CLIP,
+            q_normalization=args.q_normalization,
+            alpha=args.alpha,
+            delay_actor=args.delay_actor,
+            **settings,
+        ).make_value_estimator(gamma=GAMMA)
+        self.load_targets(loss)
+        return loss
+
+    def load_targets(self, loss):
+        """Have a loss's targets be the same."""
+        stacked = loss.target_qvalue_network_params.data
+        targets = [(net, stacked[i]) for i, net in enumerate(self.target_critics)]
+        if self.args.delay_actor:
+            targets.append((self.target_actors[0], loss.target_actor_network_0_params.data))
+        for net, params in targets:
+            for name, value in layers(params).items():
+                value.copy_(net.get_parameter(name).data)
 
 
 def copy_weights(source, destination):
@@ -58,131 +90,37 @@ def layers(params):
     }
 
 
-class Plain:
-    """The algorithm in plain PyTorch, all draws of noise given from outside."""
-
-    def __init__(self, low, high, *, q_normalization, alpha, num_samples, delay_actor, dtype):
-        self.low, self.high = torch.tensor(low, dtype=dtype), torch.tensor(high, dtype=dtype)
-        self.q_normalization, self.alpha = q_normalization, alpha
-        self.num_samples, self.delay_actor, self.dtype = num_samples, delay_actor, dtype
-        self.actors = [plain_net(OBS + ACT, ACT).to(dtype) for _ in WEIGHTS]
-        self.critics = [plain_net(OBS + ACT, 1).to(dtype) for _ in range(2)]
-        # Targets that differ from the online networks, as they do during training.
-        self.target_actors = [noisy_copy(net) for net in self.actors]
-        self.target_critics = [noisy_copy(net) for net in self.critics]
-
-    def randn(self, *shape):
-        return torch.randn(*shape, dtype=self.dtype)
-
-    def act(self, net, s, z):
-        middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
-        return middle + half * torch.tanh(net(torch.cat([s, z], -1)))
-
-    def value(self, net, s, a):
-        return net(torch.cat([s, a], -1))[..., 0]
-
-    def unit(self, a):
-        return -1 + 2 * (a - self.low) / (self.high - self.low)
-
-    def qvalue_loss(self, batch, noise=None):
-        z, n = noise or (self.randn(BATCH, ACT), self.randn(BATCH, ACT))
-        with torch.no_grad():
-            s = batch["next", "observation"]
-            a = self.act(self.target_actors[0] if self.delay_actor else self.actors[0], s, z)
-            a = a + torch.clip(SIGMA * n, -CLIP, CLIP) * (self.high - self.low) / 2
-            a = torch.minimum(torch.maximum(a, self.low), self.high)
-            q = torch.minimum(*(self.value(net, s, a) for net in self.target_critics))
-            alive = 1 - batch["next", "terminated"][:, 0].to(self.dtype)
-            y = batch["next", "reward"][:, 0] + GAMMA * alive * q
-        s, a = batch["observation"], batch["action"]
-        return sum(mse_loss(self.value(net, s, a), y) for net in self.critics)
-
-    def actor_loss(self, batch, i, noise=None):
-        k = self.num_samples
-        z, z_own, z_reference = noise or (
-            self.randn(BATCH, ACT),
-            self.randn(BATCH, k, ACT),
-            self.randn(BATCH, k, ACT),
-        )
-        s = batch["observation"]
-        a = self.act(self.actors[i], s, z)
-        q = self.value(self.critics[0], s, a)
-        scale = self.alpha / q.abs().mean().item() if self.q_normalization else self.alpha
-        if i == 0:
-            distance = mse_loss(self.unit(a), self.unit(batch["action"]))
-        else:
-            s = s[:, None].expand(-1, k, -1)
-            own = self.unit(self.act(self.actors[i], s, z_own))
-            reference = self.unit(self.act(self.actors[i - 1], s, z_reference)).detach()
-            divergence = SamplesLoss("sinkhorn", p=2, blur=BLUR, backend="tensorized")
-            distance = divergence(own, reference.contiguous()).mean()
-        return -scale * q.mean() + WEIGHTS[i] * distance
-
-    def as_pogo_loss(self):
-        """A POGOLoss of the same weights and settings."""
-        spec = Bounded(low=self.low, high=self.high)
-        actors = [
-            copy_weights(net, make_actor(OBS, spec, (16, 16)).to(self.dtype)) for net in self.actors
-        ]
-        critics = [
-            copy_weights(net, make_qvalue(OBS, ACT, (16, 16)).to(self.dtype))
-            for net in self.critics
-        ]
-        loss = POGOLoss(
-            actors,
-            critics,
-            w2_weights=WEIGHTS,
-            num_samples=self.num_samples,
-            blur=BLUR,
-            policy_noise=SIGMA,
-            noise_clip=CLIP,
-            q_normalization=self.q_normalization,
-            alpha=self.alpha,
-            delay_actor=self.delay_actor,
-        ).make_value_estimator(gamma=GAMMA)
-        self.load_targets(loss)
-        return loss
-
-    def load_targets(self, loss):
-        targets = [(self.target_critics, loss.target_qvalue_network_params)]
-        if self.delay_actor:
-            targets.append((self.target_actors, loss.target_actor_network_params))
-        for nets, params in targets:
-            for i, net in enumerate(nets):
-                for name, value in layers(params.data[i]).items():
-                    value.copy_(net.get_parameter(name))
-
-
 @pytest.fixture
 def make_plain():
     def make(bounds="unit", *, dtype=torch.float64, **kwargs):
-        settings = {
-            "q_normalization": "mean_abs",
-            "alpha": 1.0,
-            "num_samples": 4,
-            "delay_actor": False,
-        }
-        return Plain(*BOUNDS[bounds], **{**settings, **kwargs}, dtype=dtype)
+        return Plain(*BOUNDS[bounds], dtype, **kwargs)
 
     return make
 
 
-def make_batch(plain):
+def make_rows(plain, count=BATCH):
     """Transitions of which a quarter are terminal and a quarter mere time-outs."""
-    rows = torch.arange(BATCH)[:, None]
+    rows, like = torch.arange(count)[:, None], plain.low
     return TensorDict(
         {
-            "observation": plain.randn(BATCH, OBS),
-            "action": plain.low + (plain.high - plain.low) * torch.rand(BATCH, ACT).to(plain.low),
+            "observation": torch.randn(count, OBS).to(like),
+            "action": plain.low + (plain.high - plain.low) * torch.rand(count, ACT).to(like),
             "next": {
-                "observation": plain.randn(BATCH, OBS),
-                "reward": plain.randn(BATCH, 1),
+                "observation": torch.randn(count, OBS).to(like),
+                "reward": torch.randn(count, 1).to(like),
                 "done": rows % 2 == 0,
                 "terminated": rows % 4 == 0,
             },
         },
-        [BATCH],
+        [count],
     )
+
+
+def columns(batch):
+    """A batch as the plain method takes it."""
+    end = batch["next", "terminated"][:, 0].to(batch["action"])
+    s, a, r = batch["observation"], batch["action"], batch["next", "reward"][:, 0]
+    return s, a, r, batch["next", "observation"], end
 
 
 @pytest.fixture
@@ -208,28 +146,40 @@ def noise_of_qvalue_loss(draws):
 def noise_of_actor_loss(draws, i):
     """K draws for actor i, the first for the Q term too, and K for its reference."""
     own = draws[f"actor_{i}"]
-    return own[:, 0], own, draws.get(f"reference_{i}")
+    return own[:, 0] if i else own, own, draws.get(f"reference_{i}")
 
 
-def assert_gradients_equal(params, i, net):
-    """Slice i of the stacked gradients equals those of a plain network."""
+def noise_of_update(draws):
+    """All draws of an update, as the plain method takes them."""
+    noise = {i: noise_of_actor_loss(draws, i) for i in range(len(WEIGHTS)) if f"actor_{i}" in draws}
+    return {"critic": noise_of_qvalue_loss(draws), **noise}
+
+
+def assert_gradients_equal(params, net, i=None):
+    """The gradients (or slice i of stacked ones) equal those of a plain network."""
     ours, plain = layers(params), dict(net.named_parameters())
     assert ours.keys() == plain.keys()
     for name, parameter in plain.items():
         assert parameter.grad.abs().sum() > 0
-        torch.testing.assert_close(ours[name].grad[i], parameter.grad, rtol=1e-5, atol=1e-9)
+        own = ours[name].grad if i is None else ours[name].grad[i]
+        torch.testing.assert_close(own, parameter.grad, rtol=1e-5, atol=1e-9)
 
 
-def assert_only_slice_has_gradient(params, i):
-    for p in params.parameters():
-        assert all((g == 0).all() for j, g in enumerate(p.grad) if j != i)
-
-
-def assert_weights_equal(params, net):
+def assert_weights_equal(params, net, atol=1e-6):
     ours, plain = layers(params), dict(net.named_parameters())
     assert ours.keys() == plain.keys()
     for name, parameter in plain.items():
-        torch.testing.assert_close(ours[name].data, parameter.data, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours[name].data, parameter.data, rtol=0, atol=atol)
+
+
+def assert_all_weights_equal(loss, plain, atol=1e-6):
+    for i, net in enumerate(plain.actors):
+        assert_weights_equal(getattr(loss, f"actor_network_{i}_params"), net, atol)
+    for i, (net, target) in enumerate(zip(plain.critics, plain.target_critics)):
+        assert_weights_equal(loss.qvalue_network_params[i], net, atol)
+        assert_weights_equal(loss.target_qvalue_network_params[i], target, atol)
+    if plain.args.delay_actor:
+        assert_weights_equal(loss.target_actor_network_0_params, plain.target_actors[0], atol)
 
 
 settings = pytest.mark.parametrize(
@@ -250,15 +200,15 @@ class TestFixedNoise:
     @pytest.mark.parametrize("delay_actor", [False, True])
     def test_qvalue_loss(self, make_plain, draws, bounds, delay_actor):
         plain = make_plain(bounds, delay_actor=delay_actor)
-        loss, batch = plain.as_pogo_loss(), make_batch(plain)
+        loss, batch = plain.as_pogo_loss(), make_rows(plain)
         value, _ = loss.qvalue_loss(batch)
-        expected = plain.qvalue_loss(batch, noise_of_qvalue_loss(draws))
+        expected = plain.qvalue_loss(columns(batch), noise_of_qvalue_loss(draws))
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
         value.backward()
         expected.backward()
         for i, net in enumerate(plain.critics):
-            assert_gradients_equal(loss.qvalue_network_params, i, net)
-        assert all(p.grad is None for p in loss.actor_network_params.parameters())
+            assert_gradients_equal(loss.qvalue_network_params, net, i)
+        assert all(p.grad is None for i in range(3) for p in loss.actor_params(i))
 
     @settings
     @pytest.mark.parametrize("index", range(len(WEIGHTS)))
@@ -269,20 +219,22 @@ class TestFixedNoise:
         plain = make_plain(
             bounds, q_normalization=q_normalization, alpha=alpha, num_samples=num_samples
         )
-        loss, batch = plain.as_pogo_loss(), make_batch(plain)
+        loss, batch = plain.as_pogo_loss(), make_rows(plain)
         value, _ = loss.actor_loss(batch, index)
-        expected = plain.actor_loss(batch, index, noise_of_actor_loss(draws, index))
+        expected = plain.actor_loss(columns(batch), index, noise_of_actor_loss(draws, index))
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
         value.backward()
         expected.backward()
-        assert_gradients_equal(loss.actor_network_params, index, plain.actors[index])
-        assert_only_slice_has_gradient(loss.actor_network_params, index)
+        own = getattr(loss, f"actor_network_{index}_params")
+        assert_gradients_equal(own, plain.actors[index])
+        others = [p for i in range(3) if i != index for p in loss.actor_params(i)]
+        assert all(p.grad is None for p in others)
         assert all(p.grad is None for p in loss.qvalue_network_params.parameters())
 
     @settings
     def test_metadata(self, make_plain, draws, bounds, q_normalization, alpha):
         plain = make_plain(bounds, q_normalization=q_normalization, alpha=alpha)
-        loss, batch = plain.as_pogo_loss(), make_batch(plain)
+        loss, batch = plain.as_pogo_loss(), make_rows(plain)
         value, metadata = loss.actor_loss(batch, 2)
         z, _, _ = noise_of_actor_loss(draws, 2)
         s = batch["observation"]
@@ -314,77 +266,44 @@ class TestOwnNoise:
     @pytest.mark.parametrize("delay_actor", [False, True])
     def test_qvalue_loss(self, make_plain, delay_actor):
         plain = make_plain("asymmetric", delay_actor=delay_actor)
-        loss, batch = plain.as_pogo_loss(), make_batch(plain)
-        self.assert_same_mean(lambda: loss.qvalue_loss(batch)[0], lambda: plain.qvalue_loss(batch))
+        loss, batch = plain.as_pogo_loss(), make_rows(plain)
+        self.assert_same_mean(lambda: loss.qvalue_loss(batch)[0], lambda: plain.qvalue_loss(columns(batch)))
 
     @pytest.mark.parametrize("index", range(len(WEIGHTS)))
     def test_actor_loss(self, make_plain, index):
         plain = make_plain("asymmetric", alpha=2.5)
-        loss, batch = plain.as_pogo_loss(), make_batch(plain)
+        loss, batch = plain.as_pogo_loss(), make_rows(plain)
         self.assert_same_mean(
-            lambda: loss.actor_loss(batch, index)[0], lambda: plain.actor_loss(batch, index)
+            lambda: loss.actor_loss(batch, index)[0], lambda: plain.actor_loss(columns(batch), index)
         )
 
 
 class TestSequentialUpdate:
-    """Three whole updates, with the targets' Polyak steps, end at the same weights."""
-
-    lr, tau = 1e-2, 0.1
-
-    def update(self, plain, optimizers, batch, noise, with_actors):
-        """One update in the method's order; ``noise`` holds the draws of each loss in turn."""
-
-        def minimise(name, value):
-            optimizers[name].zero_grad()
-            value.backward()
-            optimizers[name].step()
-
-        minimise("critics", plain.qvalue_loss(batch, noise[0]))
-        if with_actors:
-            for i in range(len(WEIGHTS)):
-                minimise(i, plain.actor_loss(batch, i, noise[1 + i]))
-        online = [*plain.critics, *plain.actors]
-        for net, target in zip(online, [*plain.target_critics, *plain.target_actors]):
-            for p, q in zip(net.parameters(), target.parameters()):
-                q.data = (1 - self.tau) * q.data + self.tau * p.data
+    """Whole updates, with the targets' Polyak steps, end at the same weights."""
 
     @pytest.mark.parametrize("bounds", BOUNDS)
     @pytest.mark.parametrize("policy_freq", [1, 2])
     @pytest.mark.parametrize("delay_actor", [False, True])
     def test_weights_after_three_updates(self, make_plain, draws, bounds, policy_freq, delay_actor):
-        plain = make_plain(bounds, delay_actor=delay_actor)
+        plain = make_plain(bounds, delay_actor=delay_actor, policy_freq=policy_freq)
         loss = plain.as_pogo_loss()
-        stepper = POGOOptimizationStepper(loss, lr=self.lr, policy_freq=policy_freq)
-        updater = SoftUpdate(loss, tau=self.tau)
+        stepper = POGOOptimizationStepper(loss, lr=LR, policy_freq=policy_freq)
+        updater = SoftUpdate(loss, tau=TAU)
         plain.load_targets(loss)  # making the updater has set them to the online networks
-        critics = [p for net in plain.critics for p in net.parameters()]
-        optimizers = {
-            "critics": torch.optim.Adam(critics, lr=self.lr),
-            **{i: torch.optim.Adam(a.parameters(), lr=self.lr) for i, a in enumerate(plain.actors)},
-        }
         trainer = SimpleNamespace(replay_buffer=None)
         for step in range(3):
-            batch, with_actors = make_batch(plain), step % policy_freq == 0
+            batch, with_actors = make_rows(plain), step % policy_freq == 0
             stepper.step(trainer, batch)
             updater.step()
             assert len(draws) == (7 if with_actors else 2)
-            noise = [noise_of_qvalue_loss(draws)]
-            if with_actors:
-                noise += [noise_of_actor_loss(draws, i) for i in range(len(WEIGHTS))]
-            self.update(plain, optimizers, batch, noise, with_actors)
-        for i, net in enumerate(plain.actors):
-            assert_weights_equal(loss.actor_network_params[i], net)
-        for i, (net, target) in enumerate(zip(plain.critics, plain.target_critics)):
-            assert_weights_equal(loss.qvalue_network_params[i], net)
-            assert_weights_equal(loss.target_qvalue_network_params[i], target)
-        if delay_actor:
-            assert_weights_equal(loss.target_actor_network_params[0], plain.target_actors[0])
+            plain.update(columns(batch), noise_of_update(draws))
+        assert_all_weights_equal(loss, plain)
 
     @pytest.mark.parametrize("policy_freq", [1, 2, 3])
     def test_actors_move_only_every_policy_freq_steps(self, make_plain, policy_freq):
         plain = make_plain()
-        loss, batch = plain.as_pogo_loss(), make_batch(plain)
-        stepper = POGOOptimizationStepper(loss, lr=self.lr, policy_freq=policy_freq)
+        loss, batch = plain.as_pogo_loss(), make_rows(plain)
+        stepper = POGOOptimizationStepper(loss, lr=LR, policy_freq=policy_freq)
         for step in range(5):
             before = copy.deepcopy(loss.state_dict())
             metrics = stepper.step(SimpleNamespace(replay_buffer=None), batch)
@@ -397,3 +316,69 @@ class TestSequentialUpdate:
             } == {step % policy_freq == 0}
             assert {"loss_qvalue", "loss_actor_0", "loss_actor_2", "w2_1"} <= set(metrics.keys())
             assert not any(v.requires_grad for v in metrics.values())
+
+
+class TestTraining:
+    """Whole trainings, from equal weights and noise to equal weights."""
+
+    steps = 50
+
+    def trained(self, loss, rows, **settings):
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(rows)), batch_size=BATCH)
+        buffer.extend(rows)
+        torch.manual_seed(1)
+        trainer = POGOTrainer(
+            loss, buffer, self.steps, lr=LR, tau=TAU, progress_bar=False, **settings
+        )
+        trainer.train()
+        torch.manual_seed(1)  # for whoever draws the same again
+        return buffer
+
+    @pytest.mark.parametrize("w2_backend", ["tensorized", "fast"])
+    def test_the_trainer_equals_the_single_file(self, make_plain, draws, w2_backend):
+        plain = make_plain()
+        plain.target_critics = copy.deepcopy(plain.critics)  # as the trainer starts
+        if w2_backend == "fast":  # it starts the annealing at the bounds' diameter
+            plain.divergence.diameter = 2 * ACT**0.5
+        loss = plain.as_pogo_loss(w2_backend=w2_backend)
+        again = copy.deepcopy(loss)
+        buffer = self.trained(loss, make_rows(plain, 64))
+        for _ in range(self.steps):
+            batch = buffer.sample()
+            again.draw_noise(batch)
+            plain.update(columns(batch), noise_of_update(draws))
+        # Where a gradient is nearly 0, Adam divides its rounding by its size.
+        assert_all_weights_equal(loss, plain, 1e-7)
+
+    @pytest.mark.parametrize("delay_actor", [False, True])
+    def test_the_trainer_equals_a_loop_with_ordinary_optimizers(self, make_plain, delay_actor):
+        plain = make_plain(delay_actor=delay_actor)
+        loss = plain.as_pogo_loss()
+        loop = copy.deepcopy(loss)
+        buffer = self.trained(loss, make_rows(plain, 64))
+
+        critics = torch.optim.Adam(loop.qvalue_params(), lr=LR)
+        actors = [torch.optim.Adam(loop.actor_params(i), lr=LR) for i in range(loop.num_actors)]
+        targets = SoftUpdate(loop, tau=TAU)
+        for _ in range(self.steps):
+            batch = buffer.sample()
+            noise = loop.draw_noise(batch)
+            loop.draw_noise = lambda *args, noise=noise, **kwargs: noise
+            for objective, optimizer in (
+                (loop.qvalue_loss, critics),
+                *((lambda b, i=i: loop.actor_loss(b, i), actors[i]) for i in range(3)),
+            ):
+                objective(batch)[0].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            targets.step()
+            del loop.draw_noise
+        found = dict(loop.state_dict())
+        for name, value in loss.state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10)
+        moved = loss.actor_params(2)[0] - copy_of(plain.actors[2])
+        assert moved.abs().max() > 1e-3
+
+
+def copy_of(net):
+    return next(net.parameters()).data

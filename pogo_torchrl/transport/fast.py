@@ -16,6 +16,7 @@ contiguous dimension, so that every operation is a long vector one whatever K is
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,49 +35,44 @@ def fast_sinkhorn(x: Tensor, y: Tensor, *, blur: float, diameter: float) -> Tens
     ``diameter`` bounds the distance between points and sets the schedule. A point that is not
     finite makes its own cloud's value NaN, no other's. Differentiable once.
     """
-    grads = (x.requires_grad, y.requires_grad) if torch.is_grad_enabled() else (False, False)
     # A bound instead of K itself: torch.compile may hold K as a symbol.
     points = 64 if x.shape[-2] <= 64 and y.shape[-2] <= 64 else 2**20
     steps = _steps(_number(diameter), _number(blur), points, str(x.dtype))
+    wanted = torch.is_grad_enabled()
     # Autocast would run the products in half precision.
     with torch.autocast(x.device.type, enabled=False):
-        value = _Sinkhorn.apply(_batch_last(x), _batch_last(y), steps, grads)
+        clouds = _batch_last(x), _batch_last(y)
+        with torch.no_grad():
+            value, *gradients = _solve(
+                *clouds, steps, (wanted and x.requires_grad, wanted and y.requires_grad)
+            )
+        # By the envelope theorem the gradients are those of the last step: a linear function has
+        # the value, since x - x is 0, and these gradients.
+        for points_of, gradient in zip(clouds, gradients):
+            if gradient is not None:
+                value = value + ((points_of - points_of.detach()) * gradient).sum((0, 1))
+    if value.requires_grad and not torch.compiler.is_compiling():
+        value.register_hook(partial(_refuse_twice, x, y))
     return value.reshape(x.shape[:-2])
 
 
-class _Sinkhorn(torch.autograd.Function):
-    """Value ``[N]`` and analytic gradient for clouds ``[K, d, N]``."""
-
-    @staticmethod
-    def forward(ctx, x, y, steps, grads):
-        value, grad_x, grad_y = _solve(x, y, steps, grads)
-        ctx.save_for_backward(x, y, grad_x, grad_y)
-        return value
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, y, grad_x, grad_y = ctx.saved_tensors
-        out_x = None if grad_x is None else grad_x * grad
-        out_y = None if grad_y is None else grad_y * grad
-        # once_differentiable would let a second derivative pass as 0 where grad is a constant.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            out_x, out_y = _Once.apply(out_x, out_y, x, y)
-        return out_x, out_y, None, None
+def _refuse_twice(x: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+    """The incoming gradient, which refuses to be differentiated: a linear function's would be 0."""
+    if not torch.is_grad_enabled():
+        return gradient
+    for points in (x, y):
+        if points.requires_grad:
+            zero = (points - points.detach()).sum()
+            zero.register_hook(_refuse)
+            gradient = gradient + zero
+    return gradient
 
 
-class _Once(torch.autograd.Function):
-    """Gradients of x and y as they are, which refuse to be differentiated."""
-
-    @staticmethod
-    def forward(ctx, grad_x, grad_y, x, y):
-        return grad_x, grad_y
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "sinkhorn_divergence(backend='fast') has no second derivative: its gradient comes from "
-            "the envelope theorem. Drop create_graph=True, or use backend='exact'."
-        )
+def _refuse(gradient: Tensor) -> None:
+    raise RuntimeError(
+        "sinkhorn_divergence(backend='fast') has no second derivative: its gradient comes from "
+        "the envelope theorem. Drop create_graph=True, or use backend='exact'."
+    )
 
 
 def _solve(

@@ -17,7 +17,7 @@ from torchrl.checkpoint import (
 
 from pogo_torchrl.files import atomic_write, digests, sync
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised with every change after which older checkpoints cannot be read."""
 
 _DIGESTS = "sha256.json"

@@ -4,36 +4,47 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch.optim import Optimizer
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 from torchrl.data import ReplayBuffer
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.trainers import Trainer, TrainerHookBase
-from torchrl.trainers.trainers import OptimizationStepper
 
-from pogo_torchrl.checkpoints import (
+from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.trainers.checkpoints import (
     FORMAT_VERSION,
     DurableCheckpoint,
     is_intact,
     metadata,
     remove_unfinished,
 )
-from pogo_torchrl.graphs import CUDAGraph, UpdateGraphs
-from pogo_torchrl.hooks import DivergenceError, LogMetrics
-from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.update import Update
+from pogo_torchrl.trainers.hooks import DivergenceError
+from pogo_torchrl.trainers.optimizers import MakeOptimizer, MakeScheduler
+from pogo_torchrl.trainers.stepper import POGOOptimizationStepper
 
 _LOGGER = logging.getLogger(__name__)
 
 # A tick is the stretch of updates between two looks at hooks, signals and the progress bar.
 _LONGEST_TICK = 25
+
+# Stages that TorchRL's loop runs at each update: with a hook in any of them, updates are made one
+# by one.
+_AT_EACH_UPDATE = {"process_optim_batch", "post_loss", "post_optim", "post_optim_log"}
+
+# Those that come between the loss and the optimizer's step, which are one here; TorchRL's own
+# trainer leaves them out, without a word, where it has an OptimizationStepper.
+_REFUSED = {
+    "process_loss": "change the loss itself (subclass POGOLoss)",
+    "optimizer": "give POGOTrainer the optimizers (qvalue_optimizer, actor_optimizer)",
+}
 
 
 class Ticks:
@@ -85,97 +96,6 @@ class Ticks:
         """Nothing to shut down."""
 
 
-class POGOOptimizationStepper(OptimizationStepper):
-    """One update of POGO on one batch (:class:`~pogo_torchrl.update.Update`).
-
-    Args:
-        loss_module: the objective.
-        lr: learning rate of every Adam. Defaults to ``3e-4``.
-        policy_freq: critic steps per chain of actor steps. Defaults to ``1``.
-        tau: also move the targets, by this Polyak step. Defaults to ``None``: they are moved by a
-            ``SoftUpdate`` elsewhere.
-        compile: run the whole update as one graph of ``torch.compile``. It is given the same noise
-            and gives the same numbers, up to rounding. Settings of the loss are read at its first
-            call. Defaults to ``False``.
-        bf16: run the networks in bfloat16 (autocast); parameters, moments and the divergence stay
-            in float32. Defaults to ``False``.
-    """
-
-    def __init__(
-        self,
-        loss_module: POGOLoss,
-        *,
-        lr: float = 3e-4,
-        policy_freq: int = 1,
-        tau: float | None = None,
-        compile: bool = False,
-        bf16: bool = False,
-    ) -> None:
-        self.loss_module = loss_module
-        self.policy_freq = policy_freq
-        self.update = Update([loss_module], lr=lr, tau=tau, compile=compile, bf16=bf16)
-        self.names = [name for names in self.update.names for name in names]
-        self._run = 0  # its place in a stack
-        self.steps = 0
-        # Always the same memory: a CUDA graph writes it.
-        self.scalars = loss_module.min_action.new_zeros(len(self.names))
-
-    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
-        """Update on one batch and return the detached scalars of all losses."""
-        self.update_on(sub_batch)
-        return self.metrics
-
-    def update_on(self, sub_batch: TensorDictBase) -> None:
-        """Update on one batch; :attr:`scalars` holds what it gave."""
-        self.take(*self.update(sub_batch, self.draw_noise(sub_batch), self.with_actors))
-
-    @property
-    def with_actors(self) -> bool:
-        """Whether the next update is one of the actors, too."""
-        return self.steps % self.policy_freq == 0
-
-    def draw_noise(self, sub_batch: TensorDictBase) -> dict[str, Tensor]:
-        """What the next update draws."""
-        return self.loss_module.draw_noise(sub_batch, actors=None if self.with_actors else ())
-
-    def join(self, update: Update, run: int) -> None:
-        """Be one run of a stack's update from here on."""
-        update.load_state_dict(self.update.state_dict(), run)
-        self.update, self._run = update, run
-
-    def take(self, critics: Tensor, actors: Tensor | None) -> None:
-        """Count an update and keep its scalars."""
-        self.scalars[: len(critics)].copy_(critics)
-        # Steps without an actor update repeat the last values: the log averages over steps.
-        if actors is not None:
-            self._actor_scalars.copy_(actors)
-        self.steps += 1
-
-    @property
-    def _actor_scalars(self) -> Tensor:
-        return self.scalars[len(self.update.names[0]) :]
-
-    @property
-    def metrics(self) -> TensorDict:
-        """The scalars of the last update, by name."""
-        return TensorDict(dict(zip(self.names, self.scalars.clone().unbind())))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Optimizer states, and the place in the cycle of ``policy_freq``."""
-        return {
-            "steps": self.steps,
-            "actor_scalars": [self._actor_scalars.clone()] if self.steps else [],
-            "optimizers": self.update.state_dict(self._run),
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.steps = state_dict["steps"]
-        for scalars in state_dict["actor_scalars"]:
-            self._actor_scalars.copy_(scalars)
-        self.update.load_state_dict(state_dict["optimizers"], self._run)
-
-
 class POGOTrainer(Trainer):
     """TorchRL's Trainer for POGO: learns from an offline replay buffer, no environment needed.
 
@@ -183,8 +103,13 @@ class POGOTrainer(Trainer):
     (:class:`POGOOptimizationStepper`) and moves the targets. The global random state of torch is
     the only source of randomness; it is part of the checkpoints, the dataset is not.
 
-    Hooks are TorchRL's (``register_op``); :class:`LogMetrics` and :class:`Evaluate` are those of
-    our command line. ``collected_frames`` counts updates.
+    Hooks are TorchRL's (``register_op``), of all stages but ``process_loss`` and ``optimizer``,
+    which lie between the loss and the step of its optimizer; :class:`LogMetrics` and
+    :class:`Evaluate` are those of our command line. TorchRL's "batch" is a tick: the stretch of up
+    to 25 updates to the next multiple of an interval. ``collected_frames`` counts updates.
+
+    A prioritised replay buffer gets each sample's squared TD error as its priority after each
+    update, as TorchRL's own trainers give it.
 
     Args:
         loss_module: the objective.
@@ -193,15 +118,26 @@ class POGOTrainer(Trainer):
         total_steps: updates to reach.
 
     Keyword Args:
-        lr: learning rate of every Adam. Defaults to ``3e-4``.
+        lr: learning rate of the default optimizers, Adam for all. Defaults to ``3e-4``.
+        qvalue_optimizer: of the critics: a ``torch.optim`` class, a function of their parameters
+            that returns an optimizer (``functools.partial(torch.optim.AdamW, lr=1e-3)``), or an
+            optimizer made from ``loss_module.qvalue_params()``. Defaults to Adam.
+        actor_optimizer: of the actors: what makes an optimizer for each, or a list of them, each
+            made from ``loss_module.actor_params(i)``. Defaults to Adam.
+        qvalue_lr_scheduler: makes a scheduler of the critics' optimizer
+            (``functools.partial(CosineAnnealingLR, T_max=total_steps)``), stepped after each
+            update. Defaults to ``None``: the learning rate is constant.
+        actor_lr_scheduler: the same for each actor.
+        clip_grad_norm: largest norm of the gradient of the critics, and of that of each actor.
+            Defaults to ``None``: gradients are not clipped.
         policy_freq: critic steps per chain of actor steps. Defaults to ``1``.
-        tau: Polyak step of the targets; used to make ``target_net_updater``. Defaults to
-            ``0.005``.
-        target_net_updater: TorchRL target updater of ``loss_module``. Defaults to
+        tau: Polyak step of the targets, as of TorchRL's ``SoftUpdate``. Defaults to ``0.005``.
+        target_net_updater: TorchRL target updater of ``loss_module`` instead. Defaults to
             ``SoftUpdate(loss_module, tau=tau)``.
-        compile: run the update as one graph of ``torch.compile``; on a GPU also replay CUDA graphs
-            of many updates (:mod:`pogo_torchrl.graphs`), as long as no other hooks than
-            :class:`LogMetrics` act on each update. Defaults to ``False``.
+        compile: run the update as one graph of ``torch.compile`` (with Adam and AdamW); on a GPU
+            also replay CUDA graphs of many updates
+            (:mod:`pogo_torchrl.trainers.fused.cuda_graphs`), as long as no hooks act on each
+            update. Defaults to ``False``.
         bf16: run the networks in bfloat16 during updates. Defaults to ``False``.
         checkpoint_dir: folder for rotated checkpoints; ``None``: none are written.
         checkpoint_interval: updates between two of them; one is always written at the end.
@@ -213,7 +149,8 @@ class POGOTrainer(Trainer):
         hooks: TorchRL trainer hooks to register.
 
     Raises:
-        ValueError: for step counts or intervals below 1, or an empty replay buffer.
+        ValueError: for step counts or intervals below 1, an empty replay buffer, or optimizers
+            that are none.
 
     Example:
         >>> import torch
@@ -235,8 +172,6 @@ class POGOTrainer(Trainer):
         3
     """
 
-    _at_each_update = False  # whether others' operations run at each update
-
     def __init__(
         self,
         loss_module: POGOLoss,
@@ -244,6 +179,11 @@ class POGOTrainer(Trainer):
         total_steps: int,
         *,
         lr: float = 3e-4,
+        qvalue_optimizer: Optimizer | MakeOptimizer | None = None,
+        actor_optimizer: Sequence[Optimizer] | MakeOptimizer | None = None,
+        qvalue_lr_scheduler: MakeScheduler | None = None,
+        actor_lr_scheduler: MakeScheduler | None = None,
+        clip_grad_norm: float | None = None,
         policy_freq: int = 1,
         tau: float = 0.005,
         target_net_updater: TargetNetUpdater | None = None,
@@ -259,6 +199,7 @@ class POGOTrainer(Trainer):
         self.check_settings(
             total_steps,
             lr=lr,
+            clip_grad_norm=clip_grad_norm,
             policy_freq=policy_freq,
             tau=tau,
             checkpoint_interval=checkpoint_interval,
@@ -267,15 +208,12 @@ class POGOTrainer(Trainer):
         if len(replay_buffer) == 0:
             raise ValueError("The replay buffer is empty: there is nothing to learn from.")
 
-        delayed = loss_module.delay_qvalue or loss_module.delay_actor
-        traced_tau = None
-        if target_net_updater is None and delayed:
+        if target_net_updater is None and (loss_module.delay_qvalue or loss_module.delay_actor):
             target_net_updater = SoftUpdate(loss_module, tau=tau)
-            if compile:  # within the graph, then
-                traced_tau, target_net_updater = tau, None
+        # A SoftUpdate's step is a part of the update.
+        soft = type(target_net_updater) is SoftUpdate
         self.fingerprint = dict(fingerprint or {})
-        self.metrics: list[LogMetrics] = []
-        self._graphs: UpdateGraphs | None = None
+        self._hooks_at_each_update = False
         ticks, rotation = Ticks(total_steps), None
         if checkpoint_dir is not None:
             ticks.intervals.append(checkpoint_interval)
@@ -289,8 +227,13 @@ class POGOTrainer(Trainer):
             optimization_stepper=POGOOptimizationStepper(
                 loss_module,
                 lr=lr,
+                qvalue_optimizer=qvalue_optimizer,
+                actor_optimizer=actor_optimizer,
+                qvalue_lr_scheduler=qvalue_lr_scheduler,
+                actor_lr_scheduler=actor_lr_scheduler,
+                clip_grad_norm=clip_grad_norm,
                 policy_freq=policy_freq,
-                tau=traced_tau,
+                tau=1 - target_net_updater.eps if soft else None,
                 compile=compile,
                 bf16=bf16,
             ),
@@ -304,35 +247,56 @@ class POGOTrainer(Trainer):
         )
         # After super().__init__(), which would make the dataset a part of each checkpoint.
         self._dataset = replay_buffer
-        self.register_op("process_optim_batch", self._sample)
-        if target_net_updater is not None:
+        super().register_op("process_optim_batch", self._sample)
+        super().register_op("shutdown", self.optimization_stepper.synchronize)
+        if target_net_updater is not None and not soft:
             self.register_op("post_optim", target_net_updater.step)
+        self._follow_priorities(replay_buffer)
         if progress_bar:
             self.register_op("setup", self._start_progress_bar)
             self.register_op("shutdown", self._close_progress_bar)
         for hook in hooks:
             hook.register(self)
-        device = loss_module.min_action.device
-        # GeomLoss reads numbers on the host, the exact backend copies tables to the device.
-        free = loss_module.num_actors == 1 or loss_module.w2_backend == "fast"
-        if compile and device.type == "cuda" and free:
-            self._graphs = UpdateGraphs(self, partial(CUDAGraph, device), _LONGEST_TICK)
 
     def register_op(self, dest: Any, op: Callable, **kwargs: Any) -> None:
-        """Register an operation, as TorchRL's trainer does."""
-        # A replay runs no Python, so that it would leave out what others do at each update.
-        function = getattr(op, "__func__", None)
-        if dest in ("process_optim_batch", "post_optim", "post_optim_log"):
-            self._at_each_update |= function not in (POGOTrainer._sample, LogMetrics._add)
-        if function is LogMetrics._add:
-            self.metrics.append(op.__self__)  # type: ignore[attr-defined]
+        """Register an operation, as TorchRL's trainer does.
+
+        Raises:
+            ValueError: for the stages between the loss and the step of its optimizer.
+        """
+        if dest in _REFUSED:
+            raise ValueError(
+                f"POGOTrainer has no {dest!r} stage, since losses and steps are one update here: "
+                f"{_REFUSED[dest]}, or write a loop of your own (examples/pogo_in_torchrl.py)."
+            )
         super().register_op(dest, op, **kwargs)
+        self._hooks_at_each_update |= dest in _AT_EACH_UPDATE
+
+    def _follow_priorities(self, replay_buffer: ReplayBuffer) -> None:
+        """Give a prioritised replay buffer the TD errors, and checkpoints its priorities."""
+        sampler = getattr(replay_buffer, "sampler", None)
+        if not isinstance(sampler, PrioritizedSampler):
+            return
+        update = getattr(replay_buffer, "update_tensordict_priority", None)
+        key = self.loss_module.tensor_keys.priority
+        theirs = getattr(replay_buffer, "priority_key", None)
+        if update is None or theirs != key:
+            raise ValueError(
+                f"the prioritised replay buffer reads priorities from {theirs!r}, the loss writes "
+                f"them to {key!r}: use a TensorDictReplayBuffer with priority_key={key!r}, or "
+                f"loss.set_keys(priority=...)."
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a stage that TorchRL may rename
+            self.register_op("post_loss", update)
+        self.register_module("sampler", sampler)
 
     @staticmethod
     def check_settings(
         total_steps: int,
         *,
         lr: float = 3e-4,
+        clip_grad_norm: float | None = None,
         policy_freq: int = 1,
         tau: float = 0.005,
         checkpoint_interval: int = 50_000,
@@ -360,6 +324,10 @@ class POGOTrainer(Trainer):
                 raise ValueError(f"{name}={value} must be an integer >= 1.")
         if not (lr > 0 and math.isfinite(lr)):
             raise ValueError(f"lr={lr} must be a positive number, e.g. 3e-4.")
+        if clip_grad_norm is not None and not 0 < clip_grad_norm < math.inf:
+            raise ValueError(
+                f"clip_grad_norm={clip_grad_norm} must be a positive number, e.g. 1.0, or None."
+            )
         if not 0 < tau <= 1:
             raise ValueError(f"tau={tau} must be in (0, 1], e.g. 0.005.")
 
@@ -372,25 +340,24 @@ class POGOTrainer(Trainer):
         return any(self.collected_frames % interval == 0 for interval in self.collector.intervals)
 
     def optim_steps(self, batch: TensorDictBase) -> None:
-        """As many updates as the tick is long."""
+        """As many updates as the tick is long, with TorchRL's stages around them."""
         try:
-            if self._graphs is not None and not self._at_each_update:
-                self._graphs.run(batch.numel())
+            if self._hooks_at_each_update:
+                self.optim_steps_per_batch = batch.numel()
+                super().optim_steps(batch)
                 return
-            for _ in range(batch.numel()):
-                self.update_on(self._process_optim_batch_hook(batch))
+            self._pre_optim_hook()
+            self._pre_epoch_log_hook(batch)
+            batch = self._pre_epoch_hook(batch)
+            means = self.optimization_stepper.run(batch.numel(), self._dataset)
+            self._optim_count += batch.numel()
+            self._post_epoch_log_hook(batch)
+            self._post_epoch_hook()
+            self._post_optim_complete_log_hook(self._optim_count, means)
         except FloatingPointError as error:
             raise DivergenceError(
-                f"Training has diverged: at update {self._optim_count}, {error}"
+                f"Training has diverged: after {self.optimization_stepper.steps} updates, {error}"
             ) from error
-
-    def update_on(self, sub_batch: TensorDictBase) -> None:
-        """One update on one batch, and the operations that follow it."""
-        # TorchRL's own loop averages number by number, which takes longer than moving the targets.
-        self._optim_count += 1
-        self.optimization_stepper.update_on(sub_batch)
-        self._post_optim_hook()
-        self._post_optim_log(sub_batch)
 
     def sample(self) -> TensorDictBase:
         """A batch of the replay buffer."""

@@ -1,33 +1,48 @@
-"""The POGO objective as a TorchRL loss module."""
+"""The POGO objective as a TorchRL loss module.
+
+The algorithm is in three functions of :class:`POGOLoss`, each under the equation that it computes:
+``qvalue_terms`` (the critics), ``first_actor_terms`` (actor 0) and ``jko_terms`` (the others).
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import zip_longest
-from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchrl.data import TensorSpec
-from torchrl.envs.utils import ExplorationType, step_mdp
+from torchrl.envs.utils import ExplorationType
 from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import (
-    ValueEstimators,
-    _vmap_func,
-    dispatch_value_estimator,
-    distance_loss,
-)
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
 from torchrl.objectives.value import ValueEstimatorBase
 
 from pogo_torchrl import functional
-from pogo_torchrl.modules import bounded_action_spec, fresh_copies, redraw_parameters
+from pogo_torchrl.modules import redraw_parameters
+from pogo_torchrl.objectives.checks import (
+    action_bounds,
+    as_networks,
+    check_batch,
+    check_choice,
+    check_gamma,
+    check_integer,
+    check_positive,
+    check_share,
+    check_weights,
+)
 from pogo_torchrl.transport import BACKENDS, MAX_POINTS, sinkhorn_divergence
+
+Params = dict[str, Tensor]
+"""Parameters and buffers of a network by name, as :func:`torch.func.functional_call` takes them."""
+
+Noise = dict[str, Tensor]
+"""Standard normal draws by name, see :meth:`POGOLoss.draw_noise`."""
 
 
 class POGOLoss(LossModule):
@@ -58,7 +73,8 @@ class POGOLoss(LossModule):
 
     :meth:`forward` evaluates every term on one batch, as any TorchRL loss does. The sequential
     order of the method (actor i sees the just updated actor i - 1 and critic) is obtained by
-    stepping :meth:`qvalue_loss` and ``actor_loss(td, 0), ..., actor_loss(td, N - 1)`` in turn, as
+    stepping :meth:`qvalue_loss` and ``actor_loss(td, 0), ..., actor_loss(td, N - 1)`` in turn, each
+    with an optimizer of its own (:meth:`qvalue_params`, :meth:`actor_params`), as
     :class:`~pogo_torchrl.POGOTrainer` does.
 
     Source: "Policy Optimization as a Gradient Flow in Offline Reinforcement Learning" (POGO);
@@ -69,9 +85,10 @@ class POGOLoss(LossModule):
         actor_network (TensorDictModule or list of them): one actor, from which the chain is made
             with newly drawn parameters for actors 1, 2, ..., or a list of ``len(w2_weights)``
             actors of one architecture. Any stochastic TorchRL actor serves; the method's is
-            :class:`~pogo_torchrl.TransportActor`. The loss holds its own, stacked copy of the
-            parameters: take trained policies from :meth:`actor`. Actors and critics cannot share
-            layers.
+            :class:`~pogo_torchrl.TransportActor`. Each actor has its own set of parameters,
+            ``actor_network_0_params``, ``actor_network_1_params``, ..., which the modules passed in
+            share: a single one is actor 0. The policy to deploy is ``actor(-1)``. Actors and
+            critics cannot share layers.
         qvalue_network (TensorDictModule or list of them): one critic, copied ``num_qvalue_nets``
             times with new parameters, or the list.
 
@@ -88,6 +105,9 @@ class POGOLoss(LossModule):
             ``"fast"`` (the same divergence, its annealing started from the action bounds), or
             ``"exact"`` (the optimal assignment, ``num_samples <= 10``). Defaults to
             ``"tensorized"``.
+        w2_fraction (float): share of the batch's states, in (0, 1], on which :math:`D_i` is
+            evaluated for i >= 1, scaled so that its expectation stays that of the whole batch: less
+            to compute, more variance. Defaults to ``1.0``, the method's.
         shared_noise (bool): draw the actions of :math:`\pi_i` and :math:`\pi_{i-1}` in
             :math:`D_i` with the same z, which makes it 0 for equal policies and removes its pull
             on their spread; for actors that read z from the tensordict, as
@@ -189,11 +209,9 @@ class POGOLoss(LossModule):
     # A transport map under TorchRL's default, DETERMINISTIC, would act with z = 0 in the losses.
     deterministic_sampling_mode = ExplorationType.RANDOM
 
-    actor_network: TensorDictModule
+    actor_network: TensorDictModule  # the function of all actors; see actor_network_{i}_params
     qvalue_network: TensorDictModule
-    actor_network_params: TensorDictParams
     qvalue_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
 
     SUPPORTED_VALUE_ESTIMATORS = (
@@ -214,6 +232,7 @@ class POGOLoss(LossModule):
         num_samples: int = 4,
         blur: float = 0.05,
         w2_backend: str = "tensorized",
+        w2_fraction: float = 1.0,
         shared_noise: bool = False,
         policy_noise: float = 0.2,
         noise_clip: float = 0.5,
@@ -228,28 +247,30 @@ class POGOLoss(LossModule):
     ) -> None:
         super().__init__()
         reduction = "mean" if reduction is None else reduction
-        self.w2_weights = _check_weights(w2_weights)
-        _check_integer("num_qvalue_nets", num_qvalue_nets)
-        _check_integer("num_samples", num_samples)
-        _check_positive("blur", blur)
-        _check_positive("alpha", alpha)
-        _check_positive("policy_noise", policy_noise, or_zero=True)
-        _check_positive("noise_clip", noise_clip, or_zero=True)
-        _check_choice("w2_backend", w2_backend, BACKENDS)
+        self.w2_weights = check_weights(w2_weights)
+        check_integer("num_qvalue_nets", num_qvalue_nets)
+        check_integer("num_samples", num_samples)
+        check_positive("blur", blur)
+        check_share("w2_fraction", w2_fraction)
+        check_positive("alpha", alpha)
+        check_positive("policy_noise", policy_noise, or_zero=True)
+        check_positive("noise_clip", noise_clip, or_zero=True)
+        check_choice("w2_backend", w2_backend, BACKENDS)
         if w2_backend == "exact" and num_samples > MAX_POINTS:
             raise ValueError(
                 f"num_samples={num_samples} is too large for w2_backend='exact', which takes "
                 f"1..{MAX_POINTS}: lower it, or use w2_backend='fast'."
             )
-        _check_choice("q_normalization", q_normalization, functional.Q_NORMALIZATIONS)
-        _check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
-        _check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_choice("q_normalization", q_normalization, functional.Q_NORMALIZATIONS)
+        check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
 
         self.num_actors = len(self.w2_weights)
         self.num_qvalue_nets = num_qvalue_nets
         self.num_samples = num_samples
         self.blur = blur
         self.w2_backend = w2_backend
+        self.w2_fraction = w2_fraction
         self.shared_noise = shared_noise
         self.policy_noise = policy_noise
         self.noise_clip = noise_clip
@@ -262,20 +283,27 @@ class POGOLoss(LossModule):
         self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
 
-        actors = _as_list(actor_network, self.num_actors, "actor", "one for each of w2_weights")
-        qvalues = _as_list(qvalue_network, num_qvalue_nets, "qvalue_network", "num_qvalue_nets")
+        actors = as_networks(actor_network, self.num_actors, "actor", "one for each of w2_weights")
+        qvalues = as_networks(qvalue_network, num_qvalue_nets, "qvalue_network", "num_qvalue_nets")
         if shared_noise and not hasattr(actors[0], "noise_key"):
             raise ValueError(
                 "shared_noise=True needs actors that read z from the tensordict, but "
                 f"{type(actors[0]).__name__} has no noise_key: use TransportActor or "
                 "shared_noise=False."
             )
-        self._stack(actors, "actor_network", create_target_params=delay_actor)
-        self._stack(qvalues, "qvalue_network", create_target_params=delay_qvalue)
-        low, high = self._bounds(action_spec, bounds, actors[0])
+        low, high = action_bounds(action_spec, bounds, actors[0], self.tensor_keys.action)
+        with warnings.catch_warnings():
+            # TorchRL asks for an annotation of every name, and their number is not known here.
+            warnings.filterwarnings("ignore", ".*part of the annotations")
+            for i, actor in enumerate(actors):
+                # Only actor 0 acts in the TD target.
+                self.convert_to_functional(
+                    actor, f"actor_network_{i}", create_target_params=delay_actor and i == 0
+                )
+        self.__dict__["actor_network"] = actors[0]  # the function of all; no parameters of its own
+        self._stack_critics(qvalues)
         self.register_buffer("min_action", low)
         self.register_buffer("max_action", high)
-        self._make_vmap()
         self._set_in_keys()
         self._out_keys: list[NestedKey] = [
             "loss_actor",
@@ -290,51 +318,277 @@ class POGOLoss(LossModule):
             "next_state_value",
         ]
 
-    def _stack(self, networks: list[nn.Module], name: str, *, create_target_params: bool) -> None:
-        """Register the parameters of networks of one architecture, stacked."""
+    def _stack_critics(self, networks: list[nn.Module]) -> None:
+        """Register the critics' parameters, stacked ``[C, ...]``."""
         # Of a list of one, TorchRL registers no parameters; of a module, it draws new ones.
         several = len(networks) > 1
         self.convert_to_functional(
             networks if several else networks[0],
-            name,
+            "qvalue_network",
             expand_dim=len(networks),
-            create_target_params=create_target_params,
+            create_target_params=self.delay_qvalue,
         )
         if not several:
             values = TensorDict.from_module(networks[0]).data.unsqueeze(0)
-            for params in (f"{name}_params", f"target_{name}_params"):
-                getattr(self, params).data.update_(values)
+            for params in (self.qvalue_network_params, self.target_qvalue_network_params):
+                params.data.update_(values)
 
-    def _bounds(
-        self, action_spec: TensorSpec | None, bounds: tuple | None, actor: TensorDictModule
+    # ------------------------------------------------------------------ the algorithm
+
+    def qvalue_terms(
+        self, qvalue: Params, batch: TensorDictBase, noise: Noise, actor: Params, target: Params
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        r"""The critics' loss.
+
+        .. math::
+            L_Q = \sum_j \mathrm{mean}\, (Q_j(s, a) - y)^2
+
+        Args:
+            qvalue: parameters of the critics, stacked ``[C, ...]``.
+            batch: transitions.
+            noise: ``target`` and ``smoothing`` of :meth:`draw_noise`.
+            actor: parameters of the actor in the TD target: actor 0 or its Polyak copy.
+            target: parameters of the target critics.
+
+        Returns:
+            As :meth:`qvalue_loss`.
+        """
+        with torch.no_grad():
+            target_value, next_value = self._target_value(batch, noise, actor, target)
+        pred_value = self._qvalues(qvalue, batch, batch.get(self.tensor_keys.action))
+        loss = distance_loss(
+            pred_value, target_value.expand_as(pred_value), loss_function=self.loss_function
+        )
+        return self._reduce(loss.sum(0), batch), {
+            "td_error": (pred_value - target_value).detach().square(),
+            "pred_value": pred_value.detach().mean(),
+            "target_value": target_value.mean(),
+            "next_state_value": next_value.mean(),
+        }
+
+    def _target_value(
+        self, batch: TensorDictBase, noise: Noise, actor: Params, target: Params
     ) -> tuple[Tensor, Tensor]:
-        if action_spec is not None and bounds is not None:
-            raise ValueError("Give POGOLoss either action_spec or bounds, not both.")
-        parameter = next(self.parameters())
-        if bounds is not None:
-            low, high = (torch.as_tensor(b, dtype=parameter.dtype) for b in bounds)
-            if not bool(((low < high) & torch.isfinite(high - low)).all()):
-                raise ValueError(
-                    f"bounds=({bounds[0]}, {bounds[1]}) must be finite, the lower below the upper."
-                )
-        else:
-            if action_spec is None:
-                action_spec = getattr(actor, "action_spec", None)
-            if action_spec is None:
-                raise ValueError(
-                    "POGOLoss needs the actions' bounds: give action_spec=Bounded(...) or "
-                    "bounds=(low, high)."
-                )
-            space = bounded_action_spec(action_spec, self.tensor_keys.action).space
-            low, high = space.low, space.high
-        return low.clone().to(parameter), high.clone().to(parameter)
+        r"""The TD target, and its value of the next state; each ``[*B]``.
+
+        .. math::
+            y = r + \gamma (1 - terminated) \min_j \bar Q_j(s', a'), \qquad
+            a' = \mathrm{clip}(\pi_0(s', z') + \mathrm{clip}(\sigma n, -c, c))
+        """
+        next_state = batch.get("next")
+        action = functional.smoothed_target_action(
+            self._act(actor, next_state, noise.get("target")),
+            noise["smoothing"],
+            self.min_action,
+            self.max_action,
+            sigma=self.policy_noise,
+            clip=self.noise_clip,
+        )
+        next_value = self._qvalues(target, next_state, action).min(0)[0]
+        batch = batch.clone(False)
+        batch.set(("next", self.tensor_keys.state_action_value), next_value.unsqueeze(-1))
+        return self.value_estimator.value_estimate(batch).squeeze(-1), next_value
+
+    def first_actor_terms(
+        self,
+        actor: Params,
+        batch: TensorDictBase,
+        noise: Noise,
+        qvalue: Params,
+        weight: float | Tensor,
+        alpha: float | Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        r"""The loss of actor 0, which steps from the data.
+
+        .. math::
+            L_0 = -\lambda\, \mathrm{mean}\, Q_1(s, \pi_0(s, z))
+                  + w_0\, \mathrm{mean}\, (\pi_0(s, z) - a)^2
+
+        Args:
+            actor: parameters of actor 0.
+            batch: transitions.
+            noise: ``actor_0`` of :meth:`draw_noise`.
+            qvalue: parameters of the critics, stacked ``[C, ...]``; they are frozen.
+            weight: :math:`w_0`.
+            alpha: weight of the Q term.
+
+        Returns:
+            As :meth:`actor_loss`.
+        """
+        action = self._act(actor, batch, noise.get("actor_0"))
+        distance = functional.l2_distance(
+            self._to_unit_box(action), self._to_unit_box(batch.get(self.tensor_keys.action))
+        )
+        return self._objective(action, distance, batch, qvalue, weight, alpha, index=0)
+
+    def jko_terms(
+        self,
+        actor: Params,
+        batch: TensorDictBase,
+        noise: Noise,
+        reference: Params,
+        qvalue: Params,
+        weight: float | Tensor,
+        alpha: float | Tensor,
+        *,
+        index: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        r"""The loss of actor i, i >= 1, which steps from the actor before it.
+
+        .. math::
+            L_i = -\lambda\, \mathrm{mean}\, Q_1(s, \pi_i(s, z)) + w_i\, \mathrm{mean}_s\,
+                  S_\varepsilon(\pi_i(\cdot|s), \pi_{i-1}(\cdot|s))
+
+        The first of the K draws of :math:`\pi_i` in the divergence also serves the Q term: each
+        term's distribution is that of draws of its own, and so is the loss's expectation.
+
+        Args:
+            actor: parameters of actor i.
+            batch: transitions.
+            noise: ``actor_i`` and ``reference_i`` of :meth:`draw_noise`.
+            reference: parameters of actor i - 1; they are fixed.
+            qvalue: parameters of the critics, stacked ``[C, ...]``; they are frozen.
+            weight: :math:`w_i`.
+            alpha: weight of the Q term.
+            index: i.
+
+        Returns:
+            As :meth:`actor_loss`.
+        """
+        z, z_reference = noise.get(f"actor_{index}"), noise.get(f"reference_{index}")
+        state = batch.select(*self.actor_network.in_keys, strict=False)
+        # With w2_fraction < 1 the first states of the batch stand for all of it in the divergence.
+        count = math.ceil(self.w2_fraction * state.shape[0])
+        repeated = self._repeat(state[:count])
+        samples = self._act(actor, repeated, z if z is None else z[:count])
+        with torch.no_grad():
+            z_reference = z_reference if z_reference is None else z_reference[:count]
+            references = self._act(reference, repeated, z_reference)
+        distance = sinkhorn_divergence(
+            self._to_unit_box(samples),
+            self._to_unit_box(references),
+            blur=self.blur,
+            backend=self.w2_backend,
+            # The diagonal of the unit box; GeomLoss measures the batch's, as published.
+            diameter=2 * samples.shape[-1] ** 0.5 if self.w2_backend == "fast" else None,
+        )
+        action = samples[..., 0, :]
+        if count < state.shape[0]:
+            others = self._act(actor, state[count:], z if z is None else z[count:, ..., 0, :])
+            action = torch.cat([action, others])
+            distance = distance * (len(action) / count)
+            distance = torch.cat([distance, distance.new_zeros(others.shape[:-1])])
+        return self._objective(action, distance, batch, qvalue, weight, alpha, index=index)
+
+    def _objective(
+        self,
+        action: Tensor,
+        distance: Tensor,
+        batch: TensorDictBase,
+        qvalue: Params,
+        weight: float | Tensor,
+        alpha: float | Tensor,
+        *,
+        index: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        r""":math:`-\lambda Q_1 + w_i D_i`, reduced over the batch, and what is logged of it."""
+        frozen = {name: values[0].detach() for name, values in qvalue.items()}
+        q = self._qvalue(frozen, batch, action)
+        scale = functional.q_scale(q, alpha, self.q_normalization)
+        loss = functional.jko_loss(q, distance, scale=scale, weight=weight)
+        loss = self._reduce(loss, batch)
+        return loss, {
+            f"loss_actor_{index}": loss.detach().mean(),
+            f"q_actor_{index}": q.detach().mean(),
+            f"w2_{index}": distance.detach().mean(),
+            f"lmbd_{index}": scale,
+        }
+
+    # ------------------------------------------------------------------ networks
+
+    def _act(self, actor: Params, state: TensorDictBase, noise: Tensor | None) -> Tensor:
+        """Actions of an actor that is given its z, or draws on its own (``noise=None``)."""
+        inputs = state.select(*self.actor_network.in_keys, strict=False)
+        if noise is not None:
+            inputs.set(self.actor_network.noise_key, noise)
+        out = functional_call(self.actor_network, actor, (inputs,), tie_weights=False)
+        return out.get(self.tensor_keys.action)
+
+    def _qvalue(self, qvalue: Params, state: TensorDictBase, action: Tensor) -> Tensor:
+        """``Q(s, a)`` of one critic, shape ``[*B]``."""
+        inputs = state.select(*self.qvalue_network.in_keys, strict=False)
+        inputs.set(self.tensor_keys.action, action)
+        out = functional_call(self.qvalue_network, qvalue, (inputs,), tie_weights=False)
+        return out.get(self.tensor_keys.state_action_value).squeeze(-1)
+
+    def _qvalues(self, qvalue: Params, state: TensorDictBase, action: Tensor) -> Tensor:
+        """``Q_j(s, a)`` of all critics, shape ``[C, *B]``."""
+
+        def one(params: Params) -> Tensor:
+            return self._qvalue(params, state, action)
+
+        if not self.deactivate_vmap:
+            return torch.vmap(one, randomness=self.vmap_randomness)(qvalue)
+        critics = range(self.num_qvalue_nets)
+        return torch.stack([one({name: v[j] for name, v in qvalue.items()}) for j in critics])
+
+    def _repeat(self, state: TensorDictBase) -> TensorDictBase:
+        """The same states ``num_samples`` times, along a new last batch dimension."""
+        return state.unsqueeze(-1).expand(*state.batch_size, self.num_samples)
+
+    def _to_unit_box(self, action: Tensor) -> Tensor:
+        return functional.to_unit_box(action, self.min_action, self.max_action)
+
+    def _reduce(self, loss: Tensor, batch: TensorDictBase) -> Tensor:
+        weights = self._maybe_get_priority_weight(batch)
+        return self._reduce_loss(loss, tensordict=batch, weights=weights)
 
     def _make_vmap(self) -> None:
-        self._vmap_qvalue_network = _vmap_func(
-            self.qvalue_network,
-            randomness=self.vmap_randomness,
-            pseudo_vmap=self.deactivate_vmap,
-        )
+        """TorchRL calls this where the randomness of vmap is set; it is read at each call here."""
+
+    def params(self, name: str) -> Params:
+        """The parameters and buffers of a network by name.
+
+        Args:
+            name: ``actor_network_0``, ..., ``qvalue_network``, or one of them after ``target_``.
+
+        Returns:
+            The tensors themselves, as :func:`torch.func.functional_call` takes them; the critics'
+            are stacked ``[C, ...]``.
+        """
+        tensors = getattr(self, f"{name}_params").items(True, True)
+        return {".".join(key) if isinstance(key, tuple) else key: value for key, value in tensors}
+
+    def actor_params(self, index: int) -> list[nn.Parameter]:
+        """The trainable parameters of actor ``index``, for an optimizer of its own.
+
+        Args:
+            index: which actor; negative indices count from the end.
+
+        Raises:
+            IndexError: when there is no such actor.
+
+        Example:
+            >>> import torch
+            >>> from torchrl.data import Bounded
+            >>> from pogo_torchrl import POGOLoss, make_actor, make_qvalue
+            >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
+            >>> loss = POGOLoss(make_actor(3, spec), make_qvalue(3, 2), w2_weights=(0.2, 0.5))
+            >>> optimizers = [torch.optim.Adam(loss.actor_params(i), 3e-4) for i in range(2)]
+        """
+        params = getattr(self, f"actor_network_{self._actor_index(index)}_params")
+        return [p for p in params.parameters() if p.requires_grad]
+
+    def qvalue_params(self) -> list[nn.Parameter]:
+        """The trainable parameters of the critics, stacked ``[C, ...]``, for their optimizer."""
+        return [p for p in self.qvalue_network_params.parameters() if p.requires_grad]
+
+    def _actor_index(self, index: int) -> int:
+        if not -self.num_actors <= index < self.num_actors:
+            raise IndexError(f"actor index {index} is not in 0..{self.num_actors - 1}.")
+        return index % self.num_actors
+
+    # ------------------------------------------------------------------ the loss of a batch
 
     def draw_noise(
         self,
@@ -352,9 +606,9 @@ class POGOLoss(LossModule):
 
         Returns:
             ``smoothing`` (n of the TD target, ``[*B, d]``) and, for actors that read z from the
-            tensordict, each actor's z: ``target`` (:math:`z'`, ``[*B, d]``), ``actor_0``
-            (``[*B, 1, d]``), and for :math:`i \ge 1` ``actor_i`` and ``reference_i``
-            (``[*B, K, d]``, one and the same with ``shared_noise``).
+            tensordict, each actor's z: ``target`` (:math:`z'`) and ``actor_0``, ``[*B, d]``, and
+            for :math:`i \ge 1` ``actor_i`` and ``reference_i``, ``[*B, K, d]``, one and the same
+            with ``shared_noise``.
 
         Example:
             >>> import torch
@@ -365,7 +619,7 @@ class POGOLoss(LossModule):
             >>> loss = POGOLoss(make_actor(3, spec), make_qvalue(3, 2), w2_weights=(0.2, 0.5))
             >>> batch = TensorDict({"action": spec.rand([8])}, [8])
             >>> {name: list(z.shape) for name, z in loss.draw_noise(batch, critic=False).items()}
-            {'actor_0': [8, 1, 2], 'actor_1': [8, 4, 2], 'reference_1': [8, 4, 2]}
+            {'actor_0': [8, 2], 'actor_1': [8, 4, 2], 'reference_1': [8, 4, 2]}
         """
         action = tensordict.get(self.tensor_keys.action)
         actor = self.actor_network
@@ -379,7 +633,7 @@ class POGOLoss(LossModule):
             if critic:
                 shapes["target"] = ()
             for i in range(self.num_actors) if actors is None else actors:
-                shapes[f"actor_{i}"] = (self.num_samples if i else 1,)
+                shapes[f"actor_{i}"] = (self.num_samples,) if i else ()
                 if i and not self.shared_noise:
                     shapes[f"reference_{i}"] = (self.num_samples,)
         sizes = [math.prod((*batch_size, *shape, dim)) for shape in shapes.values()]
@@ -395,7 +649,7 @@ class POGOLoss(LossModule):
         return noise
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critics' loss, summed over the critics.
+        """The critics' loss, summed over the critics; see :meth:`qvalue_terms`.
 
         Args:
             tensordict: a batch with the keys of :attr:`in_keys`.
@@ -404,129 +658,23 @@ class POGOLoss(LossModule):
             The loss, and a dictionary of detached values: ``td_error`` (squared, ``[C, *B]``),
             and the batch means ``pred_value``, ``target_value`` and ``next_state_value``.
         """
+        self.check_batch(tensordict)
         loss, metadata = self.qvalue_terms(
+            self.params("qvalue_network"),
             tensordict,
             self.draw_noise(tensordict, actors=()),
-            self.target_actor_network_params[0],
-            self.qvalue_network_params,
-            self.target_qvalue_network_params,
+            self.params("target_actor_network_0"),
+            self.params("target_qvalue_network"),
         )
         self._clear_weakrefs(tensordict, *self._parameter_names)
         return loss, metadata
 
-    def qvalue_terms(
-        self,
-        tensordict: TensorDictBase,
-        noise: dict[str, Tensor],
-        actor: TensorDictBase,
-        qvalue: TensorDictBase,
-        target_qvalue: TensorDictBase,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """:meth:`qvalue_loss` as a function of the parameters and the noise, for ``torch.vmap``.
-
-        Args:
-            tensordict: a batch.
-            noise: of :meth:`draw_noise`.
-            actor: parameters of the actor in the TD target.
-            qvalue: parameters of the critics, stacked ``[C]``.
-            target_qvalue: those of the target critics.
-
-        Returns:
-            As :meth:`qvalue_loss`.
-        """
-        self._check_batch(tensordict, self.in_keys)
-        weights = self._maybe_get_priority_weight(tensordict)
-        tensordict = tensordict.clone(False)
-        with torch.no_grad():
-            next_value = self._next_value(tensordict, noise, actor, target_qvalue)
-        tensordict.set(("next", self.tensor_keys.state_action_value), next_value.unsqueeze(-1))
-        target_value = self.value_estimator.value_estimate(tensordict).squeeze(-1)
-        pred_value = self._qvalues(tensordict, qvalue)
-        td_error = (pred_value - target_value).detach().pow(2)
-        loss = distance_loss(
-            pred_value, target_value.expand_as(pred_value), loss_function=self.loss_function
-        ).sum(0)
-        loss = self._reduce_loss(loss, tensordict=tensordict, weights=weights)
-        metadata = {
-            "td_error": td_error,
-            "pred_value": pred_value.detach().mean(),
-            "target_value": target_value.detach().mean(),
-            "next_state_value": next_value.mean(),
-        }
-        return loss, metadata
-
-    def _check_batch(self, tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> None:
-        """Refuse a batch that would fail deep inside, or pass where broadcasting hides a mistake.
-
-        Keys, shapes and dtypes only: no number is read.
-        """
-        dtype, found = self.min_action.dtype, {}
-        for key in keys:
-            values = found[key] = tensordict.get(key)
-            if values is None:
-                # TorchRL takes either end for the other; the rest has no substitute.
-                if key in self._end_keys:
-                    continue
-                raise KeyError(
-                    f"POGOLoss needs the key {key!r}, the batch has "
-                    f"{list(tensordict.keys(True, True))}: add it, or name yours with set_keys()."
-                )
-            if values.dtype == torch.float64 != dtype:
-                raise ValueError(
-                    f"{key!r} is {values.dtype} where the networks are {dtype}: convert the data "
-                    "(batch.float()) or the loss (loss.double())."
-                )
-            if key in self._end_keys and values.dtype != torch.bool:
-                raise ValueError(f"{key!r} is {values.dtype}, it must be torch.bool: use != 0.")
-        shape = found[self.tensor_keys.action].shape
-        if self.min_action.dim() and shape[-1] != self.min_action.shape[-1]:
-            raise ValueError(
-                f"{self.tensor_keys.action!r} has shape {tuple(shape)}, the actors act in "
-                f"[*B, {self.min_action.shape[-1]}]: give the data of their environment."
-            )
-        scalar = (*shape[:-1], 1)
-        for key in (("next", self.tensor_keys.reward), *self._end_keys):
-            values = found.get(key)
-            if values is not None and values.shape != scalar:
-                raise ValueError(
-                    f"{key!r} has shape {tuple(values.shape)}, it must be {scalar}: one number "
-                    "for each action."
-                )
-
-    def _next_value(
-        self,
-        tensordict: TensorDictBase,
-        noise: dict[str, Tensor],
-        actor: TensorDictBase,
-        target_qvalue: TensorDictBase,
-    ) -> Tensor:
-        """``min_j Qbar_j(s', a')`` with the smoothed action of actor 0, shape ``[*B]``."""
-        next_td = step_mdp(tensordict)
-        action = self._act(
-            next_td.select(*self.actor_network.in_keys, strict=False), noise.get("target"), actor
-        )
-        action = functional.smoothed_target_action(
-            action,
-            noise["smoothing"],
-            self.min_action,
-            self.max_action,
-            sigma=self.policy_noise,
-            clip=self.noise_clip,
-        )
-        next_td.set(self.tensor_keys.action, action)
-        return self._qvalues(next_td, target_qvalue).min(0)[0]
-
-    def _qvalues(self, tensordict: TensorDictBase, params: TensorDictBase) -> Tensor:
-        """Values of all critics, shape ``[C, *B]``."""
-        tensordict = tensordict.select(*self.qvalue_network.in_keys, strict=False)
-        tensordict = tensordict.expand(self.num_qvalue_nets, *tensordict.batch_size)
-        out = self._vmap_qvalue_network(tensordict, params)
-        return out.get(self.tensor_keys.state_action_value).squeeze(-1)
-
     def actor_loss(
         self, tensordict: TensorDictBase, index: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""The JKO objective :math:`L_i` of one actor, or the sum over the chain.
+        r"""The objective :math:`L_i` of one actor, or the sum over the chain.
+
+        See :meth:`first_actor_terms` and :meth:`jko_terms`.
 
         Args:
             tensordict: a batch with the observations and, for actor 0, the data's actions.
@@ -543,141 +691,46 @@ class POGOLoss(LossModule):
         if index is not None and not 0 <= index < self.num_actors:
             raise IndexError(f"actor index {index} is not in 0..{self.num_actors - 1}.")
         indices = range(self.num_actors) if index is None else (index,)
+        if 0 in indices:
+            self.check_batch(tensordict, (*self.actor_network.in_keys, self.tensor_keys.action))
         noise = self.draw_noise(tensordict, critic=False, actors=indices)
-        params = self.actor_network_params
+        qvalue = self.params("qvalue_network")
         losses, metadata = [], {}
         for i in indices:
-            loss, scalars = self.jko_terms(
-                tensordict,
-                noise,
-                params[i],
-                params[i - 1] if i else None,
-                self.qvalue_network_params,
-                self.w2_weights[i],
-                self.alpha,
-                index=i,
-            )
+            actor, rest = self.params(f"actor_network_{i}"), (self.w2_weights[i], self.alpha)
+            if i == 0:
+                loss, found = self.first_actor_terms(actor, tensordict, noise, qvalue, *rest)
+            else:
+                before = self.params(f"actor_network_{i - 1}")
+                loss, found = self.jko_terms(
+                    actor, tensordict, noise, before, qvalue, *rest, index=i
+                )
             losses.append(loss)
-            metadata.update(scalars)
+            metadata.update(found)
         self._clear_weakrefs(tensordict, *self._parameter_names)
         return sum(losses[1:], losses[0]), metadata
 
-    def jko_terms(
-        self,
-        tensordict: TensorDictBase,
-        noise: dict[str, Tensor],
-        actor: TensorDictBase,
-        reference: TensorDictBase | None,
-        qvalue: TensorDictBase,
-        weight: float | Tensor,
-        alpha: float | Tensor,
-        *,
-        index: int,
-        over_runs: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda terms: terms,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """:meth:`actor_loss` as a function of the parameters and the noise.
+    def check_batch(
+        self, tensordict: TensorDictBase, keys: Sequence[NestedKey] | None = None
+    ) -> None:
+        """Refuse a batch that lacks keys or has shapes or dtypes that do not fit.
 
         Args:
             tensordict: a batch.
-            noise: of :meth:`draw_noise`.
-            actor: parameters of actor i.
-            reference: parameters of the one before it; ``None`` for actor 0.
-            qvalue: parameters of the critics, stacked ``[C]``.
-            weight: :math:`w_i`.
-            alpha: weight of the Q term.
-            index: which actor.
-            over_runs: vectorises a function over a leading dimension that all arguments share, as
-                ``torch.vmap`` does. The distance takes any leading dimensions as it is.
+            keys: what it must hold. Defaults to :attr:`in_keys`.
 
-        Returns:
-            As :meth:`actor_loss`.
+        Raises:
+            KeyError: when a key is missing.
+            ValueError: when a dtype or a shape does not fit.
         """
-        actions, others, q = over_runs(partial(self._jko_samples, index=index))(
-            tensordict, noise, actor, reference, qvalue
+        check_batch(
+            tensordict,
+            self.in_keys if keys is None else keys,
+            action=self.tensor_keys.action,
+            reward=("next", self.tensor_keys.reward),
+            ends=self._end_keys,
+            low=self.min_action,
         )
-        if reference is None:
-            distance = functional.l2_distance(actions[..., 0, :], others[..., 0, :])
-        else:
-            distance = sinkhorn_divergence(
-                actions,
-                others,
-                blur=self.blur,
-                backend=self.w2_backend,
-                # The diagonal of the unit box; GeomLoss measures the batch's, as published.
-                diameter=2 * actions.shape[-1] ** 0.5 if self.w2_backend == "fast" else None,
-            )
-        return over_runs(partial(self._jko_objective, index=index))(
-            tensordict, q, distance, weight, alpha
-        )
-
-    def _jko_samples(
-        self,
-        tensordict: TensorDictBase,
-        noise: dict[str, Tensor],
-        actor: TensorDictBase,
-        reference: TensorDictBase | None,
-        qvalue: TensorDictBase,
-        *,
-        index: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The actor's actions and those of what came before it, in the unit box, and Q."""
-        if index == 0:
-            keys = (*self.actor_network.in_keys, self.tensor_keys.action)
-            self._check_batch(tensordict, keys)
-        state = tensordict.select(*self.actor_network.in_keys, strict=False)
-        # Beyond actor 0, K draws for the distance, the first of which also serves the Q term: each
-        # term's distribution is that of draws of its own, and so is the loss's expectation.
-        states = _repeat(state, self.num_samples if index else 1)
-        actions = self._act(states, noise.get(f"actor_{index}"), actor)
-        if reference is None:
-            others = tensordict.get(self.tensor_keys.action).unsqueeze(-2)
-        else:
-            with torch.no_grad():
-                states = _repeat(state, self.num_samples)
-                others = self._act(states, noise.get(f"reference_{index}"), reference)
-        q = self._critic(tensordict, actions[..., 0, :], qvalue)
-        return self._to_unit_box(actions), self._to_unit_box(others), q
-
-    def _jko_objective(
-        self,
-        tensordict: TensorDictBase,
-        q: Tensor,
-        distance: Tensor,
-        weight: float | Tensor,
-        alpha: float | Tensor,
-        *,
-        index: int,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        weights = self._maybe_get_priority_weight(tensordict)
-        scale = functional.q_scale(q, alpha, self.q_normalization)
-        loss = functional.jko_loss(q, distance, scale=scale, weight=weight)
-        loss = self._reduce_loss(loss, tensordict=tensordict, weights=weights)
-        return loss, {
-            f"loss_actor_{index}": loss.detach().mean(),
-            f"q_actor_{index}": q.detach().mean(),
-            f"w2_{index}": distance.detach().mean(),
-            f"lmbd_{index}": scale,
-        }
-
-    def _act(
-        self, tensordict: TensorDictBase, noise: Tensor | None, params: TensorDictBase
-    ) -> Tensor:
-        """The action of an actor that is given its z, or draws on its own."""
-        if noise is not None:
-            tensordict = tensordict.set(self.actor_network.noise_key, noise)
-        with params.to_module(self.actor_network, preserve_module_state=False):
-            return self.actor_network(tensordict).get(self.tensor_keys.action)
-
-    def _critic(self, tensordict: TensorDictBase, action: Tensor, qvalue: TensorDictBase) -> Tensor:
-        """``Q1(s, action)`` with the critic frozen, shape ``[*B]``."""
-        inputs = tensordict.select(*self.qvalue_network.in_keys, strict=False)
-        inputs.set(self.tensor_keys.action, action)
-        with qvalue[0].detach().to_module(self.qvalue_network, preserve_module_state=False):
-            out = self.qvalue_network(inputs)
-        return out.get(self.tensor_keys.state_action_value).squeeze(-1)
-
-    def _to_unit_box(self, action: Tensor) -> Tensor:
-        return functional.to_unit_box(action, self.min_action, self.max_action)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -708,7 +761,7 @@ class POGOLoss(LossModule):
 
         Returns:
             A module of the class that was passed in, for any batch shape. It follows the
-            training; take a ``deepcopy`` to keep a snapshot, and a new one after ``loss.to(...)``.
+            training; take a ``deepcopy`` to keep a snapshot.
 
         Raises:
             IndexError: when there is no such actor.
@@ -722,31 +775,23 @@ class POGOLoss(LossModule):
             >>> loss.actor(1)(observation=torch.zeros(4, 5, 3)).shape
             torch.Size([4, 5, 2])
         """
-        if not -self.num_actors <= index < self.num_actors:
-            raise IndexError(f"actor index {index} is not in 0..{self.num_actors - 1}.")
+        params = getattr(self, f"actor_network_{self._actor_index(index)}_params")
         policy = copy.deepcopy(self.actor_network)
-        slices = self.actor_network_params.data[index]
-        for name, module in policy.named_modules():
-            path = tuple(name.split(".")) if name else ()
-            for key, parameter in module.named_parameters(recurse=False):
-                shared = nn.Parameter(slices.get((*path, key)), parameter.requires_grad)
-                setattr(module, key, shared)
-            for key, _ in module.named_buffers(recurse=False):
-                setattr(module, key, slices.get((*path, key)))
+        params.to_module(policy)
         return policy
 
     def reset_parameters_recursive(self) -> None:
         """Draw all parameters anew, each actor and critic on its own; targets start equal."""
-        for name in ("actor_network", "qvalue_network"):
-            network = getattr(self, name)
-            params = self._modules[f"{name}_params"]
-            for index in range(params.batch_size[0]):
+        for name in (*(f"actor_network_{i}" for i in range(self.num_actors)), "qvalue_network"):
+            network, params = getattr(self, name), self._modules[f"{name}_params"].data
+            stacked = name == "qvalue_network"
+            for each in params.unbind(0) if stacked else (params,):
                 fresh = copy.deepcopy(network)
                 redraw_parameters(fresh, name)
-                params.data[index].update_(TensorDict.from_module(fresh).data)
+                each.update_(TensorDict.from_module(fresh).data)
             target = self._modules.get(f"target_{name}_params")
             if target is not None:
-                target.data.update_(params.data)
+                target.data.update_(params)
 
     def make_value_estimator(
         self, value_type: ValueEstimators | None = None, **hyperparams
@@ -765,7 +810,7 @@ class POGOLoss(LossModule):
             ValueError: when gamma is not in [0, 1].
         """
         if "gamma" in hyperparams:
-            _check_gamma(hyperparams["gamma"])
+            check_gamma(hyperparams["gamma"])
         if value_type is None:
             value_type = self.default_value_estimator
         if isinstance(value_type, ValueEstimatorBase) or (
@@ -837,86 +882,10 @@ class POGOLoss(LossModule):
 
     @property
     def _parameter_names(self) -> tuple[str, ...]:
+        actors = [f"actor_network_{i}_params" for i in range(self.num_actors)]
         return (
-            "actor_network_params",
+            *actors,
             "qvalue_network_params",
-            "target_actor_network_params",
+            "target_actor_network_0_params",
             "target_qvalue_network_params",
         )
-
-
-def _repeat(tensordict: TensorDictBase, count: int) -> TensorDictBase:
-    """The same states ``count`` times, along a new last batch dimension."""
-    return tensordict.unsqueeze(-1).expand(*tensordict.batch_size, count)
-
-
-def _as_list(network, count: int, name: str, meaning: str) -> list[nn.Module]:
-    """``count`` distinct networks of one architecture, drawn anew where only one is given."""
-    if isinstance(network, nn.Module) and not isinstance(network, nn.ModuleList):
-        return fresh_copies(network, count, name)
-    networks = list(network)
-    if len(networks) != count:
-        raise ValueError(
-            f"POGOLoss got {len(networks)} {name}s but needs {count} ({meaning}): pass a list of "
-            f"{count}, or a single one, of which the others are made."
-        )
-    for i, module in enumerate(networks):
-        if any(module is earlier for earlier in networks[:i]):
-            networks[i] = fresh_copies(module, 2, name)[1]
-    expected = _architecture(networks[0])
-    for i, module in enumerate(networks[1:], start=1):
-        for mine, first in zip_longest(_architecture(module), expected, fillvalue="nothing"):
-            if mine != first:
-                raise ValueError(
-                    f"{name}s must share one architecture, but number {i} has {mine} where number "
-                    f"0 has {first}: build all of them alike, or pass a single one."
-                )
-    return networks
-
-
-def _architecture(module: nn.Module) -> list[str]:
-    """All that networks must have in common to be stacked, in words."""
-    layers = [f"{name or 'module'}: {type(m).__name__}" for name, m in module.named_modules()]
-    shapes = [f"{name} of shape {list(p.shape)}" for name, p in module.named_parameters()]
-    buffers = [f"{name} = {b.tolist()}" for name, b in module.named_buffers()]  # e.g. bounds
-    return layers + shapes + buffers
-
-
-def _check_weights(w2_weights: Sequence[float]) -> tuple[float, ...]:
-    try:
-        weights = () if isinstance(w2_weights, str) else tuple(float(w) for w in w2_weights)
-    except (TypeError, ValueError):
-        weights = ()
-    if not weights or not all(math.isfinite(w) and w >= 0 for w in weights):
-        raise ValueError(
-            f"w2_weights={w2_weights!r} must be a sequence of finite numbers >= 0, one for each "
-            "actor of the chain, e.g. (0.2, 0.2, 0.2)."
-        )
-    return weights
-
-
-def _check_integer(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer >= 1.")
-
-
-def _check_positive(name: str, value: float, or_zero: bool = False) -> None:
-    ok = isinstance(value, (int, float)) and math.isfinite(value)
-    if not ok or value < 0 or (value == 0 and not or_zero):
-        raise ValueError(
-            f"{name}={value!r} must be a finite number {'>= 0' if or_zero else '> 0'}."
-        )
-
-
-def _check_gamma(gamma: float | Tensor) -> None:
-    try:
-        fits = 0 <= float(gamma) <= 1
-    except (TypeError, ValueError, RuntimeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"gamma={gamma} must be a number in [0, 1], e.g. 0.99.")
-
-
-def _check_choice(name: str, value, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {list(allowed)}.")

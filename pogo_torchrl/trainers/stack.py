@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 import torch
 from tensordict import TensorDict
 
-from pogo_torchrl.training import POGOTrainer, Ticks
-from pogo_torchrl.update import Update
+from pogo_torchrl.trainers.fused.update import Results, Update
+from pogo_torchrl.trainers.trainer import POGOTrainer, Ticks
 
 
 class TrainerStack:
@@ -21,19 +21,16 @@ class TrainerStack:
 
     Args:
         trainers: whose losses have one architecture and one set of settings, up to ``w2_weights``
-            and ``alpha``; all at the same update, and made with ``compile=True``, so that none of
-            them moves its targets by itself.
+            and ``alpha``, with Adam or AdamW; all at the same update.
         active: called with a trainer's place; a context in which the global random state is that
             trainer's.
         around_hooks: the same, where its hooks and checkpoints act, not at each update. Defaults to
             ``active``.
-        lr: learning rate of every Adam.
-        tau: Polyak step of the targets.
-        compile: run the update of the stack as one graph.
-        bf16: run the networks in bfloat16.
+        compile: run the update of the stack as one graph. Defaults to ``False``.
 
     Raises:
-        ValueError: when the trainers are at different updates.
+        ValueError: when the trainers are at different updates, when their settings differ, or have
+            a target updater, a replay buffer or hooks that a stack cannot follow.
     """
 
     def __init__(
@@ -42,27 +39,25 @@ class TrainerStack:
         active: Callable[[int], AbstractContextManager],
         *,
         around_hooks: Callable[[int], AbstractContextManager] | None = None,
-        lr: float,
-        tau: float,
         compile: bool = False,
-        bf16: bool = False,
     ) -> None:
         steps = {trainer.collected_frames for trainer in trainers}
         if len(steps) > 1:
             raise ValueError(f"trainers of a stack must be at one update, not at {sorted(steps)}.")
         self.trainers = list(trainers)
+        self.steppers = [trainer.optimization_stepper for trainer in trainers]
         self.active, self.around_hooks = active, around_hooks or active
         self.errors: list[Exception | None] = [None] * len(trainers)
-        self._update = Update(
-            [trainer.loss_module for trainer in trainers],
-            lr=lr,
-            tau=tau,
-            stacked=True,
-            compile=compile,
-            bf16=bf16,
-        )
-        for place, trainer in enumerate(trainers):
-            trainer.optimization_stepper.join(self._update, place)
+        shared = [
+            {name: getattr(stepper, name) for name in ("tau", "clip_grad_norm", "bf16")}
+            | {"policy_freq": stepper.policy_freq}
+            for stepper in self.steppers
+        ]
+        if any(settings != shared[0] for settings in shared):
+            raise ValueError(f"trainers of a stack must share their settings, not {shared}.")
+        self._settings = {**shared[0], "stacked": True, "compile": compile}
+        del self._settings["policy_freq"]
+        self._update: Update | None = None
 
     def train(self) -> list[Exception | None]:
         """Train all to their end; returns what has ended each of them early, if anything."""
@@ -86,20 +81,33 @@ class TrainerStack:
 
     def update(self) -> None:
         """One update of all, those that have ended included: the others do not notice."""
+        self._prepare()
+        assert self._update is not None
         batches, noises = [], []
-        for place, trainer in enumerate(self.trainers):
+        for place, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
             with self.active(place):
                 trainer._optim_count += 1
                 batches.append(trainer._process_optim_batch_hook(TensorDict()))
-                noises.append(trainer.optimization_stepper.draw_noise(batches[-1]))
+                noises.append(stepper.draw_noise(batches[-1]))
+        first = self.steppers[0]
         noise = {name: torch.stack([one[name] for one in noises]) for name in noises[0]}
-        with_actors = self.trainers[0].optimization_stepper.with_actors
-        critics, actors = self._update(torch.stack(batches), noise, with_actors)
-        for place, trainer in enumerate(self.trainers):
-            scalars = None if actors is None else actors[place]
-            trainer.optimization_stepper.take(critics[place], scalars)
+        stacked = self._update(torch.stack(batches), noise, first.lr(), first.with_actors)
+        for place, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
+            results = Results(*(None if part is None else part[place] for part in stacked))
+            stepper.record(results, batches[place])
+            stepper.advance(1)
             trainer._post_optim_hook()
             trainer._post_optim_log(batches[place])
+
+    def _prepare(self) -> None:
+        """Find the memory that the losses and the optimizers have now."""
+        if self._update is not None and (self._update.is_current() or self._update.refresh()):
+            return
+        losses = [stepper.loss_module for stepper in self.steppers]
+        optimizers = [stepper.optimizers for stepper in self.steppers]
+        self._update = Update(losses, optimizers, **self._settings)
+        for stepper in self.steppers:
+            stepper.join(self._update)
 
     @staticmethod
     def _after(trainer: POGOTrainer) -> None:

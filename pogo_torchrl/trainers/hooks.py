@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from tensordict import TensorDictBase
-from torch import Tensor
 from torchrl.trainers import TrainerHookBase
 
 from pogo_torchrl.evaluation import Evaluation, EvaluationInterrupted
 from pogo_torchrl.modules import TransportActor
-
-if TYPE_CHECKING:
-    from pogo_torchrl.training import POGOTrainer
+from pogo_torchrl.trainers.stepper import RunningMean
 
 
 class DivergenceError(FloatingPointError):
@@ -53,40 +49,24 @@ class LogMetrics(TrainerHookBase):
             raise ValueError(f"log_interval={interval} must be an integer >= 1.")
         self.sinks = sinks
         self.interval = interval
-        # Sums over updates and, last, their number: on the device, in one place for good, so that a
-        # CUDA graph can add to them.
-        self._sums = torch.zeros(1)
-        self._observation: Tensor | None = None
         self._clock = time.perf_counter
         self._started = self._last = (0.0, 0)
 
-    def register(self, trainer: POGOTrainer, name: str = "log_metrics") -> None:
+    def register(self, trainer: Any, name: str = "log_metrics") -> None:
         """Register at the trainer's boundaries."""
         self.trainer = trainer
-        scalars = trainer.optimization_stepper.scalars
-        self._sums = scalars.new_zeros(len(scalars) + 1)
+        self.means: RunningMean = trainer.optimization_stepper.track()
         trainer.add_interval(self.interval)
-        trainer.register_module(name, self)
         trainer.register_op("setup", self._start)
-        trainer.register_op("post_optim_log", self._add)
         trainer.register_op("post_steps", self._emit)
 
     def _start(self) -> None:
         self._started = self._last = (self._clock(), self.trainer.collected_frames)
 
-    def _add(self, batch: TensorDictBase) -> None:
-        # Update by update, so that a sum does not depend on where the other hooks' boundaries lie.
-        self._sums[:-1].add_(self.trainer.optimization_stepper.scalars)
-        self._sums[-1].add_(1)
-        self.remember(batch)
-
-    def remember(self, batch: TensorDictBase) -> None:
-        """Keep the last batch for the actors' spread."""
-        self._observation = batch.get(self.trainer.loss_module.actor_network.in_keys[0])
-
     def _emit(self) -> None:
         step = self.trainer.collected_frames
-        if (step % self.interval and step < self.trainer.total_frames) or not self._count:
+        due = step % self.interval == 0 or step >= self.trainer.total_frames
+        if not due or not self.means.count:
             return
         row = self.means()
         row.update(self._spread())
@@ -95,51 +75,27 @@ class LogMetrics(TrainerHookBase):
         row["updates_per_second"] = (step - earlier) / max(now - before, 1e-9)
         row["seconds"] = now - self._started[0]
         self._last = (now, step)
-        self._sums.zero_()
+        self.means.reset()
         for sink in self.sinks:
             sink.write(step, [row])
         self.trainer._log(log_pbar=True, loss_q=row["loss_qvalue"])
         self.trainer._log_dict.clear()
 
-    def means(self) -> dict[str, float]:
-        """The averages since the last row, by name."""
-        if not self._count:
-            return {}
-        means = (self._sums[:-1] / self._sums[-1]).tolist()
-        return dict(sorted(zip(self.trainer.optimization_stepper.names, means)))
-
-    @property
-    def _count(self) -> int:
-        return int(self._sums[-1])
-
     @torch.no_grad()
     def _spread(self) -> dict[str, float]:
         loss, spread = self.trainer.loss_module, {}
-        assert self._observation is not None
+        batch = self.trainer.optimization_stepper.last_batch
         generator = torch.Generator().manual_seed(0)
         for i in range(loss.num_actors):
             actor = loss.actor(i)
             if not isinstance(actor, TransportActor):
                 continue
-            states = self._observation.expand(self.num_spread_samples, *self._observation.shape)
+            observation = batch.get(actor.in_keys[0])
+            states = observation.expand(self.num_spread_samples, *observation.shape)
             noise = torch.randn((*states.shape[:-1], actor.noise_dim), generator=generator)
             actions = actor(states, noise.to(states))
             spread[f"std_{i}"] = actions.std(0).mean().item()
         return spread
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averages since the last row."""
-        return {
-            "count": self._count,
-            "sums": [self._sums[:-1].clone()] if self._count else [],
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._sums[-1] = state_dict["count"]
-        self._sums[:-1].zero_()
-        for sums in state_dict["sums"]:
-            self._sums[:-1].copy_(sums)
 
 
 class Evaluate(TrainerHookBase):
@@ -172,7 +128,7 @@ class Evaluate(TrainerHookBase):
         self.interval = interval
         self.last_step: int | None = None
 
-    def register(self, trainer: POGOTrainer, name: str = "evaluate") -> None:
+    def register(self, trainer: Any, name: str = "evaluate") -> None:
         """Register at the trainer's boundaries."""
         self.trainer = trainer
         trainer.add_interval(self.interval)
@@ -271,7 +227,7 @@ class StopOnDivergence(TrainerHookBase):
         self.warn = warn
         self._warned = False
 
-    def register(self, trainer: POGOTrainer, name: str = "stop_on_divergence") -> None:
+    def register(self, trainer: Any, name: str = "stop_on_divergence") -> None:
         """Register at the trainer's boundaries."""
         self.trainer = trainer
         trainer.register_op("post_steps", self._check)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.checkpoint import GlobalRNGState
-
-if TYPE_CHECKING:
-    from pogo_torchrl.training import POGOTrainer
+from torch import Tensor
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -26,6 +22,31 @@ class DeviceGraph(Protocol):
 
     def replay(self) -> None:
         """Have the device do it again, on the same memory."""
+
+
+class Stepper(Protocol):
+    """What makes updates: :class:`~pogo_torchrl.trainers.POGOOptimizationStepper`."""
+
+    loss_module: Any
+    policy_freq: int
+    steps: int
+    last_batch: TensorDictBase | None
+
+    @property
+    def with_actors(self) -> bool:
+        """Whether the next update is one of the actors, too."""
+
+    def update_on(self, batch: TensorDictBase, lr: Tensor) -> Any:
+        """The work of one update on the device."""
+
+    def advance(self, count: int) -> None:
+        """Count updates and move the learning rates on."""
+
+    def lr(self) -> Tensor:
+        """The learning rates of the next update."""
+
+    def undone(self) -> AbstractContextManager[None]:
+        """Restore all training state at the end, in place."""
 
 
 class CUDAGraph:
@@ -74,87 +95,104 @@ class CUDAGraph:
 
 
 class UpdateGraphs:
-    """Makes a trainer's updates by replaying captured ones.
+    """Makes updates by replaying captured ones.
 
     One graph holds ``longest`` updates, one a single update for what is left over (one more where
     ``policy_freq`` leaves the actors out of some): sampling, noise, the update, and the sums of
     the log. A replay buffer whose sampling no graph can hold samples as ever, batch by batch,
-    into memory that a graph of a single update reads.
+    into memory that a graph of a single update reads. Learning rates are written to memory that
+    the graphs read.
 
     Capturing leaves no trace in the run: weights, moments, sums, counters and random states are
-    what they were before. Graphs are part of no checkpoint: they read and write the memory that a
-    checkpoint is loaded into, and a resumed run captures its own. It draws what the unbroken run
-    draws; to the last bit it equals that as far as the GPU's kernels repeat themselves
-    (``deterministic=true``).
+    what they were before. Graphs are part of no checkpoint: they read and write the memory where
+    the state lies, and are captured again where that has moved. A resumed run draws what the
+    unbroken run draws; to the last bit it equals that as far as the GPU's kernels repeat
+    themselves (``deterministic=true``).
 
     A capture that fails gives one warning, and training goes on without graphs.
 
     Args:
-        trainer: whose updates; it has only hooks of our own at each of them.
+        stepper: whose updates.
         make: makes the graphs.
         longest: updates in the longest graph, in whole cycles of ``policy_freq``.
     """
 
     def __init__(
-        self, trainer: POGOTrainer, make: Callable[[], DeviceGraph], longest: int = 25
+        self, stepper: Stepper, make: Callable[[], DeviceGraph], longest: int = 25
     ) -> None:
-        cycle = trainer.optimization_stepper.policy_freq
-        self.trainer, self.make = trainer, make
+        cycle = stepper.policy_freq
+        self.stepper, self.make = stepper, make
         self.longest = cycle * max(1, longest // cycle)
-        samples_on = getattr(trainer._dataset, "samples_on", lambda device: False)
-        self.samples = samples_on(trainer.loss_module.min_action.device)
         self.failed = False
         self._inputs: TensorDictBase | None = None
+        self._rates: Tensor | None = None
         # Each with its last batch: memory that it writes, which nobody else shall be given.
         self._graphs: dict[tuple[int, bool], tuple[DeviceGraph, TensorDictBase]] = {}
 
-    def run(self, count: int) -> None:
-        """Make so many updates."""
-        trainer, stepper = self.trainer, self.trainer.optimization_stepper
+    def run(self, count: int, batches: Any) -> None:
+        """Make ``count`` updates on batches of a replay buffer."""
+        stepper = self.stepper
+        samples_on = getattr(batches, "samples_on", lambda device: False)
+        samples = samples_on(stepper.loss_module.min_action.device)
+        if samples and not self._graphs:
+            stepper.loss_module.check_batch(batches[:1])
         while count:
-            whole = self.samples and stepper.with_actors and count >= self.longest
+            whole = samples and stepper.with_actors and count >= self.longest
             length = self.longest if whole and not self.failed else 1
-            batch = None if self.samples else trainer.sample()
-            found = self._graph(length) if batch is None or self._take_in(batch) else None
+            batch = None if samples else batches.sample()
+            found = self._graph(length, batches) if batch is None or self._take_in(batch) else None
             if found is None:
-                trainer.update_on(trainer.sample() if batch is None else batch)
+                stepper.update_on(batches.sample() if batch is None else batch, stepper.lr())
+                stepper.advance(1)
                 length = 1
             else:
-                graph, last = found
+                self._write_rates(length)
+                graph, stepper.last_batch = found
                 graph.replay()
-                # What Python does in an update beside having the device work.
-                stepper.steps += length
-                trainer._optim_count += length
-                for metrics in trainer.metrics:
-                    metrics.remember(last)
             count -= length
+
+    def _write_rates(self, length: int) -> None:
+        """Advance by ``length`` updates, writing the learning rate of each to where graphs read."""
+        assert self._rates is not None
+        for place in range(length):
+            rates = self.stepper.lr()
+            if self._written[place] is not rates:
+                self._rates[place].copy_(rates)
+                self._written[place] = rates
+            self.stepper.advance(1)
 
     def _take_in(self, batch: TensorDictBase) -> bool:
         """Copy a batch to where graphs read it, if it is like those before it."""
         if self._inputs is None:
+            self.stepper.loss_module.check_batch(batch)
             self._inputs = batch.clone()
         elif _layout(batch) != _layout(self._inputs):
             return False
         self._inputs.update_(batch)
         return True
 
-    def _graph(self, length: int) -> tuple[DeviceGraph, TensorDictBase] | None:
+    def _graph(self, length: int, batches: Any) -> tuple[DeviceGraph, TensorDictBase] | None:
         """The graph of the next ``length`` updates and its last batch; ``None``: there is none."""
-        trainer, stepper = self.trainer, self.trainer.optimization_stepper
+        stepper = self.stepper
         key, first = (length, stepper.with_actors), stepper.steps
         if self.failed or key in self._graphs:
             return self._graphs.get(key)
+        if self._rates is None:
+            rates = stepper.lr()
+            self._rates = rates.expand(self.longest, -1).clone()
+            self._written: list[Tensor] = [rates] * self.longest
+        memory = self._rates
         last: list[TensorDictBase] = []
 
         def work() -> None:
-            stepper.steps = first  # every pass is one of the same updates
-            for _ in range(length):
-                last[:] = [trainer.sample() if self._inputs is None else self._inputs]
-                trainer.update_on(*last)
+            for place in range(length):
+                stepper.steps = first + place  # every pass is one of the same updates
+                last[:] = [batches.sample() if self._inputs is None else self._inputs]
+                stepper.update_on(*last, memory[place])
 
         try:
             graph = self.make()
-            with self._undone():
+            with stepper.undone():
                 graph.capture(work)
             self._graphs[key] = graph, last[0]
         except Exception as error:  # whatever it is, the updates can be made without
@@ -163,20 +201,6 @@ class UpdateGraphs:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             _LOGGER.warning("No CUDA graphs, the updates are slower for it: %s", reason)
         return self._graphs.get(key)
-
-    @contextmanager
-    def _undone(self) -> Iterator[None]:
-        """Put everything back that updates change, in place: as a resumed run finds it."""
-        trainer = self.trainer
-        parts = [trainer.loss_module, trainer.optimization_stepper, *trainer.metrics]
-        parts.append(GlobalRNGState())
-        states, count = [copy.deepcopy(part.state_dict()) for part in parts], trainer._optim_count
-        try:
-            yield
-        finally:
-            trainer._optim_count = count
-            for part, state in zip(parts, states):
-                part.load_state_dict(state)
 
 
 def _layout(batch: TensorDictBase) -> dict:

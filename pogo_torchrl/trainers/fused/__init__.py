@@ -1,0 +1,1 @@
+"""The update as one function of tensors: eager, compiled, vectorised over runs, in CUDA graphs."""

@@ -1,0 +1,196 @@
+"""Adam and AdamW in plain tensor operations, which compile into one graph with the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_DEFAULTS = {"amsgrad": False, "maximize": False, "differentiable": False}
+
+
+class FusedAdam:
+    r"""The step of a ``torch.optim.Adam`` or ``AdamW``, or of a stack of equal ones.
+
+    .. math::
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2,
+
+    .. math::
+        \theta \leftarrow \theta -
+        lr \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    with weight decay as the optimizer's class has it. It works on the parameters and on the
+    moments of the optimizers themselves: their ``state`` is that of the training, and they go on
+    from there by their own ``step()`` as well. ``torch.optim.adam.adam`` gives the same numbers,
+    but compiled it computes the two powers of t in each vector of parameters (docs/speed.md).
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015, arXiv:1412.6980),
+    algorithm 1; Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019,
+    arXiv:1711.05101), algorithm 2.
+
+    Args:
+        optimizers: one, or one for each run of a stack.
+        parameters: for each optimizer the parameters that it holds.
+        params: the same in the memory that is to be changed in place, ``[R, ...]`` for a stack.
+
+    Raises:
+        ValueError: for an optimizer that :func:`why_not` refuses, or a stack of different ones.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.Adam([parameter], lr=0.1)
+        >>> adam = FusedAdam([optimizer], [[parameter]], [parameter.detach()])
+        >>> adam.step([torch.ones(2)], torch.tensor(0.1, dtype=torch.float64))
+        >>> parameter.data
+        tensor([-0.1000, -0.1000])
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        parameters: Sequence[Sequence[Tensor]],
+        params: Sequence[Tensor],
+    ) -> None:
+        self.optimizers, self.params = list(optimizers), list(params)
+        self.settings = settings = self._settings()
+        self.betas, self.eps = settings["betas"], settings["eps"]
+        self.weight_decay, self.decoupled = settings["weight_decay"], settings["decoupled"]
+        # By parameter, then by run.
+        self._states = [
+            [_state(optimizer, p) for optimizer, p in zip(self.optimizers, runs)]
+            for runs in zip(*parameters)
+        ]
+        self.exp_avg = [_joined("exp_avg", s, p) for s, p in zip(self._states, self.params)]
+        self.exp_avg_sq = [_joined("exp_avg_sq", s, p) for s, p in zip(self._states, self.params)]
+        # float64: 1 - 0.999^t loses digits in float32. A vector: of one number alone torch.compile
+        # (2.13) misses the change in place.
+        count = float(self._states[0][0]["step"])
+        self.steps = torch.full((1,), count, dtype=torch.float64, device=self.params[0].device)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], lr: Tensor) -> None:
+        """Move the parameters by their gradients.
+
+        Args:
+            gradients: in the order of the parameters.
+            lr: the learning rate, a float64 scalar.
+        """
+        self.steps.add_(1)
+        beta1, beta2 = self.betas
+        if self.weight_decay:
+            if self.decoupled:
+                shrink = (1 - lr * self.weight_decay).to(self.params[0].dtype)
+                for p in self.params:
+                    p.mul_(shrink)
+            else:
+                gradients = [g + self.weight_decay * p for g, p in zip(gradients, self.params)]
+        # Joined, two numbers in memory: torch.compile would work them out anew at each parameter.
+        size, correction = (
+            torch.cat([lr / (1 - beta1**self.steps), (1 - beta2**self.steps).rsqrt()])
+            .to(self.params[0].dtype)
+            .unbind()
+        )
+        for p, m, v, g in zip(self.params, self.exp_avg, self.exp_avg_sq, gradients):
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            denominator = v.sqrt().mul_(correction).add_(self.eps)
+            p.sub_(m / denominator * size)
+
+    def check(self) -> None:
+        """Refuse settings that have changed since they were compiled.
+
+        Raises:
+            ValueError: naming them.
+        """
+        now = self._settings()
+        changed = [name for name, value in self.settings.items() if now[name] != value]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} of {type(self.optimizers[0]).__name__} changed during the "
+                "training, of which a compiled or stacked update follows the learning rate only: "
+                "use compile=False, or leave them as they are."
+            )
+
+    def memory(self) -> list[Tensor]:
+        """What a step changes beside the parameters."""
+        return [*self.exp_avg, *self.exp_avg_sq, self.steps]
+
+    def write_steps(self) -> None:
+        """Tell the optimizers how many steps were made for them."""
+        for runs in self._states:
+            for state in runs:
+                state["step"].copy_(self.steps[0])
+
+    def _settings(self) -> dict[str, Any]:
+        found = []
+        for optimizer in self.optimizers:
+            reason = why_not(optimizer)
+            if reason:
+                raise ValueError(reason)
+            group = optimizer.param_groups[0]
+            found.append(
+                {
+                    "betas": tuple(group["betas"]),
+                    "eps": group["eps"],
+                    "weight_decay": group["weight_decay"],
+                    "decoupled": isinstance(optimizer, torch.optim.AdamW)
+                    or bool(group.get("decoupled_weight_decay")),
+                }
+            )
+        if any(one != found[0] for one in found):
+            raise ValueError(
+                f"the runs of a stack must share one optimizer's settings, not {found}."
+            )
+        return found[0]
+
+
+def why_not(optimizer: Optimizer) -> str | None:
+    """Why a compiled or stacked update cannot make the steps of an optimizer; ``None``: it can.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.zeros(2))
+        >>> why_not(torch.optim.AdamW([parameter], weight_decay=0.1))
+        >>> why_not(torch.optim.SGD([parameter]))[:40]
+        'a compiled or stacked update makes the s'
+    """
+    name, reason = type(optimizer).__name__, ""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        reason = f"not of {name}"
+    elif len(optimizer.param_groups) != 1:
+        reason = f"with one parameter group, not {len(optimizer.param_groups)}"
+    else:
+        group = optimizer.param_groups[0]
+        odd = [key for key, value in _DEFAULTS.items() if group.get(key, value) != value]
+        odd += ["tensor betas"] if any(isinstance(b, Tensor) for b in group["betas"]) else []
+        reason = f"without {', '.join(odd)}" if odd else ""
+    if not reason:
+        return None
+    return (
+        "a compiled or stacked update makes the steps of torch.optim.Adam and AdamW (with any "
+        f"learning rate, weight decay, betas and eps), {reason}: use compile=False, or one of them."
+    )
+
+
+def _state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The optimizer's state of a parameter; made, before its first step, as that would."""
+    state = optimizer.state[parameter]
+    if not state:
+        fused = optimizer.param_groups[0].get("fused")
+        state["step"] = torch.zeros((), device=parameter.device if fused else None)
+        state["exp_avg"] = torch.zeros_like(parameter.data)
+        state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+    return state
+
+
+def _joined(name: str, states: Sequence[dict[str, Tensor]], like: Tensor) -> Tensor:
+    """A moment of all runs, of the parameter's shape, in memory that the optimizers share."""
+    if len(states) == 1:
+        return states[0][name].view_as(like)
+    moments = torch.stack([state[name] for state in states])
+    for state, own in zip(states, moments):
+        state[name] = own
+    return moments
