@@ -3,7 +3,7 @@
 from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.policies import load_actors
-from pogo_torchrl.trainers.trainer import POGOTrainer
+from pogo_torchrl.trainers import POGOTrainer
 from pogo_torchrl.transport import sinkhorn_divergence
 
 __all__ = [

@@ -117,6 +117,17 @@ class RunConfig:
     progress_bar: bool = _option(True, "show speed and remaining time")
     batch_size: int = _option(256, "transitions of an update")
     lr: float = _option(3e-4, "learning rate of every Adam")
+    lr_actor: float | None = _option(None, "that of the actors; null: lr")
+    lr_critic: float | None = _option(None, "that of the critics; null: lr")
+    lr_schedule: str = _option(
+        "constant", "of the learning rates over total_steps: constant, linear (to 0) or cosine"
+    )
+    lr_schedule_actor: str | None = _option(None, "that of the actors; null: lr_schedule")
+    lr_schedule_critic: str | None = _option(None, "that of the critics; null: lr_schedule")
+    weight_decay: float = _option(0.0, "decoupled weight decay (AdamW); 0: Adam")
+    clip_grad_norm: float | None = _option(
+        None, "largest norm of a network's gradient; null: not clipped"
+    )
     gamma: float = _option(0.99, "discount factor per step")
     tau: float = _option(0.005, "Polyak step of the target critics")
     policy_noise: float = _option(0.2, "std of the target action's noise, in half action ranges")
@@ -133,6 +144,9 @@ class RunConfig:
         "fast",
         "fast (GeomLoss's divergence, faster), tensorized, online (needs KeOps) or auto "
         "(GeomLoss's own), or exact (the optimal assignment, num_samples up to 10)",
+    )
+    w2_fraction: float = _option(
+        1.0, "share of a batch's states on which the divergence is evaluated, in (0, 1]"
     )
     shared_noise: bool = _option(
         False, "the divergence compares two actors under the same z: no pull on their spread"
@@ -201,6 +215,7 @@ class POGOLossConfig(LossConfig):
     num_samples: int = 4
     blur: float = 0.05
     w2_backend: str = "tensorized"
+    w2_fraction: float = 1.0
     shared_noise: bool = False
     policy_noise: float = 0.2
     noise_clip: float = 0.5
@@ -226,6 +241,11 @@ class POGOTrainerConfig(TrainerConfig):
     replay_buffer: Any = None
     total_steps: int = 1_000_000
     lr: float = 3e-4
+    qvalue_optimizer: Any = None
+    actor_optimizer: Any = None
+    qvalue_lr_scheduler: Any = None
+    actor_lr_scheduler: Any = None
+    clip_grad_norm: float | None = None
     policy_freq: int = 1
     tau: float = 0.005
     target_net_updater: Any = None

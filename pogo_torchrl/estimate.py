@@ -16,9 +16,10 @@ from pogo_torchrl.data.replay import Normalization, OfflineReplayBuffer
 from pogo_torchrl.envs import max_episode_steps
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.run import check_memory, choose_device, env_fn, make_loss
+from pogo_torchrl.objectives.pogo import Params
+from pogo_torchrl.run import check_memory, choose_device, env_fn, make_loss, optimizer_settings
+from pogo_torchrl.trainers import POGOTrainer
 from pogo_torchrl.trainers.hooks import LogMetrics
-from pogo_torchrl.trainers.trainer import POGOTrainer
 
 # Checkpoints that a trainer keeps; bytes of a row of metrics.csv, and of the figure, the logs and
 # what a checkpoint holds beside the networks.
@@ -76,11 +77,13 @@ def measure(cfg: DictConfig, seconds: float = 0.5) -> Cost:
     horizon = cfg.env.max_episode_steps or max_episode_steps(cfg.task)
     evaluation = elapsed * horizon / steps * cfg.eval_episodes / evaluator.episodes
 
-    policy = _bytes(loss.actor_network_params)
-    trained = policy + _bytes(loss.qvalue_network_params)
-    targets = _bytes(loss.target_qvalue_network_params)
-    targets += policy if cfg.delay_actor else 0
-    return Cost(update, evaluation, 3 * trained + targets, policy)  # Adam keeps two moments
+    first = _bytes(loss.params("actor_network_0"))
+    policy = loss.num_actors * first
+    trained = policy + _bytes(loss.params("qvalue_network"))
+    # TorchRL's checkpoints hold the loss's actor_network once more, as the policy.
+    others = _bytes(loss.params("target_qvalue_network")) + first
+    others += first if cfg.delay_actor else 0
+    return Cost(update, evaluation, 3 * trained + others, policy)  # Adam keeps two moments
 
 
 def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds: float) -> float:
@@ -105,7 +108,7 @@ def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds
             episode_returns=np.zeros(1),
             batch_size=cfg.batch_size,
         ),
-        lr=cfg.lr,
+        **optimizer_settings(cfg, next(loss.parameters()).device),
         policy_freq=cfg.policy_freq,
         tau=cfg.tau,
         bf16=cfg.bf16,
@@ -121,5 +124,5 @@ def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds
     return elapsed / steps
 
 
-def _bytes(parameters: TensorDict) -> int:
-    return sum(value.numel() * value.element_size() for value in parameters.values(True, True))
+def _bytes(parameters: Params) -> int:
+    return sum(value.numel() * value.element_size() for value in parameters.values())

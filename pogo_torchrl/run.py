@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -38,13 +39,9 @@ from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.policies import on_raw_observations, save_actors
 from pogo_torchrl.report import plot_curves, score_table
-from pogo_torchrl.trainers.hooks import (
-    Evaluate,
-    LogMetrics,
-    StopOnDivergence,
-)
-from pogo_torchrl.trainers.stack import TrainerStack
-from pogo_torchrl.trainers.trainer import POGOTrainer
+from pogo_torchrl.trainers import POGOTrainer, TrainerStack, lr_scheduler
+from pogo_torchrl.trainers.hooks import Evaluate, LogMetrics, StopOnDivergence
+from pogo_torchrl.trainers.optimizers import adam
 
 LOGGER = logging.getLogger("pogo_torchrl")
 
@@ -172,10 +169,7 @@ def _train_stack(
         [one.trainer for one in runs],
         streams.__getitem__,
         around_hooks=around_hooks,
-        lr=cfg.lr,
-        tau=cfg.tau,
         compile=choose_compile(cfg.compile, cfg.total_steps),
-        bf16=cfg.bf16,
     )
     return stack.train()
 
@@ -219,10 +213,10 @@ class RunInProgress:
         )
         self.device = choose_device(cfg.device)
         self.settings = {
-            "lr": cfg.lr,
+            **optimizer_settings(cfg, self.device),
             "policy_freq": cfg.policy_freq,
             "tau": cfg.tau,
-            "compile": stacked or choose_compile(cfg.compile, cfg.total_steps),
+            "compile": not stacked and choose_compile(cfg.compile, cfg.total_steps),
             "bf16": cfg.bf16,
             "checkpoint_dir": self.folder.checkpoints,
             "checkpoint_interval": cfg.checkpoint_interval,
@@ -411,6 +405,7 @@ def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> PO
         num_samples=cfg.num_samples,
         blur=cfg.blur,
         w2_backend=cfg.w2_backend,
+        w2_fraction=cfg.w2_fraction,
         shared_noise=cfg.shared_noise,
         policy_noise=cfg.policy_noise,
         noise_clip=cfg.noise_clip,
@@ -420,6 +415,26 @@ def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> PO
     ).to(device)
     loss.make_value_estimator(gamma=cfg.gamma)
     return loss
+
+
+def optimizer_settings(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
+    """Optimizers and schedules of a run, as :class:`~pogo_torchrl.POGOTrainer` takes them.
+
+    Raises:
+        ValueError: for learning rates or a weight decay out of range, or an unknown schedule.
+    """
+    found: dict[str, Any] = {"clip_grad_norm": cfg.clip_grad_norm}
+    if not (0 <= cfg.weight_decay < math.inf):
+        raise ValueError(f"weight_decay={cfg.weight_decay} must be a number >= 0, e.g. 0.01.")
+    for option, name in (("critic", "qvalue"), ("actor", "actor")):
+        rate, schedule = cfg[f"lr_{option}"], cfg[f"lr_schedule_{option}"]
+        rate, key = (cfg.lr, "lr") if rate is None else (rate, f"lr_{option}")
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{key}={rate} must be a positive number, e.g. 3e-4.")
+        schedule = cfg.lr_schedule if schedule is None else schedule
+        found[f"{name}_optimizer"] = adam(rate, cfg.weight_decay, device=device)
+        found[f"{name}_lr_scheduler"] = lr_scheduler(schedule, cfg.total_steps)
+    return found
 
 
 def choose_device(name: str) -> torch.device:
@@ -511,6 +526,8 @@ def _fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[st
         for key in configs.top_level_options()
         if key not in _FREE_ON_RESUME
     }
+    if not _constant_lr(cfg):
+        settings["total_steps"] = cfg.total_steps
     return {**settings, "data": replay_buffer.fingerprint()}
 
 
@@ -558,16 +575,25 @@ def check_folder(folder: RunFolder, cfg: DictConfig) -> None:
         raise ValueError(
             f"{file} cannot be read: delete the folder {folder.root}, or choose another log_dir."
         )
+    # An option that an earlier release did not have had its default.
+    before = OmegaConf.merge(OmegaConf.structured(configs.RunConfig), before)
+    free = _FREE_ON_RESUME if _constant_lr(cfg) else _FREE_ON_RESUME - {"total_steps"}
     changed = [
         f"{key}: {before.get(key)} -> {cfg[key]}"
         for key in configs.top_level_options()
-        if key not in _FREE_ON_RESUME and before.get(key) != cfg[key]
+        if key not in free and before.get(key) != cfg[key]
     ]
     if changed:
         raise ValueError(
             f"resume=true would change the run in {folder.training.parent} "
             f"({'; '.join(changed)}). Give the values it was started with."
         )
+
+
+def _constant_lr(cfg: DictConfig) -> bool:
+    """Whether the training does not depend on ``total_steps``."""
+    names = (cfg.lr_schedule, cfg.lr_schedule_actor, cfg.lr_schedule_critic)
+    return set(names) <= {"constant", None}
 
 
 class Stopped(Exception):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
 from pogo_torchrl.data.replay import Normalization, OfflineReplayBuffer
-from pogo_torchrl.graphs import UpdateGraphs
-from pogo_torchrl.hooks import DivergenceError, LogMetrics, StopOnDivergence
+from pogo_torchrl.trainers import POGOOptimizationStepper
+from pogo_torchrl.trainers.hooks import DivergenceError, LogMetrics, StopOnDivergence
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -72,30 +74,31 @@ def offline(rows):
 
 
 @pytest.fixture
-def make(make_loss, make_buffer, make_batch):
+def make(make_loss, make_buffer, make_batch, monkeypatch):
     """Trainers that start from the same weights, data and random state, with graphs or without."""
-    losses = {backend: make_loss(w2_backend=backend) for backend in ("fast", "tensorized")}
+    # What torch.compile would trace, as it is.
+    monkeypatch.setattr("pogo_torchrl.trainers.fused.update._compiled", lambda run, device: run)
+    loss = make_loss(w2_backend="fast")
     buffers = {True: offline(make_batch(64)), False: make_buffer()}
 
-    def make(graphs, *, total=33, ours=True, backend="fast", guard=False, hook=None, **settings):
+    def make(graphs, *, total=33, ours=True, guard=False, hook=None, **settings):
         metrics = LogMetrics([Rows()], 10)
         hooks = [StopOnDivergence(metrics), metrics] if guard else [metrics]
         trainer = POGOTrainer(
-            copy.deepcopy(losses[backend]), buffers[ours], total, progress_bar=False,
+            copy.deepcopy(loss), buffers[ours], total, progress_bar=False,
             compile=True, hooks=hooks, **settings,
         )  # fmt: skip
+        trainer.metrics = metrics
         if hook is not None:
             trainer.register_op("post_optim", hook)
-        update = trainer.optimization_stepper.update
-        update._run = update._update_one  # what torch.compile would trace
         trainer.tapes = []
-        if graphs:
 
-            def tape():
-                trainer.tapes.append(Tape())
-                return trainer.tapes[-1]
+        def tape():
+            trainer.tapes.append(Tape())
+            return trainer.tapes[-1]
 
-            trainer._graphs = UpdateGraphs(trainer, tape, longest=4)
+        trainer.optimization_stepper.graph_maker = lambda: tape if graphs else None
+        trainer.optimization_stepper.longest_graph = 4
         torch.manual_seed(1)
         return trainer
 
@@ -104,14 +107,28 @@ def make(make_loss, make_buffer, make_batch):
 
 def trained(trainer):
     trainer.train()
+    stepper = trainer.optimization_stepper.state_dict()
+    stepper["optimizers"] = {name: one["state"] for name, one in stepper["optimizers"].items()}
     return {
         "loss": dict(trainer.loss_module.state_dict()),
-        "stepper": trainer.optimization_stepper.state_dict(),
-        "sums": trainer.metrics[0].state_dict(),
+        "stepper": stepper,
         "count": trainer._optim_count,
-        "rows": trainer.metrics[0].sinks[0].numbers(),
+        "rows": trainer.metrics.sinks[0].numbers(),
         "random": torch.get_rng_state(),
     }
+
+
+def read_a_number(trainer):
+    """Have each update of a trainer read a number on the host."""
+    stepper = trainer.optimization_stepper
+    draw_noise = stepper.draw_noise
+
+    def read(batch):
+        noise = draw_noise(batch)
+        assert noise["smoothing"].sum().item() < 1e9
+        return noise
+
+    stepper.draw_noise = read
 
 
 def assert_same(one, other):
@@ -125,7 +142,7 @@ def test_replays_are_the_updates_themselves(make, policy_freq, ours):
     trainer = make(True, ours=ours, policy_freq=policy_freq)
     assert_same(trained(trainer), plain)
     assert [step for step, _ in plain["rows"]] == [10, 20, 30, 33]
-    assert not trainer._graphs.failed
+    assert not trainer.optimization_stepper._graphs.failed
     replays = sum(tape.replays for tape in trainer.tapes)
     # a replay holds several updates, or one where the buffer samples by itself
     assert replays < 33 if ours else replays == 33
@@ -179,10 +196,10 @@ def test_a_checkpoint_loaded_in_between_is_what_replays_go_on_from(make, tmp_pat
 
 
 def test_a_capture_that_fails_costs_a_warning_only(make, caplog):
-    # GeomLoss reads a number on the host.
-    plain = trained(make(False, backend="tensorized"))
+    plain = trained(make(False))
     caplog.clear()
-    trainer = make(True, backend="tensorized")
+    trainer = make(True)
+    read_a_number(trainer)
     assert_same(trained(trainer), plain)
     assert len(trainer.tapes) == 1
     assert [record.getMessage() for record in caplog.records] == [
@@ -195,7 +212,7 @@ def test_a_batch_of_another_size_is_updated_on_without_a_graph(make, make_batch)
     def with_a_short_batch(graphs):
         trainer = make(graphs, total=6, ours=False)
         sizes = iter([16, 16, 5, 16, 16, 5])
-        trainer.sample = lambda: make_batch(next(sizes))
+        trainer._dataset = SimpleNamespace(sample=lambda: make_batch(next(sizes)))
         return trained(trainer), trainer
 
     plain, _ = with_a_short_batch(False)
@@ -219,20 +236,28 @@ def test_what_others_do_at_each_update_is_not_left_out(make):
     assert not trainer.tapes
 
 
-def test_only_uncompiled_targets_and_others_count_as_acting_at_each_update(make_loss, make_buffer):
-    class Own(LogMetrics):
-        def _add(self, batch):
-            super()._add(batch)
+def test_learning_rates_reach_each_replayed_update(make):
+    schedule = partial(torch.optim.lr_scheduler.LinearLR, end_factor=0.1, total_iters=30)
+    settings = {"qvalue_lr_scheduler": schedule, "lr": 1e-2}
+    plain = trained(make(False, **settings))
+    trainer = make(True, **settings)
+    assert_same(trained(trainer), plain)
+    assert trainer.tapes[0].replays > 1
+    constant = trained(make(True, lr=1e-2))
+    name = "qvalue_network_params.module.0.weight"
+    assert not torch.allclose(constant["loss"][name], plain["loss"][name])
 
-    def acts(hook, compile=True):
-        trainer = POGOTrainer(
-            make_loss(), make_buffer(), 3, progress_bar=False, compile=compile, hooks=[hook]
-        )
-        return trainer._at_each_update
 
-    assert not acts(LogMetrics([], 2))
-    assert acts(LogMetrics([], 2), compile=False)
-    assert acts(Own([], 2))
+def test_graphs_are_captured_again_where_the_loss_has_moved(make):
+    found = []
+    for graphs in (False, True):
+        trainer = make(graphs, total=16)
+        trainer.optim_steps(TensorDict({}, [8]))
+        trainer.loss_module.double().float()
+        trainer.optim_steps(TensorDict({}, [8]))
+        found.append(dict(trainer.loss_module.state_dict()))
+    assert_same(*found)
+    assert len(trainer.tapes) == 2
 
 
 class Watch(TorchDispatchMode):
@@ -252,7 +277,7 @@ class Watch(TorchDispatchMode):
 def test_an_update_never_waits_for_the_host(unit_spec, make_batch, monkeypatch):
     """With everything on the device "meta", which holds no numbers, in place of a GPU."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
-    monkeypatch.setattr("pogo_torchrl.training.SoftUpdate", lambda *args, **kwargs: None)
+    monkeypatch.setattr("pogo_torchrl.trainers.fused.update._compiled", lambda run, device: run)
     loss = POGOLoss(
         make_actor(3, unit_spec, (8, 8)).to("meta"),
         make_qvalue(3, 2, (8, 8)).to("meta"),
@@ -262,28 +287,28 @@ def test_an_update_never_waits_for_the_host(unit_spec, make_batch, monkeypatch):
     loss.make_value_estimator(gamma=0.9)
     buffer = offline(make_batch(64).to("meta"))
     assert buffer.samples_on(torch.device("meta"))
-    trainer = POGOTrainer(
-        loss, buffer, 10, progress_bar=False, compile=True, policy_freq=2, hooks=[LogMetrics([], 9)]
-    )
-    update = trainer.optimization_stepper.update
-    update._run = update._update_one
+    stepper = POGOOptimizationStepper(loss, compile=True, policy_freq=2, tau=0.005)
+    stepper.track()
+    stepper.run(2, buffer)  # makes what optimizers keep, and numbers to read
     with Watch():
-        trainer.optim_steps(TensorDict({}, [4]))
-    loss.w2_backend = "tensorized"  # reads one
+        stepper.run(4, buffer)
+    read_a_number(SimpleNamespace(optimization_stepper=stepper))
     with pytest.raises(AssertionError, match="_local_scalar_dense"), Watch():
-        trainer.optim_steps(TensorDict({}, [1]))
+        stepper.run(1, buffer)
 
 
 @pytest.fixture
 def make_on_gpu(make_loss, make_batch):
-    losses = {backend: make_loss(w2_backend=backend) for backend in ("fast", "tensorized")}
+    loss = make_loss(w2_backend="fast")
     rows = make_batch(64)
 
-    def make(backend="fast", **settings):
+    def make(**settings):
+        metrics = LogMetrics([Rows()], 30)
         trainer = POGOTrainer(
-            copy.deepcopy(losses[backend]).cuda(), offline(rows.cuda()), 60, compile=True,
-            progress_bar=False, hooks=[LogMetrics([Rows()], 30)], **settings,
+            copy.deepcopy(loss).cuda(), offline(rows.cuda()), 60, compile=True,
+            progress_bar=False, hooks=[metrics], **settings,
         )  # fmt: skip
+        trainer.metrics = metrics
         torch.manual_seed(1)
         return trainer
 
@@ -294,28 +319,25 @@ def make_on_gpu(make_loss, make_batch):
 @pytest.mark.parametrize("policy_freq", [1, 2])
 def test_a_gpu_replays_the_updates_themselves(make_on_gpu, policy_freq):
     plain, replayed = (make_on_gpu(policy_freq=policy_freq) for _ in range(2))
-    assert plain._graphs.samples
-    plain._graphs = None
+    plain.optimization_stepper.graph_maker = lambda: None
     expected, random = trained(plain), torch.cuda.get_rng_state()
     torch.manual_seed(1)
     found = trained(replayed)
-    assert replayed._graphs._graphs
-    assert not replayed._graphs.failed
+    assert replayed.optimization_stepper._graphs._graphs
+    assert not replayed.optimization_stepper._graphs.failed
     assert torch.equal(torch.cuda.get_rng_state(), random)
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_gpu
 def test_a_gpu_goes_on_after_a_capture_that_failed(make_on_gpu, caplog):
-    from pogo_torchrl.graphs import CUDAGraph
-
-    plain = make_on_gpu("tensorized")
-    assert plain._graphs is None
+    plain, broken = make_on_gpu(), make_on_gpu()
+    plain.optimization_stepper.graph_maker = lambda: None
     expected = trained(plain)
-    broken = make_on_gpu("tensorized")
-    broken._graphs = UpdateGraphs(broken, lambda: CUDAGraph(torch.device("cuda", 0)))
+    read_a_number(broken)
+    torch.manual_seed(1)
     found = trained(broken)
-    assert broken._graphs.failed
+    assert broken.optimization_stepper._graphs.failed
     assert "No CUDA graphs" in caplog.text
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

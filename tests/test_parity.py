@@ -267,14 +267,17 @@ class TestOwnNoise:
     def test_qvalue_loss(self, make_plain, delay_actor):
         plain = make_plain("asymmetric", delay_actor=delay_actor)
         loss, batch = plain.as_pogo_loss(), make_rows(plain)
-        self.assert_same_mean(lambda: loss.qvalue_loss(batch)[0], lambda: plain.qvalue_loss(columns(batch)))
+        self.assert_same_mean(
+            lambda: loss.qvalue_loss(batch)[0], lambda: plain.qvalue_loss(columns(batch))
+        )
 
     @pytest.mark.parametrize("index", range(len(WEIGHTS)))
     def test_actor_loss(self, make_plain, index):
         plain = make_plain("asymmetric", alpha=2.5)
         loss, batch = plain.as_pogo_loss(), make_rows(plain)
         self.assert_same_mean(
-            lambda: loss.actor_loss(batch, index)[0], lambda: plain.actor_loss(columns(batch), index)
+            lambda: loss.actor_loss(batch, index)[0],
+            lambda: plain.actor_loss(columns(batch), index),
         )
 
 

@@ -19,10 +19,10 @@ import torch
 from test_data import random_rows, write
 
 from pogo_torchrl import POGOTrainer, load_actors
-from pogo_torchrl.checkpoints import FORMAT_VERSION, is_intact
 from pogo_torchrl.data import behaviour_dataset, read_hdf5
 from pogo_torchrl.data.policies import load_policies
 from pogo_torchrl.files import digests
+from pogo_torchrl.trainers.checkpoints import FORMAT_VERSION, is_intact
 
 
 class Attack:

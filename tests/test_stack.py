@@ -14,12 +14,12 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
 from pogo_torchrl.configs import compose
-from pogo_torchrl.hooks import DivergenceError, LogMetrics
 from pogo_torchrl.launch import Job
 from pogo_torchrl.run import run, run_stack
-from pogo_torchrl.stack import TrainerStack
 from pogo_torchrl.sweep import make_jobs
 from pogo_torchrl.sweeps import MOST_STACKED, Run, stacks
+from pogo_torchrl.trainers import TrainerStack
+from pogo_torchrl.trainers.hooks import DivergenceError, LogMetrics
 
 # seed, w2_weights, alpha
 CASES = [(0, (0.2, 0.5), 1.0), (1, (0.2, 0.5), 1.0), (1, (0.7, 0.1), 0.3)]
@@ -47,7 +47,6 @@ class Together:
                 lr=lr,
                 tau=TAU,
                 policy_freq=policy_freq,
-                compile=stacked,
                 checkpoint_dir=folder and folder / str(number),
                 checkpoint_interval=10,
                 progress_bar=False,
@@ -56,7 +55,6 @@ class Together:
             self.trainers.append(trainer)
             self.sinks.append(sink)
             self.streams.append(self.rng.state_dict())
-        self.lr = lr
 
     @contextmanager
     def active(self, place):
@@ -71,9 +69,7 @@ class Together:
         return self
 
     def train(self, *, compile=False):
-        return TrainerStack(
-            self.trainers, self.active, lr=self.lr, tau=TAU, compile=compile
-        ).train()
+        return TrainerStack(self.trainers, self.active, compile=compile).train()
 
     def train_singly(self):
         for place, trainer in enumerate(self.trainers):
@@ -97,7 +93,9 @@ def make(unit_spec, make_batch):
 
 def of(trainer):
     stepper = trainer.optimization_stepper
-    return {"loss": dict(trainer.loss_module.state_dict()), "stepper": stepper.state_dict()}
+    found = stepper.state_dict()
+    found["optimizers"] = {name: one["state"] for name, one in found["optimizers"].items()}
+    return {"loss": dict(trainer.loss_module.state_dict()), "stepper": found}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +153,7 @@ def test_what_ends_one_run_ends_no_other(make):
 
     broken.register_op("post_steps", diverge)
     with torch.no_grad():  # its numbers reach no other run
-        next(broken.loss_module.actor_network_params.parameters()).fill_(torch.nan)
+        broken.loss_module.actor_params(0)[0].fill_(torch.nan)
     first, second, third = stack.train()
     assert (first, third) == (None, None)
     assert isinstance(second, DivergenceError)

@@ -12,16 +12,16 @@ from runs import Rows, spoil_at
 from torch.testing import assert_close
 
 from pogo_torchrl import POGOTrainer
-from pogo_torchrl.checkpoints import is_intact
 from pogo_torchrl.evaluation import Evaluation, EvaluationInterrupted
-from pogo_torchrl.hooks import (
+from pogo_torchrl.trainers.checkpoints import is_intact
+from pogo_torchrl.trainers.hooks import (
     DivergenceError,
     Evaluate,
     EvaluationError,
     LogMetrics,
     StopOnDivergence,
 )
-from pogo_torchrl.training import Ticks
+from pogo_torchrl.trainers.trainer import Ticks
 
 
 @pytest.fixture
@@ -46,9 +46,10 @@ def make_trainer(make_loss, make_buffer):
 
 
 def state(trainer):
+    optimizers = trainer.optimization_stepper.state_dict()["optimizers"]
     return {
         "loss": dict(trainer.loss_module.state_dict()),
-        "stepper": trainer.optimization_stepper.state_dict()["optimizers"],
+        "moments": {name: optimizer["state"] for name, optimizer in optimizers.items()},
     }
 
 
@@ -208,10 +209,10 @@ def test_a_checkpoint_with_another_fingerprint_is_refused(make_trainer, tmp_path
 
 
 def test_a_checkpoint_of_another_format_is_refused(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr("pogo_torchrl.training.FORMAT_VERSION", 7)
+    monkeypatch.setattr("pogo_torchrl.trainers.trainer.FORMAT_VERSION", 7)
     make_trainer(2, checkpoint_dir=tmp_path).train()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="has format version 7, this release reads 2:"):
+    with pytest.raises(ValueError, match="has format version 7, this release reads 3:"):
         make_trainer(4, checkpoint_dir=tmp_path).resume()
 
 
@@ -246,9 +247,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_loss, make_buffer, tmp_pat
 
 def test_an_actor_that_is_not_finite_stops_the_run(make_trainer):
     trainer = make_trainer(12)
-    next(trainer.loss_module.actor_network_params.parameters()).data.fill_(float("nan"))
+    trainer.loss_module.actor_params(0)[0].data.fill_(float("nan"))
     with pytest.raises(
-        DivergenceError, match=r"Training has diverged: at update \d+, .*not finite"
+        DivergenceError, match=r"Training has diverged: after \d+ updates, .*not finite"
     ):
         trainer.train()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torchrl.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -14,6 +16,7 @@ from torchrl.checkpoint import (
     GlobalRNGState,
     StateDictCheckpointAdapter,
 )
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
 from pogo_torchrl.files import atomic_write, digests, sync
 
@@ -47,6 +50,35 @@ class DurableCheckpoint(Checkpoint):
             sync(path)
         Checkpoint._publish_path(source, destination)
         sync(destination.parent)
+
+
+class PriorityState:
+    """The state of a prioritised sampler for a checkpoint, its trees as tensors.
+
+    TorchRL's own state holds the trees as objects, which its checkpoints do not read back.
+
+    Args:
+        sampler: of the replay buffer.
+    """
+
+    trees = ("_sum_tree", "_min_tree")
+
+    def __init__(self, sampler: PrioritizedSampler) -> None:
+        self.sampler = sampler
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, the largest priority, and the leaves of both trees."""
+        state, leaves = dict(self.sampler.state_dict()), torch.arange(self.sampler.max_size)
+        for name in self.trees:
+            state[name] = torch.as_tensor(state[name][leaves])
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore them."""
+        own, leaves = self.sampler.state_dict(), torch.arange(self.sampler.max_size)
+        for name in self.trees:
+            own[name][leaves] = state_dict[name]
+        self.sampler.load_state_dict({**state_dict, **{name: own[name] for name in self.trees}})
 
 
 def is_intact(path: Path) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
 from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.trainers.fused.cuda_graphs import CUDAGraph, UpdateGraphs
+from pogo_torchrl.trainers.fused.cuda_graphs import CUDAGraph, DeviceGraph, UpdateGraphs
 from pogo_torchrl.trainers.fused.update import Results, Update, scalar_names
 from pogo_torchrl.trainers.optimizers import ChainOptimizers, MakeOptimizer, MakeScheduler, adam
 
@@ -155,7 +156,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         # Always the same memory: a CUDA graph writes it.
         self.scalars = loss_module.min_action.new_zeros(len(self.names))
         self._means: list[RunningMean] = []
-        self._tick = self.track()
+        self._tick = RunningMean(self.names, self.scalars)  # of one call of run()
         self._update: Update | None = None
         self._graphs: UpdateGraphs | None = None
         self._lr: tuple[list[float], Any] = ([], None)
@@ -183,6 +184,8 @@ class POGOOptimizationStepper(OptimizationStepper):
         results = self.update_on(sub_batch, self.lr())
         sub_batch.set(self.loss_module.tensor_keys.priority, results.td_error)
         self.advance(1)
+        if isinstance(trainer, Trainer):  # whose loop leaves the stage to steppers
+            trainer._post_loss_hook(sub_batch)
         return self.metrics
 
     def run(self, count: int, batches: Batches) -> TensorDictBase:
@@ -233,7 +236,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         # Updates without the actors repeat their last values: means are over updates.
         if results.actors is not None:
             self.scalars[self._num_qvalue :].copy_(results.actors)
-        for mean in self._means:
+        for mean in (self._tick, *self._means):
             mean.add(self.scalars)
         self.last_batch = batch
 
@@ -269,10 +272,11 @@ class POGOOptimizationStepper(OptimizationStepper):
 
     def _prepare(self) -> None:
         """Find the memory that the loss and the optimizers have now."""
-        update, like = self._update, self.loss_module.min_action
+        update = self._update
         if update is not None and update.is_current():
             return
         if update is None or not update.refresh():
+            self.synchronize()
             self._place()
             self._update = Update(
                 [self.loss_module],
@@ -282,24 +286,35 @@ class POGOOptimizationStepper(OptimizationStepper):
                 compile=self.compile,
                 bf16=self.bf16,
             )
+        make = self.graph_maker()
+        self._graphs = UpdateGraphs(self, make, self.longest_graph) if make is not None else None
+
+    def graph_maker(self) -> Callable[[], DeviceGraph] | None:
+        """What makes graphs of updates; ``None`` where there are none."""
+        loss = self.loss_module
+        device = loss.min_action.device
         # GeomLoss reads numbers on the host, the exact backend copies tables to the device.
-        free = self.loss_module.num_actors == 1 or self.loss_module.w2_backend == "fast"
-        if self.compile and like.device.type == "cuda" and free:
-            self._graphs = UpdateGraphs(self, lambda: CUDAGraph(like.device), self.longest_graph)
+        free = loss.num_actors == 1 or loss.w2_backend == "fast"
+        wanted = self.compile and free and device.type == "cuda"
+        return partial(CUDAGraph, device) if wanted else None
 
     def _place(self) -> None:
         """Have the scalars where the loss is."""
         like = self.loss_module.min_action
         self.scalars = self.scalars.to(like)
         self._lr = [], None
-        for mean in self._means:
+        for mean in (self._tick, *self._means):
             mean.to(like)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Restore all training state at the end, in place: updates within leave no trace."""
         assert self._update is not None
-        memory = [*self._update.memory(), self.scalars, *(mean.sums for mean in self._means)]
+        memory = [
+            *self._update.memory(),
+            self.scalars,
+            *(m.sums for m in (self._tick, *self._means)),
+        ]
         rng, steps = GlobalRNGState(), self.steps
         before = [tensor.clone() for tensor in memory], copy.deepcopy(rng.state_dict())
         try:

@@ -22,6 +22,7 @@ from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.trainers.checkpoints import (
     FORMAT_VERSION,
     DurableCheckpoint,
+    PriorityState,
     is_intact,
     metadata,
     remove_unfinished,
@@ -289,7 +290,7 @@ class POGOTrainer(Trainer):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of a stage that TorchRL may rename
             self.register_op("post_loss", update)
-        self.register_module("sampler", sampler)
+        self.register_module("priorities", PriorityState(sampler))
 
     @staticmethod
     def check_settings(

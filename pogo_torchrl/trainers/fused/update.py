@@ -77,7 +77,7 @@ class Update:
             in float32.
 
     Raises:
-        ValueError: for an optimizer that cannot be compiled or stacked.
+        ValueError: for an optimizer or a divergence that cannot be compiled or stacked.
     """
 
     def __init__(
@@ -92,6 +92,13 @@ class Update:
         bf16: bool = False,
     ) -> None:
         self.losses, self.loss = list(losses), losses[0]
+        backend = self.loss.w2_backend
+        if (stacked or compile) and self.loss.num_actors > 1 and backend not in ("fast", "exact"):
+            raise ValueError(
+                f"w2_backend={backend!r} looks at the whole batch on the host, which a compiled or "
+                "stacked update cannot do: use w2_backend='fast' (the same divergence) or "
+                "compile=False."
+            )
         self.runs = list(optimizers)
         self.tau, self.clip_grad_norm, self.bf16 = tau, clip_grad_norm, bf16
         # Compiled, a single run is a stack of one: products over a stack are traced into batched
@@ -103,7 +110,8 @@ class Update:
             for one in losses:
                 _keep_own_part(one)
         self._coefficients_of: tuple[Any, ...] | None = None
-        self._run = self._update if stacked or not compile else self._update_one
+        self._single = compile and not stacked
+        self._run = self._update_one if self._single else self._update
         if compile:
             self._run = _compiled(self._run, self.loss.min_action.device.type)
 
@@ -226,6 +234,7 @@ class Update:
         """
         if self._found()[1] != self._kinds:
             return False
+        self.write_steps()
         self._bind()
         return True
 
@@ -255,9 +264,9 @@ class Update:
         found = tuple((*one.w2_weights, one.alpha) for one in self.losses)
         if found != self._coefficients_of:
             like = self.loss.min_action
-            values = like.new_tensor(found).T if len(found) > 1 else like.new_tensor(found[0])
+            values = like.new_tensor(found[0] if self._single else list(zip(*found)))
             if self._coefficients_of is None:
-                self._values = values.contiguous()
+                self._values = values
             else:  # in place, where a CUDA graph reads them
                 self._values.copy_(values)
             self._coefficients_of = found

@@ -1,0 +1,283 @@
+"""Optimizers of the chain: torch's own, the fused Adam, schedules, clipping."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, StepLR
+from torch.testing import assert_close
+from torchrl.objectives import SoftUpdate
+from torchrl.trainers import LRSchedulerHook
+
+from pogo_torchrl import POGOTrainer
+from pogo_torchrl.trainers import lr_scheduler
+from pogo_torchrl.trainers.fused.adam import FusedAdam, why_not
+
+LR, TAU, STEPS = 1e-2, 0.1, 20
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.Adam,
+        partial(torch.optim.Adam, betas=(0.8, 0.99), eps=1e-4, weight_decay=0.1),
+        partial(torch.optim.AdamW, weight_decay=0.1),
+    ],
+    ids=["adam", "adam with decay", "adamw"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fused_steps_are_those_of_torch(make, dtype):
+    def optimizer():
+        torch.manual_seed(0)
+        shapes = ((4, 5), (5,))
+        params = [torch.nn.Parameter(torch.randn(*shape, dtype=dtype)) for shape in shapes]
+        return make(params, lr=0.01), params
+
+    (mine, params), (theirs, copies) = optimizer(), optimizer()
+    fused = FusedAdam([mine], [params], [p.detach() for p in params])
+    for step in range(140):
+        if step == 70:  # ... and it goes on by its own steps, from the same state
+            fused.write_steps()
+        for p, twin in zip(params, copies):
+            p.grad = twin.grad = torch.randn_like(twin)
+        if step < 70:
+            fused.step([p.grad for p in params], torch.tensor(0.01, dtype=torch.float64))
+        else:
+            mine.step()
+        theirs.step()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert_close(params, copies, rtol=tolerance, atol=tolerance)
+    for p, twin in zip(params, copies):
+        assert_close(mine.state[p], theirs.state[twin], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (torch.optim.SGD, "not of SGD"),
+        (partial(torch.optim.Adam, amsgrad=True), "without amsgrad"),
+        (partial(torch.optim.AdamW, maximize=True), "without maximize"),
+    ],
+)
+def test_what_cannot_be_fused_is_named(make, reason):
+    optimizer = make([torch.nn.Parameter(torch.zeros(2))])
+    assert reason in why_not(optimizer)
+    assert "torch.optim.Adam and AdamW" in why_not(optimizer)
+
+
+@pytest.fixture
+def make(make_loss, make_buffer):
+    """Trainers of equal weights, data and random state."""
+    loss, buffer = make_loss(w2_backend="fast"), make_buffer()
+
+    def make(total=STEPS, loss=loss, **settings):
+        settings.setdefault("lr", LR)
+        torch.manual_seed(1)
+        return POGOTrainer(
+            copy.deepcopy(loss), buffer, total, tau=TAU, progress_bar=False, **settings
+        )
+
+    make.loss, make.buffer = loss, buffer
+    return make
+
+
+def state(trainer):
+    return dict(trainer.loss_module.state_dict())
+
+
+def looped(make, qvalue, actor, *, schedule=None, clip=None):
+    """The same training as a loop of TorchRL's, with optimizers made by ``qvalue``, ``actor``."""
+    loss, torch_clip = copy.deepcopy(make.loss), torch.nn.utils.clip_grad_norm_
+    torch.manual_seed(1)
+    targets = SoftUpdate(loss, tau=TAU)
+    optimizers = [qvalue(loss.qvalue_params())]
+    optimizers += [actor(loss.actor_params(i)) for i in range(loss.num_actors)]
+    schedulers = [schedule(optimizer) for optimizer in optimizers if schedule]
+    for _ in range(STEPS):
+        batch = make.buffer.sample()
+        noise = loss.draw_noise(batch)
+        loss.draw_noise = lambda *args, noise=noise, **kwargs: noise
+        for place, optimizer in enumerate(optimizers):
+            value, _ = loss.actor_loss(batch, place - 1) if place else loss.qvalue_loss(batch)
+            value.backward()
+            if clip:
+                torch_clip(optimizer.param_groups[0]["params"], clip)
+            optimizer.step()
+            loss.zero_grad()
+        targets.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        del loss.draw_noise
+    return dict(loss.state_dict())
+
+
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+ADAMW = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("qvalue", "actor", "schedule", "clip"),
+    [
+        (torch.optim.RMSprop, SGD, None, None),
+        (ADAMW, partial(torch.optim.Adam, lr=LR), None, 0.05),
+        (ADAMW, SGD, partial(CosineAnnealingLR, T_max=STEPS), None),
+    ],
+    ids=["any", "clipped", "scheduled"],
+)
+def test_any_optimizers_train_as_in_a_loop(make, qvalue, actor, schedule, clip):
+    trainer = make(
+        qvalue_optimizer=qvalue,
+        actor_optimizer=actor,
+        qvalue_lr_scheduler=schedule,
+        actor_lr_scheduler=schedule,
+        clip_grad_norm=clip,
+    )
+    trainer.train()
+    assert_close(state(trainer), looped(make, qvalue, actor, schedule=schedule, clip=clip))
+
+
+def test_optimizers_may_be_given_as_they_are(make):
+    expected = make(qvalue_optimizer=ADAMW, actor_optimizer=SGD)
+    expected.train()
+    loss = copy.deepcopy(make.loss)
+    trainer = POGOTrainer(
+        loss,
+        make.buffer,
+        STEPS,
+        tau=TAU,
+        progress_bar=False,
+        qvalue_optimizer=ADAMW(loss.qvalue_params()),
+        actor_optimizer=[SGD(loss.actor_params(i)) for i in range(2)],
+    )
+    torch.manual_seed(1)
+    trainer.train()
+    assert_close(state(trainer), state(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cut", [7, 13])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_resumed_run_equals_the_uninterrupted_one(make, tmp_path, cut, schedule):
+    def trainer():
+        return make(
+            checkpoint_dir=tmp_path,
+            qvalue_optimizer=ADAMW,
+            actor_optimizer=SGD,
+            actor_lr_scheduler=lr_scheduler(schedule, STEPS),
+            qvalue_lr_scheduler=lr_scheduler("linear", STEPS),
+            clip_grad_norm=0.5,
+        )
+
+    first = trainer()
+    first.add_interval(cut)
+    first.register_op(
+        "post_steps", lambda: first.collected_frames == cut and first.request_stop("test")
+    )
+    first.train()
+    second = trainer()
+    torch.manual_seed(99)
+    assert second.resume() == cut
+    second.train()
+    (tmp_path / "step-000000000020").rename(tmp_path / "other")
+    whole = make(
+        qvalue_optimizer=ADAMW,
+        actor_optimizer=SGD,
+        actor_lr_scheduler=lr_scheduler(schedule, STEPS),
+        qvalue_lr_scheduler=lr_scheduler("linear", STEPS),
+        clip_grad_norm=0.5,
+    )
+    whole.train()
+    assert_close(state(second), state(whole), rtol=0, atol=0)
+    rates = [one.param_groups[0]["lr"] for one in second.optimization_stepper.optimizers.values()]
+    assert max(rates) < 1e-12
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_decay_clipping_and_schedules_compile(make):
+    settings = {
+        "qvalue_optimizer": ADAMW,
+        "actor_optimizer": partial(torch.optim.Adam, lr=LR, weight_decay=0.1),
+        "actor_lr_scheduler": lr_scheduler("cosine", STEPS),
+        "clip_grad_norm": 0.05,
+    }
+    eager, compiled = make(**settings), make(**settings, compile=True)
+    eager.train()
+    torch.manual_seed(1)
+    compiled.train()
+    assert_close(state(compiled), state(eager), rtol=1e-4, atol=1e-5)
+    counts = [
+        one["step"] for one in compiled.optimization_stepper.optimizers["qvalue"].state.values()
+    ]
+    assert set(map(float, counts)) == {STEPS}
+
+
+def test_a_hook_s_schedule_is_followed(make):
+    """TorchRL's own LRSchedulerHook, on the optimizers that the trainer has made."""
+    trainer, rates = make(), []
+    optimizer = trainer.optimization_stepper.optimizers["actor_1"]
+    LRSchedulerHook(StepLR(optimizer, step_size=5, gamma=0.1), "optim").register(trainer)
+    trainer.register_op("post_optim", lambda: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.train()
+    assert rates == pytest.approx([LR * 0.1 ** ((i + 1) // 5) for i in range(STEPS)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"qvalue_optimizer": 3e-4}, "qvalue_optimizer must be a torch.optim class"),
+        ({"actor_optimizer": [3e-4, 3e-4]}, "actor_optimizer must be a torch.optim class"),
+        ({"actor_optimizer": []}, "actor_optimizer holds 0 optimizers for 2 actors"),
+        ({"clip_grad_norm": 0.0}, r"clip_grad_norm=0\.0 must be a positive number"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_an_optimizer_of_other_parameters_is_refused(make):
+    trainer = make(qvalue_optimizer=ADAMW(copy.deepcopy(make.loss).qvalue_params()))
+    with pytest.raises(ValueError, match="optimizer of qvalue does not hold the parameters"):
+        trainer.train()
+
+
+def test_what_a_compiled_update_cannot_take_is_refused(make, make_loss):
+    with pytest.raises(ValueError, match=r"steps of torch\.optim\.Adam and AdamW .* not of SGD"):
+        make(compile=True, actor_optimizer=SGD).train()
+    with pytest.raises(ValueError, match="w2_backend='tensorized' looks at the whole batch"):
+        make(compile=True, loss=make_loss(w2_backend="tensorized")).train()
+
+
+def test_settings_that_were_compiled_must_stay(make, monkeypatch):
+    monkeypatch.setattr("pogo_torchrl.trainers.fused.update._compiled", lambda run, device: run)
+    trainer = make(compile=True)
+
+    def change():
+        trainer.optimization_stepper.optimizers["actor_0"].param_groups[0]["eps"] = 1e-3
+
+    trainer.add_interval(10)
+    trainer.register_op("post_steps", change)
+    with pytest.raises(ValueError, match="eps of Adam changed during the training"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("linear", LinearLR), ("cosine", CosineAnnealingLR)])
+def test_schedules_go_from_the_rate_to_zero(name, kind):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = lr_scheduler(name, 10)(optimizer)
+    assert isinstance(scheduler, kind)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == 0.5
+    assert rates[5] == pytest.approx(0.25)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    assert sorted(rates, reverse=True) == rates
+    assert lr_scheduler("constant", 10) is None
+    with pytest.raises(ValueError, match=r"lr_schedule='step' is unknown; choose one of"):
+        lr_scheduler("step", 10)
