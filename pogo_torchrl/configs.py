@@ -29,6 +29,14 @@ from torchrl.trainers.algorithms.configs.trainers import TrainerConfig
 _LONGEST = 32
 
 
+# ``${local_data:${data.source},x,y}`` in a preset: x, tuned on the local data, goes with them only.
+OmegaConf.register_new_resolver(
+    "local_data",
+    lambda source, local, other: local if source == "local" else other,
+    replace=True,
+)
+
+
 def _option(default: Any, help: str, *, lowest: int = 1, highest: int | None = None) -> Any:
     """A field; ``lowest`` and ``highest`` bound it where it holds integers."""
     metadata = {"help": help, "lowest": lowest, "highest": highest}

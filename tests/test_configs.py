@@ -15,6 +15,7 @@ from torchrl.data import Bounded
 from pogo_torchrl import POGOLoss, POGOTrainer, configs, make_actor, make_qvalue
 from pogo_torchrl.data import SOURCES
 from pogo_torchrl.envs import max_episode_steps
+from pogo_torchrl.sweeps import read_sweep
 
 PUBLISHED = {
     "halfcheetah-medium-v2": (0.01, 0.3),
@@ -54,6 +55,25 @@ def test_presets_hold_the_published_weights_the_second_repeated(task):
     assert (cfg.lr, cfg.eval_episodes) == ((1e-4, 100) if antmaze else (3e-4, 10))
     assert cfg.data.reward_shift == (-1 if antmaze else 0)
     assert cfg.data.normalize
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_what_was_tuned_on_local_data_goes_with_them_only(task, source):
+    cfg = configs.compose([f"task={task}", f"data.source={source}"])
+    tuned = {("hopper-medium-v2", "local"): 0.03}
+    assert cfg.alpha == tuned.get((task, source), 1.0)
+    # ... and nothing else depends on the source
+    local = configs.compose([f"task={task}"])
+    differ = {key for key in cfg if cfg[key] != local[key]}
+    assert differ <= {"data", "alpha"}
+    assert configs.compose([f"task={task}", f"data.source={source}", "alpha=2"]).alpha == 2
+
+
+def test_the_sweep_of_locomotion_has_the_method_s_alpha():
+    runs = read_sweep("locomotion")
+    assert {run.cfg.alpha for run in runs} == {1.0}
+    assert {run.cfg.data.source for run in runs} == {"d4rl"}
 
 
 @pytest.mark.parametrize("task", PUBLISHED)

@@ -7,6 +7,7 @@ import inspect
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -191,6 +192,7 @@ def test_priorities_are_part_of_a_checkpoint(make_loss, make_batch, tmp_path):
             copy.deepcopy(loss), prioritized(rows.clone()), total, progress_bar=False, **settings
         )
         torch.manual_seed(1)
+        np.random.seed(1)  # noqa: NPY002 - the sampler draws from it
         if settings:
             trainer.resume()
         trainer.train()
