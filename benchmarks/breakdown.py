@@ -26,12 +26,11 @@ from common import machine, seconds, table
 from torch._inductor import config as inductor
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
-from torchrl.objectives import SoftUpdate
 
-import pogo_torchrl.objectives
+import pogo_torchrl.objectives.pogo
 from pogo_torchrl import POGOLoss
 from pogo_torchrl.data import OfflineReplayBuffer
-from pogo_torchrl.optim import Adam
+from pogo_torchrl.trainers.fused.adam import FusedAdam
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -124,14 +123,13 @@ def named_parts() -> Iterator[None]:
 
     places = [
         (training.Plain, "sample", SAMPLING),
-        (training.Plain, "randn", SAMPLING),
-        (training.Plain, "move_targets", ADAM),
-        (training.SamplesLoss, "forward", TRANSPORT),
+        (training.single_file.POGO, "draw", SAMPLING),
+        (training.single_file.POGO, "_move_targets", ADAM),
+        (training.single_file.SamplesLoss, "forward", TRANSPORT),
         (OfflineReplayBuffer, "sample", SAMPLING),
         (POGOLoss, "draw_noise", SAMPLING),
-        (pogo_torchrl.objectives, "sinkhorn_divergence", TRANSPORT),
-        (Adam, "step", ADAM),
-        (SoftUpdate, "step", ADAM),
+        (pogo_torchrl.objectives.pogo, "sinkhorn_divergence", TRANSPORT),
+        (FusedAdam, "step", ADAM),
     ]
     patches = [
         mock.patch.object(o, name, named(part, getattr(o, name))) for o, name, part in places

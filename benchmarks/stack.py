@@ -24,7 +24,7 @@ from common import machine, seconds, table  # noqa: E402
 from training import ACT, OBS, ROWS, WEIGHT, K, action_spec, replay_buffer, write_rows  # noqa: E402
 
 from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue  # noqa: E402
-from pogo_torchrl.stack import TrainerStack  # noqa: E402
+from pogo_torchrl.trainers import TrainerStack  # noqa: E402
 
 
 def stack(runs: int, data: Path, device: torch.device, *, compile: bool) -> Callable[[], None]:
@@ -39,13 +39,12 @@ def stack(runs: int, data: Path, device: torch.device, *, compile: bool) -> Call
             w2_backend="fast",
         ).to(device)
         loss.make_value_estimator(gamma=0.99)
-        trainers.append(POGOTrainer(loss, rb, 10**9, compile=True, progress_bar=False))
+        trainers.append(POGOTrainer(loss, rb, 10**9, progress_bar=False))
 
     def one_stream(_: int) -> AbstractContextManager:
         return nullcontext()
 
-    together = TrainerStack(trainers, one_stream, lr=3e-4, tau=0.005, compile=compile)
-    return together.update
+    return TrainerStack(trainers, one_stream, compile=compile).update
 
 
 def main() -> None:

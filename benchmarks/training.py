@@ -9,7 +9,6 @@ code's step: sampling on the host, GeomLoss, one optimizer step and one read num
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 import os
@@ -30,11 +29,9 @@ import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from common import machine, peak_memory, seconds, table  # noqa: E402
-from geomloss import SamplesLoss  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
 from tensordict.nn import TensorDictModule  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchrl.data import Bounded  # noqa: E402
 from torchrl.modules import MLP, ValueOperator  # noqa: E402
@@ -42,6 +39,9 @@ from torchrl.objectives import SoftUpdate, TD3BCLoss  # noqa: E402
 
 from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue  # noqa: E402
 from pogo_torchrl.data import make_replay_buffer  # noqa: E402
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import pogo_single_file as single_file  # noqa: E402
 
 OBS, ACT, HIDDEN, BATCH, K, ROWS = 17, 6, 256, 256, 4, 100_000
 WEIGHT = 0.2
@@ -58,78 +58,31 @@ Updates = Callable[[int], None]  # makes so many
 
 
 class Plain:
-    """The original training step in plain PyTorch."""
+    """The method in plain PyTorch, as the original code: examples/pogo_single_file.py.
+
+    Sampled on the host; one optimizer step and one read number after another.
+    """
 
     def __init__(self, actors: int, device: torch.device) -> None:
-        rng = np.random.default_rng(0)
-        self.rng, self.device = rng, device
-        self.data = [rng.standard_normal((ROWS, n)) for n in (OBS, ACT, OBS, 1, 1)]
-
-        def mlp(n_in: int, n_out: int) -> nn.Sequential:
-            layers = [nn.Linear(n_in, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()]
-            return nn.Sequential(*layers, nn.Linear(HIDDEN, n_out)).to(device)
-
-        self.actors = [mlp(OBS + ACT, ACT) for _ in range(actors)]
-        self.critics = nn.ModuleList([mlp(OBS + ACT, 1), mlp(OBS + ACT, 1)])
-        self.target_actors, self.target_critics = map(copy.deepcopy, (self.actors, self.critics))
-        self.actor_optimizers = [torch.optim.Adam(a.parameters(), 3e-4) for a in self.actors]
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), 3e-4)
-        self.divergence = SamplesLoss("sinkhorn", p=2, blur=0.05, backend="tensorized")
+        args = single_file.Args(
+            batch_size=BATCH, hidden=HIDDEN, w2_weights=(WEIGHT,) * actors, num_samples=K
+        )
+        self.rng, self.device = np.random.default_rng(0), device
+        sizes = ((OBS,), (ACT,), (), (OBS,), ())
+        self.data = [self.rng.standard_normal((ROWS, *size)) for size in sizes]
+        low, high = -torch.ones(ACT, device=device), torch.ones(ACT, device=device)
+        self.pogo = single_file.POGO(OBS, low, high, args)
 
     def sample(self) -> list[torch.Tensor]:
         index = self.rng.integers(0, ROWS, BATCH)
-        rows = (x[index] for x in self.data)
-        return [torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in rows]
-
-    def randn(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, ACT, device=self.device)
-
-    @torch.no_grad()
-    def move_targets(self) -> None:
-        pairs = [(self.critics, self.target_critics), *zip(self.actors, self.target_actors)]
-        for module, target in pairs:
-            for p, t in zip(module.parameters(), target.parameters()):
-                t.copy_(0.005 * p + 0.995 * t)
+        rows = [
+            torch.as_tensor(x[index], dtype=torch.float32, device=self.device) for x in self.data
+        ]
+        return [*rows[:4], rows[4].clamp(0, 1)]
 
     def __call__(self, updates: int) -> None:
         for _ in range(updates):
-            self.update()
-
-    def update(self) -> None:
-        def act(actor, s, z):
-            return torch.tanh(actor(torch.cat([s, z], -1)))
-
-        def value(critic, s, a):
-            return critic(torch.cat([s, a], -1))
-
-        s, a, s2, r, d = self.sample()
-        with torch.no_grad():
-            noise = (0.2 * self.randn(BATCH)).clamp(-0.5, 0.5)
-            a2 = (act(self.target_actors[0], s2, self.randn(BATCH)) + noise).clamp(-1, 1)
-            q2 = torch.min(*(value(critic, s2, a2) for critic in self.target_critics))
-            y = r + 0.99 * (1 - d.clamp(0, 1)) * q2
-        loss = sum(F.mse_loss(value(critic, s, a), y) for critic in self.critics)
-        self.critic_optimizer.zero_grad()
-        loss.backward()
-        self.critic_optimizer.step()
-        loss.item()
-        for i, (actor, optimizer) in enumerate(zip(self.actors, self.actor_optimizers)):
-            action = act(actor, s, self.randn(BATCH))
-            q = value(self.critics[0], s, action)
-            if i == 0:
-                distance = ((action - a) ** 2).mean()
-            else:
-                states = s[:, None].expand(BATCH, K, OBS)
-                with torch.no_grad():
-                    reference = act(self.actors[i - 1], states, self.randn(BATCH, K))
-                own = act(actor, states, self.randn(BATCH, K))
-                distance = self.divergence(own.contiguous(), reference.contiguous()).mean()
-            loss = -q.mean() / q.abs().mean().detach() + WEIGHT * distance
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item(), distance.item(), q.mean().item()
-        self.move_targets()
+            self.pogo.update(self.sample())
 
 
 def action_spec() -> Bounded:

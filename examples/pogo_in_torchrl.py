@@ -1,10 +1,10 @@
-"""POGOLoss in a plain TorchRL loop: any replay buffer, one optimizer, SoftUpdate.
+"""POGOLoss in a plain TorchRL loop: any replay buffer, ordinary optimizers, SoftUpdate.
 
 python examples/pogo_in_torchrl.py
 
 The data are random rollouts of Gymnasium's Pendulum, collected by TorchRL itself: nothing here
-knows of our trainer, our data or our environments. The forward pass evaluates the critics and the
-whole chain on one batch, as TorchRL's own losses do.
+knows of our trainer, our data or our environments. The loop is the method's own: the critics, then
+actor 0, 1, ..., each with its optimizer and each after the one before.
 """
 
 import torch
@@ -44,26 +44,29 @@ def main(steps: int = 1000, frames: int = 20_000, batch_size: int = 256) -> list
     buffer = collect(frames, batch_size)
     env = make_env()
     observation_dim = env.observation_spec["observation"].shape[-1]
-    action_dim = env.action_spec.shape[-1]
 
-    loss = POGOLoss(
-        make_actor(observation_dim, env.action_spec),
-        make_qvalue(observation_dim, action_dim),
-        w2_weights=(0.1, 0.5),
-        action_spec=env.action_spec,
-    )
+    actor = make_actor(observation_dim, env.action_spec)
+    qvalue = make_qvalue(observation_dim, env.action_spec.shape[-1])
+    loss = POGOLoss(actor, qvalue, w2_weights=(0.1, 0.5))
     loss.make_value_estimator(gamma=0.99)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    qvalue_optimizer = torch.optim.Adam(loss.qvalue_params(), lr=1e-3)
+    actor_optimizers = [torch.optim.Adam(loss.actor_params(i), lr=1e-3) for i in range(2)]
     targets = SoftUpdate(loss, tau=0.005)
 
     for step in range(1, steps + 1):
-        losses = loss(buffer.sample())
-        (losses["loss_qvalue"] + losses["loss_actor"]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        batch = buffer.sample()
+        loss_qvalue, _ = loss.qvalue_loss(batch)
+        loss_qvalue.backward()
+        qvalue_optimizer.step()
+        qvalue_optimizer.zero_grad()
+        for i, optimizer in enumerate(actor_optimizers):
+            loss_actor, scalars = loss.actor_loss(batch, i)
+            loss_actor.backward()
+            optimizer.step()
+            optimizer.zero_grad()
         targets.step()
         if step % 250 == 0:
-            print(step, {key: round(losses[key].item(), 3) for key in ("loss_qvalue", "w2_1")})
+            print(step, round(loss_qvalue.item(), 3), round(scalars["w2_1"].item(), 3))
 
     returns = [evaluate(loss.actor(i)) for i in range(2)]
     print("mean return of each actor:", [round(r, 1) for r in returns])

@@ -77,7 +77,7 @@ class POGO:
         self.steps = 0
 
     def act(self, actor: nn.Module, s: Tensor, z: Tensor) -> Tensor:
-        """a = T(s, z)."""
+        """The action T(s, z)."""
         middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
         return middle + half * torch.tanh(actor(torch.cat([s, z], -1)))
 
@@ -156,8 +156,7 @@ class POGO:
 
 def evaluate(pogo: POGO, i: int, normalization, env: gymnasium.Env, args: Args) -> float:
     """Mean D4RL score of actor i with z = 0."""
-    mean, std = normalization
-    returns = []
+    (mean, std), returns = normalization, []
     for episode in range(args.eval_episodes):
         observation, _ = env.reset(seed=args.seed * 1000 + episode)
         total, over = 0.0, False
@@ -168,7 +167,7 @@ def evaluate(pogo: POGO, i: int, normalization, env: gymnasium.Env, args: Args) 
             observation, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
             total, over = total + float(reward), terminated or truncated
         returns.append(total)
-    return float(np.mean(score(args.task, returns)))
+    return float(score(args.task, float(np.mean(returns))))
 
 
 def main(args: Args) -> list[float]:

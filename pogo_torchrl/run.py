@@ -575,13 +575,13 @@ def check_folder(folder: RunFolder, cfg: DictConfig) -> None:
         raise ValueError(
             f"{file} cannot be read: delete the folder {folder.root}, or choose another log_dir."
         )
-    # An option that an earlier release did not have had its default.
-    before = OmegaConf.merge(OmegaConf.structured(configs.RunConfig), before)
+    # An option that the release of then did not have had its default.
+    defaults = OmegaConf.structured(configs.RunConfig)
     free = _FREE_ON_RESUME if _constant_lr(cfg) else _FREE_ON_RESUME - {"total_steps"}
     changed = [
-        f"{key}: {before.get(key)} -> {cfg[key]}"
+        f"{key}: {before.get(key, defaults[key])} -> {cfg[key]}"
         for key in configs.top_level_options()
-        if key not in free and before.get(key) != cfg[key]
+        if key not in free and before.get(key, defaults[key]) != cfg[key]
     ]
     if changed:
         raise ValueError(

@@ -1,19 +1,44 @@
-"""The plain TorchRL loop."""
+"""The examples that use the library from Python."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "pogo_in_torchrl.py"
+import numpy as np
+import pytest
+from runs import EXAMPLE, example
+from test_data import write
 
 
 def test_the_plain_loop_runs_and_is_short():
-    spec = importlib.util.spec_from_file_location("pogo_in_torchrl", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = example("pogo_in_torchrl")
     returns = module.main(steps=10, frames=1000, batch_size=32)
     assert len(returns) == 2
     assert all(math.isfinite(value) for value in returns)
-    assert len(EXAMPLE.read_text().splitlines()) < 80
+    assert len(EXAMPLE.with_name("pogo_in_torchrl.py").read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize("delay_actor", [False, True])
+def test_the_single_file_goes_from_a_data_file_to_scores(tmp_path, capsys, delay_actor):
+    module = example("pogo_single_file")
+    rng, rows = np.random.default_rng(0), 300
+    data = {
+        "observations": rng.normal(size=(rows, 11)),
+        "actions": rng.uniform(-1, 1, size=(rows, 3)),
+        "rewards": rng.normal(size=rows),
+        "terminals": rng.random(rows) < 0.1,
+        "timeouts": np.zeros(rows, dtype=bool),
+    }
+    scores = module.main(
+        module.Args(
+            source="hdf5", path=str(write(tmp_path / "data.hdf5", data)), total_steps=4,
+            eval_episodes=1, hidden=16, batch_size=32, policy_freq=2, delay_actor=delay_actor,
+        )
+    )  # fmt: skip
+    assert len(scores) == 3
+    assert all(math.isfinite(value) for value in scores)
+    assert "D4RL scores of the actors" in capsys.readouterr().out
+
+
+def test_the_single_file_is_short():
+    assert len(EXAMPLE.with_name("pogo_single_file.py").read_text().splitlines()) <= 200

@@ -13,6 +13,7 @@ import torch._inductor.config
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.testing import assert_close
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
@@ -261,6 +262,8 @@ class TestConstructor:
             ({"num_samples": 2.5}, "num_samples"),
             ({"num_qvalue_nets": 0}, "num_qvalue_nets"),
             ({"blur": 0.0}, "blur"),
+            ({"w2_fraction": 0.0}, "w2_fraction"),
+            ({"w2_fraction": 1.5}, "w2_fraction"),
             ({"alpha": -1.0}, "alpha"),
             ({"policy_noise": -0.1}, "policy_noise"),
             ({"noise_clip": math.inf}, "noise_clip"),
@@ -580,6 +583,32 @@ class TestChain:
         parts = [loss.actor_loss(batch, i) for i in range(3)]
         torch.testing.assert_close(total, sum(value for value, _ in parts))
         assert metadata == {k: v for _, part in parts for k, v in part.items()}
+
+    @pytest.mark.parametrize("batch_size", [(8,), (4, 3)])
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_the_divergence_on_a_share_of_the_states_has_the_same_mean(
+        self, make_loss, make_batch, batch_size, reduction
+    ):
+        loss = make_loss(w2_backend="fast", reduction=reduction)
+        batch, half = make_batch(*batch_size), batch_size[0] // 2
+        noise = loss.draw_noise(batch, critic=False)
+        # Its two halves, each in turn in front.
+        swapped = torch.cat([batch[half:], batch[:half]])
+        swapped_noise = {k: torch.cat([z[half:], z[:half]]) for k, z in noise.items()}
+
+        def terms(fraction, batch, noise):
+            loss.w2_fraction = fraction
+            rest = loss.params("actor_network_0"), loss.params("qvalue_network"), 0.5, 1.0
+            value, found = loss.jko_terms(
+                loss.params("actor_network_1"), batch, noise, *rest, index=1
+            )
+            gradients = torch.autograd.grad(value.mean(), loss.actor_params(1))
+            return value.mean(), found["w2_1"], found["q_actor_1"], *gradients
+
+        whole = terms(1.0, batch, noise)
+        shares = terms(0.5, batch, noise), terms(0.5, swapped, swapped_noise)
+        assert abs(shares[0][1] - shares[1][1]) > 1e-4  # they do look at different states
+        assert_close([(a + b) / 2 for a, b in zip(*shares)], list(whole))
 
     @pytest.mark.parametrize("index", [-1, 2, 7])
     def test_actor_loss_of_an_actor_that_does_not_exist_raises(self, make_loss, make_batch, index):

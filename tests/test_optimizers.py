@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from functools import partial
 
 import pytest
@@ -193,25 +192,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(make, tmp_path, cut, schedul
     assert_close(state(second), state(whole), rtol=0, atol=0)
     rates = [one.param_groups[0]["lr"] for one in second.optimization_stepper.optimizers.values()]
     assert max(rates) < 1e-12
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_decay_clipping_and_schedules_compile(make):
-    settings = {
-        "qvalue_optimizer": ADAMW,
-        "actor_optimizer": partial(torch.optim.Adam, lr=LR, weight_decay=0.1),
-        "actor_lr_scheduler": lr_scheduler("cosine", STEPS),
-        "clip_grad_norm": 0.05,
-    }
-    eager, compiled = make(**settings), make(**settings, compile=True)
-    eager.train()
-    torch.manual_seed(1)
-    compiled.train()
-    assert_close(state(compiled), state(eager), rtol=1e-4, atol=1e-5)
-    counts = [
-        one["step"] for one in compiled.optimization_stepper.optimizers["qvalue"].state.values()
-    ]
-    assert set(map(float, counts)) == {STEPS}
 
 
 def test_a_hook_s_schedule_is_followed(make):

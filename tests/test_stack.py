@@ -169,6 +169,28 @@ def test_trainers_at_different_updates_are_refused(make):
         stack.train()
 
 
+def test_hooks_that_a_stack_would_leave_out_are_refused(make):
+    stack = make(stacked=True)
+    stack.trainers[1].register_op("pre_epoch", lambda batch: batch)
+    with pytest.raises(ValueError, match="a stack has no stages pre_epoch"):
+        stack.train()
+
+
+def test_trainers_of_different_settings_are_refused(make):
+    stack = make(stacked=True)
+    stack.trainers[2].optimization_stepper.clip_grad_norm = 1.0
+    with pytest.raises(ValueError, match="trainers of a stack must share their settings"):
+        stack.train()
+    stack = make(stacked=True)
+    stack.trainers[1].optimization_stepper.optimizers["actor_0"].param_groups[0]["eps"] = 1e-3
+    with pytest.raises(ValueError, match="must share one optimizer's settings"):
+        stack.train()
+    stack = make(stacked=True)
+    stack.trainers[1].optimization_stepper.optimizers["actor_0"].param_groups[0]["lr"] = 1.0
+    with pytest.raises(ValueError, match="trainers of a stack must share their learning rates"):
+        stack.train()
+
+
 # --------------------------------------------------------------------------- runs and sweeps
 
 SHORT = [

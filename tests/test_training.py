@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import shutil
 
 import pytest
 import torch
@@ -125,27 +124,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(make_trainer, tmp_path, cut,
     second.train()
     assert_close(state(whole), state(second), rtol=0, atol=0)
     assert [r for r in whole.rows.numbers() if r[0] > cut] == second.rows.numbers()
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_the_compiled_update_gives_the_numbers_of_the_eager_one(make_loss, make_buffer, tmp_path):
-    loss, buffer = make_loss(w2_backend="fast"), make_buffer()
-
-    def trained(steps, compile, **settings):
-        trainer = POGOTrainer(
-            copy.deepcopy(loss), buffer, steps, progress_bar=False, compile=compile, **settings
-        )
-        torch.manual_seed(1)
-        if "checkpoint_dir" in settings:
-            trainer.resume()
-        trainer.train()
-        return state(trainer)
-
-    eager, compiled = trained(9, False), trained(9, True)
-    assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
-    # within a mode, a resumed run is exact
-    trained(4, True, checkpoint_dir=tmp_path)
-    assert_close(trained(9, True, checkpoint_dir=tmp_path), compiled, rtol=0, atol=0)
 
 
 def stop_at(trainer, step):

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from operator import itemgetter
 
 import torch
 from tensordict import TensorDict
 
-from pogo_torchrl.trainers.fused.update import Results, Update
+from pogo_torchrl.trainers.fused.update import Update
 from pogo_torchrl.trainers.trainer import POGOTrainer, Ticks
+
+_SHARED = ("policy_freq", "tau", "clip_grad_norm", "bf16")
+
+# Of TorchRL's stages, those that a stack runs.
+_STAGES = {
+    "setup",
+    "process_optim_batch",
+    "post_optim",
+    "post_optim_log",
+    "post_steps",
+    "shutdown",
+}
 
 
 class TrainerStack:
@@ -48,15 +61,16 @@ class TrainerStack:
         self.steppers = [trainer.optimization_stepper for trainer in trainers]
         self.active, self.around_hooks = active, around_hooks or active
         self.errors: list[Exception | None] = [None] * len(trainers)
-        shared = [
-            {name: getattr(stepper, name) for name in ("tau", "clip_grad_norm", "bf16")}
-            | {"policy_freq": stepper.policy_freq}
-            for stepper in self.steppers
-        ]
+        self.compile = compile
+        shared = [{name: getattr(one, name) for name in _SHARED} for one in self.steppers]
         if any(settings != shared[0] for settings in shared):
             raise ValueError(f"trainers of a stack must share their settings, not {shared}.")
-        self._settings = {**shared[0], "stacked": True, "compile": compile}
-        del self._settings["policy_freq"]
+        others = sorted({stage for trainer in trainers for stage in trainer.stages} - _STAGES)
+        if others:
+            raise ValueError(
+                f"a stack has no stages {', '.join(others)}, for which its trainers have hooks (a "
+                "prioritised replay buffer is one): train these alone."
+            )
         self._update: Update | None = None
 
     def train(self) -> list[Exception | None]:
@@ -71,6 +85,7 @@ class TrainerStack:
         for tick in ticks:
             for trainer in self.trainers:
                 trainer.collected_frames = trainer.collector.step = ticks.step
+            self._prepare()
             for _ in range(tick.numel()):
                 self.update()
             self._each(self._after)
@@ -81,7 +96,8 @@ class TrainerStack:
 
     def update(self) -> None:
         """One update of all, those that have ended included: the others do not notice."""
-        self._prepare()
+        if self._update is None:
+            self._prepare()
         assert self._update is not None
         batches, noises = [], []
         for place, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
@@ -93,19 +109,31 @@ class TrainerStack:
         noise = {name: torch.stack([one[name] for one in noises]) for name in noises[0]}
         stacked = self._update(torch.stack(batches), noise, first.lr(), first.with_actors)
         for place, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
-            results = Results(*(None if part is None else part[place] for part in stacked))
-            stepper.record(results, batches[place])
+            own = stacked.map(itemgetter(place))
+            stepper.record(own, batches[place])
             stepper.advance(1)
             trainer._post_optim_hook()
             trainer._post_optim_log(batches[place])
 
     def _prepare(self) -> None:
         """Find the memory that the losses and the optimizers have now."""
+        rates = [stepper.rates() for stepper in self.steppers]
+        if any(own != rates[0] for own in rates):
+            raise ValueError(f"trainers of a stack must share their learning rates, not {rates}.")
         if self._update is not None and (self._update.is_current() or self._update.refresh()):
             return
         losses = [stepper.loss_module for stepper in self.steppers]
         optimizers = [stepper.optimizers for stepper in self.steppers]
-        self._update = Update(losses, optimizers, **self._settings)
+        first = self.steppers[0]
+        self._update = Update(
+            losses,
+            optimizers,
+            tau=first.tau,
+            clip_grad_norm=first.clip_grad_norm,
+            bf16=first.bf16,
+            stacked=True,
+            compile=self.compile,
+        )
         for stepper in self.steppers:
             stepper.join(self._update)
 

@@ -247,13 +247,17 @@ class POGOOptimizationStepper(OptimizationStepper):
             self._optimizers.step_schedulers()
 
     def lr(self) -> Any:
-        """The learning rates of the next update: of the critics and of each actor."""
-        rates = [float(one.param_groups[0]["lr"]) for one in self.optimizers.values()]
+        """The learning rates of the next update, as it takes them."""
+        rates = self.rates()
         if rates != self._lr[0]:
             like = self.loss_module.min_action
             tensor = torch.tensor(rates, dtype=torch.float64).to(like.device, non_blocking=True)
             self._lr = rates, tensor
         return self._lr[1]
+
+    def rates(self) -> list[float]:
+        """The learning rates of the next update: of the critics and of each actor."""
+        return [float(one.param_groups[0]["lr"]) for one in self.optimizers.values()]
 
     # ------------------------------------------------------------------ what it gives
 

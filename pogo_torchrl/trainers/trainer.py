@@ -212,9 +212,9 @@ class POGOTrainer(Trainer):
         if target_net_updater is None and (loss_module.delay_qvalue or loss_module.delay_actor):
             target_net_updater = SoftUpdate(loss_module, tau=tau)
         # A SoftUpdate's step is a part of the update.
-        soft = type(target_net_updater) is SoftUpdate
+        soft = target_net_updater if type(target_net_updater) is SoftUpdate else None
         self.fingerprint = dict(fingerprint or {})
-        self._hooks_at_each_update = False
+        self.stages: set[str] = set()  # those that have hooks
         ticks, rotation = Ticks(total_steps), None
         if checkpoint_dir is not None:
             ticks.intervals.append(checkpoint_interval)
@@ -234,7 +234,7 @@ class POGOTrainer(Trainer):
                 actor_lr_scheduler=actor_lr_scheduler,
                 clip_grad_norm=clip_grad_norm,
                 policy_freq=policy_freq,
-                tau=1 - target_net_updater.eps if soft else None,
+                tau=None if soft is None else 1 - soft.eps,
                 compile=compile,
                 bf16=bf16,
             ),
@@ -250,7 +250,7 @@ class POGOTrainer(Trainer):
         self._dataset = replay_buffer
         super().register_op("process_optim_batch", self._sample)
         super().register_op("shutdown", self.optimization_stepper.synchronize)
-        if target_net_updater is not None and not soft:
+        if target_net_updater is not None and soft is None:
             self.register_op("post_optim", target_net_updater.step)
         self._follow_priorities(replay_buffer)
         if progress_bar:
@@ -271,7 +271,7 @@ class POGOTrainer(Trainer):
                 f"{_REFUSED[dest]}, or write a loop of your own (examples/pogo_in_torchrl.py)."
             )
         super().register_op(dest, op, **kwargs)
-        self._hooks_at_each_update |= dest in _AT_EACH_UPDATE
+        self.stages.add(dest)
 
     def _follow_priorities(self, replay_buffer: ReplayBuffer) -> None:
         """Give a prioritised replay buffer the TD errors, and checkpoints its priorities."""
@@ -343,7 +343,7 @@ class POGOTrainer(Trainer):
     def optim_steps(self, batch: TensorDictBase) -> None:
         """As many updates as the tick is long, with TorchRL's stages around them."""
         try:
-            if self._hooks_at_each_update:
+            if self.stages & _AT_EACH_UPDATE:
                 self.optim_steps_per_batch = batch.numel()
                 super().optim_steps(batch)
                 return

@@ -187,8 +187,9 @@ class UpdateGraphs:
         def work() -> None:
             for place in range(length):
                 stepper.steps = first + place  # every pass is one of the same updates
-                last[:] = [batches.sample() if self._inputs is None else self._inputs]
-                stepper.update_on(*last, memory[place])
+                batch = batches.sample() if self._inputs is None else self._inputs
+                stepper.update_on(batch, memory[place])
+                last[:] = [batch]
 
         try:
             graph = self.make()

@@ -35,6 +35,11 @@ class Results(NamedTuple):
     td_error: Tensor
     """The larger squared TD error of each sample, ``[*B]``."""
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Results:
+        """The results with a function applied to each."""
+        actors = None if self.actors is None else function(self.actors)
+        return Results(function(self.qvalue), actors, function(self.td_error))
+
 
 class Network(NamedTuple):
     """The tensors of a network, sharing the loss's memory; ``[R, ...]`` for a stack."""
@@ -255,7 +260,7 @@ class Update:
         noise = {name: z.unsqueeze(0) for name, z in noise.items()}
         weights, alpha = [w.unsqueeze(0) for w in weights], alpha.unsqueeze(0)
         results = self._update(batch.unsqueeze(0), noise, weights, alpha, lr, with_actors)
-        return Results(*(None if part is None else part.squeeze(0) for part in results))
+        return results.map(lambda part: part.squeeze(0))
 
     def _coefficients(self) -> tuple[Sequence[Any], Any]:
         """``w2_weights`` and ``alpha`` of all runs as they are now."""
@@ -367,7 +372,7 @@ def value_and_gradients(
             takes a fifth less time than either in eager mode (docs/speed.md).
     """
     if traced:
-        value, pullback, found = vjp(objective, params, has_aux=True)
+        value, pullback, found = vjp(objective, params, has_aux=True)  # type: ignore[misc]
         (gradients,) = pullback(torch.ones_like(value))
         return list(gradients.values()), value, found
     with torch.enable_grad():

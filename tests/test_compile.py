@@ -1,0 +1,91 @@
+"""Updates compiled with Inductor against eager ones. Stacks: tests/test_stack.py."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pogo_torchrl import POGOTrainer
+from pogo_torchrl.trainers import lr_scheduler
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
+)
+
+STEPS, LR = 9, 3e-3
+OPTIMIZERS = {
+    "qvalue_optimizer": partial(torch.optim.AdamW, lr=LR, weight_decay=0.1),
+    "actor_optimizer": partial(torch.optim.Adam, lr=LR, weight_decay=0.1),
+    "actor_lr_scheduler": lr_scheduler("cosine", STEPS),
+    "clip_grad_norm": 0.05,
+}
+
+
+def state(trainer):
+    return dict(trainer.loss_module.state_dict())
+
+
+@pytest.fixture
+def trained(make_loss, make_buffer):
+    def trained(loss, buffer, steps=STEPS, **settings):
+        trainer = POGOTrainer(copy.deepcopy(loss), buffer, steps, progress_bar=False, **settings)
+        torch.manual_seed(1)
+        if "checkpoint_dir" in settings:
+            trainer.resume()
+        trainer.train()
+        return trainer
+
+    return trained
+
+
+def test_default_settings_and_an_exact_resume(trained, make_loss, make_buffer, tmp_path):
+    loss, buffer = make_loss(w2_backend="fast"), make_buffer()
+    eager, compiled = (trained(loss, buffer, compile=c) for c in (False, True))
+    assert_close(state(compiled), state(eager), rtol=1e-4, atol=1e-5)
+    # within a mode, a resumed run is exact
+    trained(loss, buffer, 4, compile=True, checkpoint_dir=tmp_path)
+    resumed = trained(loss, buffer, compile=True, checkpoint_dir=tmp_path)
+    assert_close(state(resumed), state(compiled), rtol=0, atol=0)
+
+
+def test_other_settings(trained, make_loss, make_batch, make_buffer, wide_spec):
+    """Delayed actor, sparse actor updates, odd bounds, part of the states, decay, clipping."""
+    loss = make_loss(
+        wide_spec, w2_backend="fast", delay_actor=True, q_normalization=None, alpha=0.1,
+        w2_fraction=0.5, shared_noise=True, num_qvalue_nets=3,
+    )  # fmt: skip
+    buffer = make_buffer()
+    buffer.empty()
+    buffer.extend(make_batch(64, spec=wide_spec))
+    eager, compiled = (
+        trained(loss, buffer, compile=c, policy_freq=2, **OPTIMIZERS) for c in (False, True)
+    )
+    assert_close(state(compiled), state(eager), rtol=1e-4, atol=1e-5)
+    optimizers = compiled.optimization_stepper.optimizers
+    counts = {
+        name: {float(s["step"]) for s in optimizer.state.values()}
+        for name, optimizer in optimizers.items()
+    }
+    assert counts == {"qvalue": {STEPS}, "actor_0": {5}, "actor_1": {5}}
+
+
+def test_bfloat16(trained, make_loss, make_buffer):
+    loss, buffer = make_loss(w2_backend="fast"), make_buffer()
+    trainers = {
+        (compile, bf16): trained(loss, buffer, lr=LR, compile=compile, bf16=bf16)
+        for compile, bf16 in ((False, False), (False, True), (True, True))
+    }
+    start, full, eager, compiled = (
+        torch.cat([v.flatten() for v in found.values()])
+        for found in (loss.state_dict(), *map(state, trainers.values()))
+    )
+    assert compiled.dtype == torch.float32
+    # Each rounds in places of its own: as far from each other as from float32, and not the same.
+    moved = (full - start).abs().mean()
+    for one, other in ((eager, full), (compiled, eager), (compiled, full)):
+        assert 0 < (one - other).abs().mean() < 0.2 * moved
