@@ -488,6 +488,7 @@ def _in_words(hint: Any) -> str:
         list[int]: "a list of integers",
         list[float]: "a list of numbers",
         int | None: "an integer or null",
+        float | None: "a number or null",
         str | None: "text or null",
         dict[str, Any]: "options with their values, {option: value}",
     }

@@ -39,7 +39,8 @@ from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.policies import on_raw_observations, save_actors
 from pogo_torchrl.report import plot_curves, score_table
-from pogo_torchrl.trainers import POGOTrainer, TrainerStack, lr_scheduler
+from pogo_torchrl.trainers import LR_SCHEDULES, POGOTrainer, TrainerStack, lr_scheduler
+from pogo_torchrl.trainers.fused.update import COMPILABLE
 from pogo_torchrl.trainers.hooks import Evaluate, LogMetrics, StopOnDivergence
 from pogo_torchrl.trainers.optimizers import adam
 
@@ -169,7 +170,7 @@ def _train_stack(
         [one.trainer for one in runs],
         streams.__getitem__,
         around_hooks=around_hooks,
-        compile=choose_compile(cfg.compile, cfg.total_steps),
+        compile=choose_compile(cfg.compile, cfg.total_steps, cfg.w2_backend),
     )
     return stack.train()
 
@@ -216,7 +217,7 @@ class RunInProgress:
             **optimizer_settings(cfg, self.device),
             "policy_freq": cfg.policy_freq,
             "tau": cfg.tau,
-            "compile": not stacked and choose_compile(cfg.compile, cfg.total_steps),
+            "compile": not stacked and choose_compile(cfg.compile, cfg.total_steps, cfg.w2_backend),
             "bf16": cfg.bf16,
             "checkpoint_dir": self.folder.checkpoints,
             "checkpoint_interval": cfg.checkpoint_interval,
@@ -431,7 +432,11 @@ def optimizer_settings(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
         rate, key = (cfg.lr, "lr") if rate is None else (rate, f"lr_{option}")
         if not 0 < rate < math.inf:
             raise ValueError(f"{key}={rate} must be a positive number, e.g. 3e-4.")
-        schedule = cfg.lr_schedule if schedule is None else schedule
+        schedule, own = (cfg.lr_schedule, "") if schedule is None else (schedule, f"_{option}")
+        if schedule not in LR_SCHEDULES:
+            raise ValueError(
+                f"lr_schedule{own}={schedule} is unknown; choose one of {', '.join(LR_SCHEDULES)}."
+            )
         found[f"{name}_optimizer"] = adam(rate, cfg.weight_decay, device=device)
         found[f"{name}_lr_scheduler"] = lr_scheduler(schedule, cfg.total_steps)
     return found
@@ -451,15 +456,20 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_compile(choice: str, total_steps: int) -> bool:
+def choose_compile(choice: str, total_steps: int, w2_backend: str = "fast") -> bool:
     """Whether ``compile=choice`` compiles a run of so many updates; refuses what cannot be."""
     if str(choice).lower() not in ("auto", "true", "false"):
         raise ValueError(f"compile={choice} is unknown; choose one of auto, true, false.")
     if str(choice).lower() != "auto":
         wanted = str(choice).lower() == "true"
+        if wanted and w2_backend not in COMPILABLE:
+            raise ValueError(
+                f"compile=true needs w2_backend={' or '.join(COMPILABLE)}, not {w2_backend}, which "
+                "reads numbers on the host."
+            )
     else:
         # Compiling is won back after 3,000 to 6,000 updates (docs/speed.md).
-        wanted = total_steps >= 10_000
+        wanted = total_steps >= 10_000 and w2_backend in COMPILABLE
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     if not wanted or (compiler and headers):

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: processes that share cores wait for each other's threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -12,6 +18,11 @@ from pogo_torchrl import POGOLoss, make_actor, make_qvalue
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with `pytest -m slow`")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """What ``-n auto`` means: each takes half a gigabyte and compiles on a core of its own."""
+    return min(os.cpu_count() or 1, 4)
 
 
 def pytest_collection_modifyitems(config, items):

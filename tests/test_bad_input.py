@@ -80,7 +80,7 @@ OPTIONS: list[tuple[str, str]] = [
     *[
         (f"{name}=nan", "must be finite")
         for name, _, hint, _ in configs._entries()
-        if hint is float
+        if hint in (float, float | None)
     ],
     *[
         (f"{name}={entry.metadata['lowest'] - 1}", "must be an integer")
@@ -104,6 +104,15 @@ OPTIONS: list[tuple[str, str]] = [
     ("batch_size=100000000000", "this machine has"),
     ("lr=0", "positive"),
     ("lr=-1", "positive"),
+    ("lr_actor=0", "lr_actor=0.0 must be a positive number"),
+    ("lr_critic=-1", "lr_critic=-1.0 must be a positive number"),
+    ("lr_actor=fast", "a number or null"),
+    ("weight_decay=-0.1", ">= 0"),
+    ("clip_grad_norm=0", "positive"),
+    ("lr_schedule=exponential", "constant, linear, cosine"),
+    ("lr_schedule_actor=steps", "lr_schedule_actor=steps is unknown"),
+    ("w2_fraction=0", "in (0, 1]"),
+    ("w2_fraction=2", "in (0, 1]"),
     ("gamma=1.5", "in [0, 1]"),
     ("gamma=-0.1", "in [0, 1]"),
     ("tau=0", "in (0, 1]"),
@@ -220,6 +229,7 @@ WRONG = {
     list[int]: st.sampled_from(["7", "[]", "[0]", "[x]", "[1.5]", "[[1]]", "null", "[-1]"]),
     list[float]: st.sampled_from(["0.5", "[]", "[x]", "[[1.0]]", "null", "[nan]", "[inf,1]"]),
     int | None: st.sampled_from(["x", "1.5", "0", "-1", "[1]"]),
+    float | None: st.sampled_from(["x", "[1.0]", "nan", "inf", "-.inf", "{a:1}", "'1 2'"]),
     str | None: st.sampled_from(["[a]", "{a:b}"]),
 }
 
@@ -235,7 +245,7 @@ def right(name, entry, hint, default):
         return st.lists(
             st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=32
         ).map(str)
-    if hint is float:
+    if hint in (float, float | None):
         return st.floats(allow_nan=False, allow_infinity=False).map(str)
     if hint is bool:
         return st.sampled_from(["true", "false"])

@@ -209,3 +209,9 @@ def test_without_a_compiler_auto_goes_on_and_true_says_what_to_install(monkeypat
     assert "a C++ compiler (g++) is missing" in caplog.text
     with pytest.raises(ValueError, match="compile=true needs a C"):
         choose_compile("true", 1)
+
+
+def test_a_divergence_that_cannot_be_compiled_is_not_by_itself():
+    assert choose_compile("auto", 10_000, "tensorized") is False
+    with pytest.raises(ValueError, match="compile=true needs w2_backend=fast or exact"):
+        choose_compile("true", 10_000, "tensorized")

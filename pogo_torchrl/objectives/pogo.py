@@ -6,31 +6,24 @@ The algorithm is in three functions of :class:`POGOLoss`, each under the equatio
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torchrl.data import TensorSpec
-from torchrl.envs.utils import ExplorationType
-from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator, distance_loss
-from torchrl.objectives.value import ValueEstimatorBase
+from torchrl.objectives.utils import distance_loss
 
 from pogo_torchrl import functional
-from pogo_torchrl.modules import redraw_parameters
+from pogo_torchrl.objectives.chain_loss import ChainLoss, Noise, Params
 from pogo_torchrl.objectives.checks import (
     action_bounds,
     as_networks,
     check_batch,
     check_choice,
-    check_gamma,
     check_integer,
     check_positive,
     check_share,
@@ -38,14 +31,8 @@ from pogo_torchrl.objectives.checks import (
 )
 from pogo_torchrl.transport import BACKENDS, MAX_POINTS, sinkhorn_divergence
 
-Params = dict[str, Tensor]
-"""Parameters and buffers of a network by name, as :func:`torch.func.functional_call` takes them."""
 
-Noise = dict[str, Tensor]
-"""Standard normal draws by name, see :meth:`POGOLoss.draw_noise`."""
-
-
-class POGOLoss(LossModule):
+class POGOLoss(ChainLoss):
     r"""POGO: a chain of JKO steps of a Wasserstein gradient flow of policies, for offline RL.
 
     Twin critics learn from the first actor of the chain, which acts in the TD target with TD3's
@@ -204,21 +191,6 @@ class POGOLoss(LossModule):
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
-    default_value_estimator = ValueEstimators.TD0
-
-    # A transport map under TorchRL's default, DETERMINISTIC, would act with z = 0 in the losses.
-    deterministic_sampling_mode = ExplorationType.RANDOM
-
-    actor_network: TensorDictModule  # the function of all actors; see actor_network_{i}_params
-    qvalue_network: TensorDictModule
-    qvalue_network_params: TensorDictParams
-    target_qvalue_network_params: TensorDictParams
-
-    SUPPORTED_VALUE_ESTIMATORS = (
-        ValueEstimators.TD0,
-        ValueEstimators.TD1,
-        ValueEstimators.TDLambda,
-    )
 
     def __init__(
         self,
@@ -292,16 +264,7 @@ class POGOLoss(LossModule):
                 "shared_noise=False."
             )
         low, high = action_bounds(action_spec, bounds, actors[0], self.tensor_keys.action)
-        with warnings.catch_warnings():
-            # TorchRL asks for an annotation of every name, and their number is not known here.
-            warnings.filterwarnings("ignore", ".*part of the annotations")
-            for i, actor in enumerate(actors):
-                # Only actor 0 acts in the TD target.
-                self.convert_to_functional(
-                    actor, f"actor_network_{i}", create_target_params=delay_actor and i == 0
-                )
-        self.__dict__["actor_network"] = actors[0]  # the function of all; no parameters of its own
-        self._stack_critics(qvalues)
+        self._register(actors, qvalues)
         self.register_buffer("min_action", low)
         self.register_buffer("max_action", high)
         self._set_in_keys()
@@ -317,21 +280,6 @@ class POGOLoss(LossModule):
             "target_value",
             "next_state_value",
         ]
-
-    def _stack_critics(self, networks: list[nn.Module]) -> None:
-        """Register the critics' parameters, stacked ``[C, ...]``."""
-        # Of a list of one, TorchRL registers no parameters; of a module, it draws new ones.
-        several = len(networks) > 1
-        self.convert_to_functional(
-            networks if several else networks[0],
-            "qvalue_network",
-            expand_dim=len(networks),
-            create_target_params=self.delay_qvalue,
-        )
-        if not several:
-            values = TensorDict.from_module(networks[0]).data.unsqueeze(0)
-            for params in (self.qvalue_network_params, self.target_qvalue_network_params):
-                params.data.update_(values)
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -504,34 +452,6 @@ class POGOLoss(LossModule):
             f"lmbd_{index}": scale,
         }
 
-    # ------------------------------------------------------------------ networks
-
-    def _act(self, actor: Params, state: TensorDictBase, noise: Tensor | None) -> Tensor:
-        """Actions of an actor that is given its z, or draws on its own (``noise=None``)."""
-        inputs = state.select(*self.actor_network.in_keys, strict=False)
-        if noise is not None:
-            inputs.set(self.actor_network.noise_key, noise)
-        out = functional_call(self.actor_network, actor, (inputs,), tie_weights=False)
-        return out.get(self.tensor_keys.action)
-
-    def _qvalue(self, qvalue: Params, state: TensorDictBase, action: Tensor) -> Tensor:
-        """``Q(s, a)`` of one critic, shape ``[*B]``."""
-        inputs = state.select(*self.qvalue_network.in_keys, strict=False)
-        inputs.set(self.tensor_keys.action, action)
-        out = functional_call(self.qvalue_network, qvalue, (inputs,), tie_weights=False)
-        return out.get(self.tensor_keys.state_action_value).squeeze(-1)
-
-    def _qvalues(self, qvalue: Params, state: TensorDictBase, action: Tensor) -> Tensor:
-        """``Q_j(s, a)`` of all critics, shape ``[C, *B]``."""
-
-        def one(params: Params) -> Tensor:
-            return self._qvalue(params, state, action)
-
-        if not self.deactivate_vmap:
-            return torch.vmap(one, randomness=self.vmap_randomness)(qvalue)
-        critics = range(self.num_qvalue_nets)
-        return torch.stack([one({name: v[j] for name, v in qvalue.items()}) for j in critics])
-
     def _repeat(self, state: TensorDictBase) -> TensorDictBase:
         """The same states ``num_samples`` times, along a new last batch dimension."""
         return state.unsqueeze(-1).expand(*state.batch_size, self.num_samples)
@@ -543,110 +463,7 @@ class POGOLoss(LossModule):
         weights = self._maybe_get_priority_weight(batch)
         return self._reduce_loss(loss, tensordict=batch, weights=weights)
 
-    def _make_vmap(self) -> None:
-        """TorchRL calls this where the randomness of vmap is set; it is read at each call here."""
-
-    def params(self, name: str) -> Params:
-        """The parameters and buffers of a network by name.
-
-        Args:
-            name: ``actor_network_0``, ..., ``qvalue_network``, or one of them after ``target_``.
-
-        Returns:
-            The tensors themselves, as :func:`torch.func.functional_call` takes them; the critics'
-            are stacked ``[C, ...]``.
-        """
-        tensors = getattr(self, f"{name}_params").items(True, True)
-        return {".".join(key) if isinstance(key, tuple) else key: value for key, value in tensors}
-
-    def actor_params(self, index: int) -> list[nn.Parameter]:
-        """The trainable parameters of actor ``index``, for an optimizer of its own.
-
-        Args:
-            index: which actor; negative indices count from the end.
-
-        Raises:
-            IndexError: when there is no such actor.
-
-        Example:
-            >>> import torch
-            >>> from torchrl.data import Bounded
-            >>> from pogo_torchrl import POGOLoss, make_actor, make_qvalue
-            >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
-            >>> loss = POGOLoss(make_actor(3, spec), make_qvalue(3, 2), w2_weights=(0.2, 0.5))
-            >>> optimizers = [torch.optim.Adam(loss.actor_params(i), 3e-4) for i in range(2)]
-        """
-        params = getattr(self, f"actor_network_{self._actor_index(index)}_params")
-        return [p for p in params.parameters() if p.requires_grad]
-
-    def qvalue_params(self) -> list[nn.Parameter]:
-        """The trainable parameters of the critics, stacked ``[C, ...]``, for their optimizer."""
-        return [p for p in self.qvalue_network_params.parameters() if p.requires_grad]
-
-    def _actor_index(self, index: int) -> int:
-        if not -self.num_actors <= index < self.num_actors:
-            raise IndexError(f"actor index {index} is not in 0..{self.num_actors - 1}.")
-        return index % self.num_actors
-
     # ------------------------------------------------------------------ the loss of a batch
-
-    def draw_noise(
-        self,
-        tensordict: TensorDictBase,
-        *,
-        critic: bool = True,
-        actors: Sequence[int] | None = None,
-    ) -> dict[str, Tensor]:
-        r"""All standard normal draws that an update on a batch takes, from a single call.
-
-        Args:
-            tensordict: the batch, of which only shapes matter.
-            critic: draw those of the TD target. Defaults to ``True``.
-            actors: draw those of these actors. Defaults to all.
-
-        Returns:
-            ``smoothing`` (n of the TD target, ``[*B, d]``) and, for actors that read z from the
-            tensordict, each actor's z: ``target`` (:math:`z'`) and ``actor_0``, ``[*B, d]``, and
-            for :math:`i \ge 1` ``actor_i`` and ``reference_i``, ``[*B, K, d]``, one and the same
-            with ``shared_noise``.
-
-        Example:
-            >>> import torch
-            >>> from tensordict import TensorDict
-            >>> from torchrl.data import Bounded
-            >>> from pogo_torchrl import POGOLoss, make_actor, make_qvalue
-            >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
-            >>> loss = POGOLoss(make_actor(3, spec), make_qvalue(3, 2), w2_weights=(0.2, 0.5))
-            >>> batch = TensorDict({"action": spec.rand([8])}, [8])
-            >>> {name: list(z.shape) for name, z in loss.draw_noise(batch, critic=False).items()}
-            {'actor_0': [8, 2], 'actor_1': [8, 4, 2], 'reference_1': [8, 4, 2]}
-        """
-        action = tensordict.get(self.tensor_keys.action)
-        actor = self.actor_network
-        reads_noise = hasattr(actor, "noise_key")
-        if action is None:  # only actor 0 and the critics need the data's
-            batch_size, dim = tensordict.batch_size, actor.noise_dim if reads_noise else 0
-        else:
-            *batch_size, dim = action.shape
-        shapes: dict[str, tuple[int, ...]] = {"smoothing": ()} if critic else {}
-        if reads_noise:
-            if critic:
-                shapes["target"] = ()
-            for i in range(self.num_actors) if actors is None else actors:
-                shapes[f"actor_{i}"] = (self.num_samples,) if i else ()
-                if i and not self.shared_noise:
-                    shapes[f"reference_{i}"] = (self.num_samples,)
-        sizes = [math.prod((*batch_size, *shape, dim)) for shape in shapes.values()]
-        flat = torch.randn(sum(sizes), dtype=self.min_action.dtype, device=self.min_action.device)
-        noise = {
-            name: part.view(*batch_size, *shape, dim)
-            for (name, shape), part in zip(shapes.items(), flat.split(sizes))
-        }
-        if self.shared_noise:
-            for i in range(1, self.num_actors):
-                if f"actor_{i}" in noise:
-                    noise[f"reference_{i}"] = noise[f"actor_{i}"]
-        return noise
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """The critics' loss, summed over the critics; see :meth:`qvalue_terms`.
@@ -751,141 +568,3 @@ class POGOLoss(LossModule):
         )
         self._clear_weakrefs(tensordict, td_out, *self._parameter_names)
         return td_out
-
-    def actor(self, index: int) -> TensorDictModule:
-        """Actor ``index`` as a policy that shares the parameters being trained.
-
-        Args:
-            index: which actor; negative indices count from the end (``-1``: the last, the
-                policy that the chain is for).
-
-        Returns:
-            A module of the class that was passed in, for any batch shape. It follows the
-            training; take a ``deepcopy`` to keep a snapshot.
-
-        Raises:
-            IndexError: when there is no such actor.
-
-        Example:
-            >>> import torch
-            >>> from torchrl.data import Bounded
-            >>> from pogo_torchrl import POGOLoss, make_actor, make_qvalue
-            >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
-            >>> loss = POGOLoss(make_actor(3, spec), make_qvalue(3, 2), w2_weights=(0.2, 0.5))
-            >>> loss.actor(1)(observation=torch.zeros(4, 5, 3)).shape
-            torch.Size([4, 5, 2])
-        """
-        params = getattr(self, f"actor_network_{self._actor_index(index)}_params")
-        policy = copy.deepcopy(self.actor_network)
-        params.to_module(policy)
-        return policy
-
-    def reset_parameters_recursive(self) -> None:
-        """Draw all parameters anew, each actor and critic on its own; targets start equal."""
-        for name in (*(f"actor_network_{i}" for i in range(self.num_actors)), "qvalue_network"):
-            network, params = getattr(self, name), self._modules[f"{name}_params"].data
-            stacked = name == "qvalue_network"
-            for each in params.unbind(0) if stacked else (params,):
-                fresh = copy.deepcopy(network)
-                redraw_parameters(fresh, name)
-                each.update_(TensorDict.from_module(fresh).data)
-            target = self._modules.get(f"target_{name}_params")
-            if target is not None:
-                target.data.update_(params)
-
-    def make_value_estimator(
-        self, value_type: ValueEstimators | None = None, **hyperparams
-    ) -> POGOLoss:
-        """Choose the estimator of the TD target; ``gamma`` is the most common hyperparameter.
-
-        Args:
-            value_type: TD(0), the default and the method's, TD(1) or TD(lambda), or a
-                ``ValueEstimatorBase`` class or instance.
-            **hyperparams: passed to the estimator, e.g. ``gamma=0.99``.
-
-        Returns:
-            The loss, for chaining.
-
-        Raises:
-            ValueError: when gamma is not in [0, 1].
-        """
-        if "gamma" in hyperparams:
-            check_gamma(hyperparams["gamma"])
-        if value_type is None:
-            value_type = self.default_value_estimator
-        if isinstance(value_type, ValueEstimatorBase) or (
-            isinstance(value_type, type) and issubclass(value_type, ValueEstimatorBase)
-        ):
-            if isinstance(value_type, type):
-                hyperparams.setdefault("value_network", None)
-            LossModule.make_value_estimator(self, value_type, **hyperparams)
-            self._forward_value_estimator_keys()
-            return self
-        # On the host by default: each compiled update would copy gamma from there.
-        hyperparams.setdefault("device", self.min_action.device)
-        dispatch_value_estimator(
-            self,
-            value_type,
-            supported=self.SUPPORTED_VALUE_ESTIMATORS,
-            tensor_keys={
-                "value": self.tensor_keys.state_action_value,
-                "reward": self.tensor_keys.reward,
-                "done": self.tensor_keys.done,
-                "terminated": self.tensor_keys.terminated,
-            },
-            value_network=None,
-            **hyperparams,
-        )
-        return self
-
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
-        if self._value_estimator is not None:
-            self._value_estimator.set_keys(
-                value=self.tensor_keys.state_action_value,
-                reward=self.tensor_keys.reward,
-                done=self.tensor_keys.done,
-                terminated=self.tensor_keys.terminated,
-            )
-        self._set_in_keys()
-
-    def _set_in_keys(self) -> None:
-        keys = [
-            self.tensor_keys.action,
-            ("next", self.tensor_keys.reward),
-            ("next", self.tensor_keys.done),
-            ("next", self.tensor_keys.terminated),
-            *self.actor_network.in_keys,
-            *self.qvalue_network.in_keys,
-        ]
-        states = {*self.actor_network.in_keys, *self.qvalue_network.in_keys}
-        keys += [("next", key) for key in keys if key in states - {self.tensor_keys.action}]
-        self._in_keys: list[NestedKey] = list(dict.fromkeys(keys))
-        self._end_keys = [("next", self.tensor_keys.done), ("next", self.tensor_keys.terminated)]
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Keys that a batch must hold."""
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """Keys of the output, see the class."""
-        return self._out_keys
-
-    @out_keys.setter
-    def out_keys(self, values: list[NestedKey]) -> None:
-        self._out_keys = values
-
-    @property
-    def _parameter_names(self) -> tuple[str, ...]:
-        actors = [f"actor_network_{i}_params" for i in range(self.num_actors)]
-        return (
-            *actors,
-            "qvalue_network_params",
-            "target_actor_network_0_params",
-            "target_qvalue_network_params",
-        )

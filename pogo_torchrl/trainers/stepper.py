@@ -18,7 +18,7 @@ from torchrl.trainers.trainers import OptimizationStepper
 
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.trainers.fused.cuda_graphs import CUDAGraph, DeviceGraph, UpdateGraphs
-from pogo_torchrl.trainers.fused.update import Results, Update, scalar_names
+from pogo_torchrl.trainers.fused.update import Results, Update, check_backend, scalar_names
 from pogo_torchrl.trainers.optimizers import ChainOptimizers, MakeOptimizer, MakeScheduler, adam
 
 
@@ -106,8 +106,9 @@ class POGOOptimizationStepper(OptimizationStepper):
             in float32. Defaults to ``False``.
 
     Raises:
-        ValueError: for optimizers that are none, or are not one for each actor; when training
-            starts, for optimizers of other parameters than the loss's.
+        ValueError: for optimizers that are none, or are not one for each actor, and a divergence
+            that cannot be compiled; when training starts, for optimizers of other parameters than
+            the loss's, or that cannot be compiled.
 
     Example:
         >>> import torch
@@ -139,6 +140,8 @@ class POGOOptimizationStepper(OptimizationStepper):
         compile: bool = False,
         bf16: bool = False,
     ) -> None:
+        if compile:
+            check_backend(loss_module)
         self.loss_module = loss_module
         self.clip_grad_norm, self.policy_freq, self.tau = clip_grad_norm, policy_freq, tau
         self.compile, self.bf16 = compile, bf16

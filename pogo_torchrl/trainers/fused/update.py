@@ -17,12 +17,16 @@ from torch.optim import Optimizer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.objectives.pogo import Noise, Params
+from pogo_torchrl.objectives.chain_loss import Noise, Params
 from pogo_torchrl.trainers.fused.adam import FusedAdam
 
 Terms = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 Optimizers = Mapping[str, Optimizer]
 """By name: ``qvalue``, ``actor_0``, ``actor_1``, ..."""
+
+
+COMPILABLE = ("fast", "exact")
+"""Backends of the divergence that a compiled or stacked update can use."""
 
 
 class Results(NamedTuple):
@@ -97,13 +101,8 @@ class Update:
         bf16: bool = False,
     ) -> None:
         self.losses, self.loss = list(losses), losses[0]
-        backend = self.loss.w2_backend
-        if (stacked or compile) and self.loss.num_actors > 1 and backend not in ("fast", "exact"):
-            raise ValueError(
-                f"w2_backend={backend!r} looks at the whole batch on the host, which a compiled or "
-                "stacked update cannot do: use w2_backend='fast' (the same divergence) or "
-                "compile=False."
-            )
+        if stacked or compile:
+            check_backend(self.loss)
         self.runs = list(optimizers)
         self.tau, self.clip_grad_norm, self.bf16 = tau, clip_grad_norm, bf16
         # Compiled, a single run is a stack of one: products over a stack are traced into batched
@@ -330,6 +329,20 @@ class Update:
         for optimizer in optimizers.values() if self.stacked else ():
             for state in optimizer.state.values():
                 yield from (state["exp_avg"], state["exp_avg_sq"])
+
+
+def check_backend(loss: POGOLoss) -> None:
+    """Refuse a divergence that cannot be compiled or stacked.
+
+    Raises:
+        ValueError: naming those that can.
+    """
+    if loss.num_actors > 1 and loss.w2_backend not in COMPILABLE:
+        raise ValueError(
+            f"w2_backend={loss.w2_backend!r} reads numbers of the whole batch on the host, which a "
+            "compiled or stacked update cannot: use w2_backend='fast' (the same divergence), "
+            "'exact', or compile=False."
+        )
 
 
 class TorchOptimizer:
