@@ -52,6 +52,11 @@ OURS: dict[str, dict[str, Any]] = {
     "POGO, GeomLoss": {},
     "POGO": {"w2_backend": "fast"},
     "POGO, compiled": {"w2_backend": "fast", "compile": True},
+    "POGO, compiled, w2_fraction=0.25": {
+        "w2_backend": "fast",
+        "compile": True,
+        "w2_fraction": 0.25,
+    },
     "POGO, compiled, bfloat16": {"w2_backend": "fast", "compile": True, "bf16": True},
 }
 Updates = Callable[[int], None]  # makes so many
