@@ -9,11 +9,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from runs import assert_same, pogo, rows, run_folder, state
 
 from pogo_torchrl import load_actors
+from pogo_torchrl.configs import compose
 from pogo_torchrl.envs import make_env
-from pogo_torchrl.run import choose_compile
+from pogo_torchrl.run import RunFolder, check_folder, choose_compile
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +217,33 @@ def test_a_divergence_that_cannot_be_compiled_is_not_by_itself():
     assert choose_compile("auto", 10_000, "tensorized") is False
     with pytest.raises(ValueError, match="compile=true needs w2_backend=fast or exact"):
         choose_compile("true", 10_000, "tensorized")
+
+
+def started(tmp_path, *options, without=()):
+    """The folder of a run that has been started with some options."""
+    cfg = compose([f"log_dir={tmp_path}", *options])
+    folder = RunFolder.of(cfg)
+    folder.training.mkdir(parents=True)
+    content = OmegaConf.to_container(cfg, resolve=True)
+    for name in without:
+        del content[name]
+    (folder.training / "config.yaml").write_text(OmegaConf.to_yaml(content))
+    return folder
+
+
+def test_options_that_an_earlier_release_did_not_have_had_their_defaults(tmp_path):
+    folder = started(tmp_path, without=["lr_actor", "lr_schedule", "weight_decay", "w2_fraction"])
+    options = [f"log_dir={tmp_path}", "resume=true"]
+    check_folder(folder, compose(options))
+    with pytest.raises(ValueError, match=r"weight_decay: 0\.0 -> 0\.1"):
+        check_folder(folder, compose([*options, "weight_decay=0.1"]))
+
+
+@pytest.mark.parametrize("option", ["lr_schedule=linear", "lr_schedule_actor=cosine"])
+def test_a_schedule_ties_a_run_to_its_length(tmp_path, option):
+    longer = [f"log_dir={tmp_path}", "resume=true", "total_steps=5000"]
+    check_folder(started(tmp_path, "seed=1"), compose([*longer, "seed=1"]))
+    folder = started(tmp_path, option)
+    check_folder(folder, compose([*longer, option, "total_steps=2000"]))
+    with pytest.raises(ValueError, match="total_steps: 2000 -> 5000"):
+        check_folder(folder, compose([*longer, option]))

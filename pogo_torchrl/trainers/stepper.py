@@ -172,16 +172,20 @@ class POGOOptimizationStepper(OptimizationStepper):
 
     # ------------------------------------------------------------------ updates
 
-    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+    def step(self, trainer: Any, sub_batch: TensorDictBase) -> TensorDictBase:
         """Update on one batch, and write each sample's TD error to it for prioritised replay.
 
         Args:
             trainer: whose loop makes this step.
-            sub_batch: the batch.
+            sub_batch: the batch; an empty one stands for as many updates as it is long, on batches
+                that ``trainer`` samples.
 
         Returns:
-            The detached scalars of all losses.
+            The detached scalars of all losses, or their means over the updates.
         """
+        if sub_batch.is_empty():
+            trainer._optim_count += sub_batch.numel() - 1
+            return self.run(sub_batch.numel(), trainer._dataset)
         self._prepare()
         self.loss_module.check_batch(sub_batch)
         results = self.update_on(sub_batch, self.lr())

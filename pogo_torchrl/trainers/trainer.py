@@ -342,30 +342,26 @@ class POGOTrainer(Trainer):
 
     def optim_steps(self, batch: TensorDictBase) -> None:
         """As many updates as the tick is long, with TorchRL's stages around them."""
+        self._tick = batch
+        self.optim_steps_per_batch = batch.numel() if self._one_by_one else 1
         try:
-            if self.stages & _AT_EACH_UPDATE:
-                self.optim_steps_per_batch = batch.numel()
-                super().optim_steps(batch)
-                return
-            self._pre_optim_hook()
-            self._pre_epoch_log_hook(batch)
-            batch = self._pre_epoch_hook(batch)
-            means = self.optimization_stepper.run(batch.numel(), self._dataset)
-            self._optim_count += batch.numel()
-            self._post_epoch_log_hook(batch)
-            self._post_epoch_hook()
-            self._post_optim_complete_log_hook(self._optim_count, means)
+            super().optim_steps(batch)
         except FloatingPointError as error:
             raise DivergenceError(
                 f"Training has diverged: after {self.optimization_stepper.steps} updates, {error}"
             ) from error
+
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether hooks see single updates; otherwise the stepper makes a tick's in one step."""
+        return not self.stages.isdisjoint(_AT_EACH_UPDATE)
 
     def sample(self) -> TensorDictBase:
         """A batch of the replay buffer."""
         return self._dataset.sample()
 
     def _sample(self, batch: TensorDictBase) -> TensorDictBase:
-        return self.sample()
+        return self.sample() if self._one_by_one else self._tick
 
     def _start_progress_bar(self) -> None:
         self._pbar.unit = " updates"
