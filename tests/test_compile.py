@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch.testing import assert_close
 
 from pogo_torchrl import POGOTrainer
@@ -47,6 +48,15 @@ def test_default_settings_and_an_exact_resume(trained, make_loss, make_buffer, t
     loss, buffer = make_loss(w2_backend="fast"), make_buffer()
     eager, compiled = (trained(loss, buffer, compile=c) for c in (False, True))
     assert_close(state(compiled), state(eager), rtol=1e-4, atol=1e-5)
+    # a loss that has moved is followed without compiling again
+    trainer = POGOTrainer(copy.deepcopy(loss), buffer, STEPS, progress_bar=False, compile=True)
+    torch.manual_seed(1)
+    trainer.optim_steps(TensorDict({}, [4]))
+    assert float(trainer.optimization_stepper.metrics["loss_qvalue"]) > 0
+    trainer.loss_module.double().float()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        trainer.optim_steps(TensorDict({}, [STEPS - 4]))
+    assert_close(state(trainer), state(compiled), rtol=0, atol=0)
     # within a mode, a resumed run is exact
     trained(loss, buffer, 4, compile=True, checkpoint_dir=tmp_path)
     resumed = trained(loss, buffer, compile=True, checkpoint_dir=tmp_path)

@@ -139,9 +139,11 @@ def _half_step(u: Tensor, v: Tensor, cost: Tensor, eps: float, shift: float | No
         return torch.sub(u, _log_mean_exp(t), alpha=eps / 2)
     if shift:
         t.add_(shift)
-    total = t.clamp_min_(_floor(t.dtype)).exp_().sum(1)
-    log = total.clamp_max_(torch.finfo(t.dtype).max).log_()
-    return torch.sub(u, log, alpha=eps / 2).add_((shift + math.log(t.shape[1])) * eps / 2)
+    # Not the sum, with log K taken off in the end: that costs digits where K is large.
+    mean = t.clamp_min_(_floor(t.dtype)).exp_().mean(1)
+    log = mean.clamp_max_(torch.finfo(t.dtype).max).log_()
+    step = torch.sub(u, log, alpha=eps / 2)
+    return step.add_(shift * eps / 2) if shift else step
 
 
 def _log_mean_exp(t: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ class Update:
     def _network(self, name: str, trained: str | None = None) -> Network:
         """A network of all losses; of a target what its online network has trained is moved."""
         each = [loss.params(name) for loss in self.losses]
-        names = {key for key, value in each[0].items() if isinstance(value, nn.Parameter)}
+        names = {key for key, value in each[0].items() if value.requires_grad}
         if trained is not None:
             names = set(self.networks[trained].params)
         tensors = {}
