@@ -215,6 +215,7 @@ class POGOTrainer(Trainer):
         soft = target_net_updater if type(target_net_updater) is SoftUpdate else None
         self.fingerprint = dict(fingerprint or {})
         self.stages: set[str] = set()  # those that have hooks
+        self._tick: TensorDictBase | None = None  # that is to be one step
         ticks, rotation = Ticks(total_steps), None
         if checkpoint_dir is not None:
             ticks.intervals.append(checkpoint_interval)
@@ -342,8 +343,9 @@ class POGOTrainer(Trainer):
 
     def optim_steps(self, batch: TensorDictBase) -> None:
         """As many updates as the tick is long, with TorchRL's stages around them."""
-        self._tick = batch
-        self.optim_steps_per_batch = batch.numel() if self._one_by_one else 1
+        # Without hooks that see single updates the stepper makes all of the tick's in one step.
+        self._tick = batch if self.stages.isdisjoint(_AT_EACH_UPDATE) else None
+        self.optim_steps_per_batch = batch.numel() if self._tick is None else 1
         try:
             super().optim_steps(batch)
         except FloatingPointError as error:
@@ -351,17 +353,12 @@ class POGOTrainer(Trainer):
                 f"Training has diverged: after {self.optimization_stepper.steps} updates, {error}"
             ) from error
 
-    @property
-    def _one_by_one(self) -> bool:
-        """Whether hooks see single updates; otherwise the stepper makes a tick's in one step."""
-        return not self.stages.isdisjoint(_AT_EACH_UPDATE)
-
     def sample(self) -> TensorDictBase:
         """A batch of the replay buffer."""
         return self._dataset.sample()
 
     def _sample(self, batch: TensorDictBase) -> TensorDictBase:
-        return self.sample() if self._one_by_one else self._tick
+        return self.sample() if self._tick is None else self._tick
 
     def _start_progress_bar(self) -> None:
         self._pbar.unit = " updates"
