@@ -110,7 +110,7 @@ class ChainLoss(LossModule):
             return self._qvalue(params, state, action)
 
         if not self.deactivate_vmap:
-            return torch.vmap(one, randomness=self.vmap_randomness)(qvalue)
+            return torch.vmap(one, randomness=self._critics_randomness)(qvalue)
         critics = range(self.num_qvalue_nets)
         return torch.stack([one({name: v[j] for name, v in qvalue.items()}) for j in critics])
 
@@ -157,7 +157,9 @@ class ChainLoss(LossModule):
         return index % self.num_actors
 
     def _make_vmap(self) -> None:
-        """TorchRL calls this where the randomness of vmap is set; it is read at each call here."""
+        """Keep the randomness of vmap: TorchRL calls this wherever it is set."""
+        # What TorchRL works out at each call, torch.compile (2.11) cannot trace.
+        self._critics_randomness = self.vmap_randomness
 
     def draw_noise(
         self,

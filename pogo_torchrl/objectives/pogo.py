@@ -265,6 +265,7 @@ class POGOLoss(ChainLoss):
             )
         low, high = action_bounds(action_spec, bounds, actors[0], self.tensor_keys.action)
         self._register(actors, qvalues)
+        self._make_vmap()
         self.register_buffer("min_action", low)
         self.register_buffer("max_action", high)
         self._set_in_keys()
