@@ -25,8 +25,9 @@ class FusedAdam:
 
     with weight decay as the optimizer's class has it. It works on the parameters and on the
     moments of the optimizers themselves: their ``state`` is that of the training, and they go on
-    from there by their own ``step()`` as well. ``torch.optim.adam.adam`` gives the same numbers,
-    but compiled it computes the two powers of t in each vector of parameters (docs/speed.md).
+    from there by their own ``step()`` as well. Steps are counted, and biases corrected, in float64:
+    ``torch.optim.adam.adam`` does so in the parameters' dtype where it can be compiled, and cannot
+    be called for a stack on a CPU in eager mode.
 
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015, arXiv:1412.6980),
     algorithm 1; Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019,

@@ -1,0 +1,96 @@
+"""The update of this checkout against that of another one, in turns in one run.
+
+    git worktree add ../before COMMIT && python benchmarks/against.py ../before [--row ROW ...]
+
+Each checkout's own benchmarks/training.py runs in a process of its own; the rows are those of its
+table. Prints medians of the rounds, also of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+ROWS = ("POGO", "POGO, compiled", "POGO, compiled, bfloat16")
+
+
+def serve(checkout: str, row: str, threads: int) -> None:
+    """Make as many updates as each line of stdin says; print the milliseconds of one."""
+    sys.path[:0] = [checkout, f"{checkout}/benchmarks"]
+    import torch
+    import training
+    from common import peak_memory
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # what is compiled is so for the first time
+        data = training.write_rows(Path(folder, "data.hdf5"), training.ROWS)
+        update = training.make(row, data, torch.device("cpu"), 3)
+        for line in ("1", *sys.stdin):
+            begun = time.perf_counter()
+            update(int(line))
+            print(1e3 * (time.perf_counter() - begun) / int(line), peak_memory(), flush=True)
+
+
+class Checkout:
+    """A process that makes updates of one checkout."""
+
+    def __init__(self, path: Path, row: str, threads: int) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, str(path), "--serve", row]
+        self.process = subprocess.Popen(
+            [*command, "--threads", str(threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+        self.times: list[float] = []
+        self.first = self.read() / 1e3
+
+    def read(self) -> float:
+        assert self.process.stdout is not None
+        time, self.peak = map(float, self.process.stdout.readline().split())
+        return time
+
+    def update(self, count: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{count}\n")
+        self.times.append(self.read())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("checkout", type=Path, help="of the version to compare with")
+    parser.add_argument("--row", nargs="+", default=ROWS, help="of the table of training.py")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--updates", type=int, default=20, help="of a round")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        return serve(str(arguments.checkout), arguments.serve, arguments.threads)
+    from common import machine, table
+
+    print(f"{machine()}; {arguments.threads} threads; {arguments.rounds} rounds\n")
+    rows = []
+    for row in arguments.row:
+        paths = {"before": arguments.checkout.resolve(), "now": HERE}
+        both = {name: Checkout(path, row, arguments.threads) for name, path in paths.items()}
+        for _ in range(arguments.rounds):
+            for one in both.values():
+                one.update(arguments.updates)
+        before, now = both["before"].times, both["now"].times
+        ratio = statistics.median(b / n for b, n in zip(before, now))
+        for name, one in both.items():
+            one.process.communicate()
+            cells = [f"{statistics.median(one.times):.1f}", f"{one.first:.1f}", f"{one.peak:.0f}"]
+            rows.append([row, name, *cells, f"{ratio:.2f}" if name == "now" else ""])
+    print(table(["", "", "milliseconds", "first update, s", "at most, MB", "times as fast"], rows))
+
+
+if __name__ == "__main__":
+    main()
