@@ -86,16 +86,18 @@ def _solve(
         points, targets = [torch.cat(points, -1)], [torch.cat(targets, -1)]
     costs = [_cost(a, b) for a, b in zip(points, targets)]
     start = steps[0][0]
-    potentials = [-start * _log_mean_exp(c * (-1 / start)) for c in costs]
+    potentials = [-start * _log_mean_exp(c * (-1 / start), 0.0) for c in costs]
     for eps, shift in steps:
         pairs = zip(potentials, _partners(potentials, n), costs)
-        potentials = [_half_step(u, v, c, eps, shift) for u, v, c in pairs]
+        potentials = [
+            u - eps / 2 * _log_mean_exp(_exponent(u, v, c, eps), shift) for u, v, c in pairs
+        ]
 
     # The last extrapolation, a full step; its softmax weights make the gradient.
     potentials, costs, targets = (_apart(parts, n) for parts in (potentials, costs, targets))
     partners = _partners(potentials, n)
     exponents = [_exponent(u, v, c, eps) for u, v, c in zip(potentials, partners, costs)]
-    rows = [_log_mean_exp(t) for t in exponents]
+    rows = [_log_mean_exp(t, None) for t in exponents]
     f, g, p, q = (u - eps * r for u, r in zip(potentials, rows))
     value = (f - p).mean(0) + (g - q).mean(0)
     grad_x = grad_y = None
@@ -126,30 +128,22 @@ def _exponent(u: Tensor, v: Tensor, cost: Tensor, eps: float) -> Tensor:
     return (u[:, None] + v[None]).sub_(cost).mul_(1 / eps)
 
 
-def _half_step(u: Tensor, v: Tensor, cost: Tensor, eps: float, shift: float | None) -> Tensor:
-    """``u - eps / 2 log mean exp((u + v - cost) / eps)``, the mean over dimension 1.
+def _log_mean_exp(t: Tensor, shift: float | None) -> Tensor:
+    """``log mean exp(t)`` over dimension 1, the maximum subtracted where shift is None.
 
-    A constant shift of the exponent saves the search for its maximum and is chosen so that exp
-    stays in range; ``None``: subtract the maximum. Where the constant does not do, the floor and
-    the ceiling keep the result finite (and NaN NaN). The floor also keeps exp out of denormal
-    numbers, which are tens of times slower.
+    With a shift t is overwritten.
+
+    A constant shift saves the search for the maximum and is chosen so that exp stays in range.
+    Where it does not, the floor and the ceiling keep the result finite (and NaN NaN). The floor
+    also keeps exp out of denormal numbers, which are tens of times slower.
     """
-    t = _exponent(u, v, cost, eps)
+    floor = _floor(t.dtype)
     if shift is None:
-        return torch.sub(u, _log_mean_exp(t), alpha=eps / 2)
-    if shift:
-        t.add_(shift)
-    # Not the sum, with log K taken off in the end: that costs digits where K is large.
-    mean = t.clamp_min_(_floor(t.dtype)).exp_().mean(1)
-    log = mean.clamp_max_(torch.finfo(t.dtype).max).log_()
-    step = torch.sub(u, log, alpha=eps / 2)
-    return step.add_(shift * eps / 2) if shift else step
-
-
-def _log_mean_exp(t: Tensor) -> Tensor:
-    """``log mean exp(t)`` over dimension 1, the maximum subtracted."""
-    top = t.amax(1, keepdim=True)
-    return top.squeeze(1) + (t - top).clamp_min_(_floor(t.dtype)).exp_().mean(1).log()
+        top = t.amax(1, keepdim=True)
+        return top.squeeze(1) + (t - top).clamp_min_(floor).exp_().mean(1).log()
+    t = t.add_(shift) if shift else t
+    mean = t.clamp_min_(floor).exp_().mean(1)
+    return mean.clamp_max(torch.finfo(t.dtype).max).log() - shift
 
 
 def _weigh(t: Tensor, rows: Tensor, points: Tensor) -> Tensor:
