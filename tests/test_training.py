@@ -227,7 +227,7 @@ def test_an_actor_that_is_not_finite_stops_the_run(make_trainer):
     trainer = make_trainer(12)
     trainer.loss_module.actor_params(0)[0].data.fill_(float("nan"))
     with pytest.raises(
-        DivergenceError, match=r"Training has diverged: after \d+ updates, .*not finite"
+        DivergenceError, match=r"Training has diverged: at update \d+, .*not finite"
     ):
         trainer.train()
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.trainers.fused.update import trained_parameters
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 """Makes an optimizer of parameters: ``torch.optim.AdamW``, ``partial(torch.optim.SGD, lr=0.1)``."""
@@ -116,12 +117,7 @@ class ChainOptimizers:
         given = self._given[name]
         if isinstance(given, Optimizer):
             return given
-        loss = self.loss
-        made = given(
-            loss.qvalue_params()
-            if name == "qvalue"
-            else loss.actor_params(int(name.removeprefix("actor_")))
-        )
+        made = given(trained_parameters(self.loss, name))
         if not isinstance(made, Optimizer):
             option = "qvalue_optimizer" if name == "qvalue" else "actor_optimizer"
             raise ValueError(_UNUSABLE.format(option, "an optimizer", made))
@@ -137,11 +133,6 @@ class ChainOptimizers:
                 # It looks for a call of optimizer.step(), which a compiled update does not make.
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 scheduler.step()
-
-    @property
-    def scheduled(self) -> bool:
-        """Whether any learning rate has a schedule of its own here."""
-        return any(make is not None for make in self._schedules.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, counts, learning rates and schedules."""

@@ -275,7 +275,7 @@ class POGOTrainer(Trainer):
         self.stages.add(dest)
 
     def _follow_priorities(self, replay_buffer: ReplayBuffer) -> None:
-        """Give a prioritised replay buffer the TD errors, and checkpoints its priorities."""
+        """Give a prioritised replay buffer the TD errors, and checkpoint its priorities."""
         sampler = getattr(replay_buffer, "sampler", None)
         if not isinstance(sampler, PrioritizedSampler):
             return
@@ -350,7 +350,7 @@ class POGOTrainer(Trainer):
             super().optim_steps(batch)
         except FloatingPointError as error:
             raise DivergenceError(
-                f"Training has diverged: after {self.optimization_stepper.steps} updates, {error}"
+                f"Training has diverged: at update {self.optimization_stepper.steps + 1}, {error}"
             ) from error
 
     def sample(self) -> TensorDictBase:

@@ -138,7 +138,7 @@ class Update:
             name: self._optimizer(name, list(network.params.values()))
             for name, network in self.networks.items()
         }
-        self._addresses, self._kinds = self._found()
+        self._addresses, self._kinds = self._find_addresses(), self._find_kinds()
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -229,14 +229,14 @@ class Update:
         """
         for optimizer in self.optimizers.values():
             optimizer.check()
-        return self._found()[0] == self._addresses
+        return self._find_addresses() == self._addresses
 
     def refresh(self) -> bool:
         """Find the memory where it lies now; false where dtypes or the device have changed.
 
         Then make a new update.
         """
-        if self._found()[1] != self._kinds:
+        if self._find_kinds() != self._kinds:
             return False
         self.write_steps()
         self._bind()
@@ -302,7 +302,7 @@ class Update:
 
     def _optimizer(self, name: str, params: list[Tensor]) -> FusedAdam | TorchOptimizer:
         optimizers = [run[name] for run in self.runs]
-        parameters = [_parameters(loss, name) for loss in self.losses]
+        parameters = [trained_parameters(loss, name) for loss in self.losses]
         for optimizer, mine in zip(optimizers, parameters):
             held = [id(p) for group in optimizer.param_groups for p in group["params"]]
             if sorted(held) != sorted(map(id, mine)):
@@ -315,14 +315,17 @@ class Update:
             return FusedAdam(optimizers, parameters, params)
         return TorchOptimizer(optimizers[0], parameters[0])
 
-    def _found(self) -> tuple[list[int], list[Any]]:
-        """Where all that the losses and optimizers hold lies now, and of what kind it is."""
-        tensors = [
-            tensor
-            for loss, optimizers in zip(self.losses, self.runs)
-            for tensor in (*loss.parameters(), *loss.buffers(), *self._moments(optimizers))
-        ]
-        return [t.data_ptr() for t in tensors], [(t.shape, t.dtype, t.device) for t in tensors]
+    def _find_addresses(self) -> list[int]:
+        """Where all that the losses and optimizers hold lies now."""
+        return [tensor.data_ptr() for tensor in self._held()]
+
+    def _find_kinds(self) -> list[Any]:
+        """Shape, dtype and device of all of it now."""
+        return [(tensor.shape, tensor.dtype, tensor.device) for tensor in self._held()]
+
+    def _held(self) -> Iterator[Tensor]:
+        for loss, optimizers in zip(self.losses, self.runs):
+            yield from (*loss.parameters(), *loss.buffers(), *self._moments(optimizers))
 
     def _moments(self, optimizers: Optimizers) -> Iterator[Tensor]:
         """Those that the update works on; other optimizers see to their own."""
@@ -413,7 +416,8 @@ def scalar_names(loss: POGOLoss) -> tuple[list[str], list[str]]:
     return critics, [f"{name}_{i}" for i in range(loss.num_actors) for name in scalars]
 
 
-def _parameters(loss: POGOLoss, name: str) -> list[nn.Parameter]:
+def trained_parameters(loss: POGOLoss, name: str) -> list[nn.Parameter]:
+    """What the optimizer called ``name`` steps: ``qvalue``, ``actor_0``, ``actor_1``, ..."""
     if name == "qvalue":
         return loss.qvalue_params()
     return loss.actor_params(int(name.removeprefix("actor_")))
