@@ -24,7 +24,7 @@ from geomloss import SamplesLoss
 from torch import Tensor
 
 from pogo_torchrl import sinkhorn_divergence
-from pogo_torchrl.transport import MAX_POINTS
+from pogo_torchrl.ot import MAX_POINTS
 
 BLUR = 0.05
 

@@ -6,7 +6,7 @@ python examples/pogo_offline.py data.source=hdf5 data.path=FILE
 python examples/pogo_offline.py --help                   # all options
 """
 
-from pogo_torchrl.main import main
+from pogo_torchrl.experiments.train import main
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,7 @@ python examples/pogo_sweep.py sweep=locomotion data.source=local total_steps=200
 python examples/pogo_sweep.py --help                     # all options
 """
 
-from pogo_torchrl.sweep import main
+from pogo_torchrl.experiments.sweep import main
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,10 @@
 """POGO: policy optimization as a gradient flow in offline RL, as a TorchRL-native plugin."""
 
+from pogo_torchrl.export import load_actors
 from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.policies import load_actors
+from pogo_torchrl.ot import sinkhorn_divergence
 from pogo_torchrl.trainers import POGOTrainer
-from pogo_torchrl.transport import sinkhorn_divergence
 
 __all__ = [
     "POGOLoss",

@@ -140,7 +140,7 @@ def jko_loss(q: Tensor, distance: Tensor, *, scale: Tensor, weight: float | Tens
     Args:
         q: shape ``[*B]``.
         distance: :math:`D_i(s)`, shape ``[*B]``: :func:`l2_distance` for actor 0, the Sinkhorn
-            divergence of :mod:`pogo_torchrl.transport` to the previous actor for the others.
+            divergence of :mod:`pogo_torchrl.ot` to the previous actor for the others.
         scale: :math:`\lambda`, see :func:`q_scale`.
         weight: :math:`w_i`, the actor's entry of ``w2_weights``.
 

@@ -24,11 +24,12 @@ from tensordict import TensorDict
 from test_data import qlearning_dataset
 from torchrl.data import Bounded
 
-from pogo_torchrl import POGOLoss, configs, make_actor, make_qvalue, sinkhorn_divergence
+from pogo_torchrl import POGOLoss, make_actor, make_qvalue, sinkhorn_divergence
 from pogo_torchrl.data import make_replay_buffer, read_hdf5
 from pogo_torchrl.data.hdf5 import RefusedFile
-from pogo_torchrl.main import main
-from pogo_torchrl.run import RunFolder, claim
+from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments.run import RunFolder, claim
+from pogo_torchrl.experiments.train import main
 
 few = settings(
     max_examples=30,
@@ -79,12 +80,12 @@ OPTIONS: list[tuple[str, str]] = [
     # numbers that are not finite, or out of range
     *[
         (f"{name}=nan", "must be finite")
-        for name, _, hint, _ in configs._entries()
+        for name, _, hint, _ in config._entries()
         if hint in (float, float | None)
     ],
     *[
         (f"{name}={entry.metadata['lowest'] - 1}", "must be an integer")
-        for name, entry, hint, _ in configs._entries()
+        for name, entry, hint, _ in config._entries()
         if hint in (int, int | None)
     ],
     ("gamma=inf", "must be finite"),
@@ -175,7 +176,7 @@ def workplace(tmp_path, monkeypatch):
     def train(self):
         raise AssertionError("the training has begun")
 
-    monkeypatch.setattr("pogo_torchrl.run.POGOTrainer.train", train)
+    monkeypatch.setattr("pogo_torchrl.experiments.run.POGOTrainer.train", train)
     yield place
     assert sorted(p.name for p in place.rglob("*")) == ["file", "folder"], "half-written"
 
@@ -205,7 +206,7 @@ def test_options(line, named, workplace, monkeypatch, capsys):
     assert named in said
     key, _, value = arguments[0].lstrip("~+").partition("=")
     assert key.partition("@")[0].split(".")[-1] in said
-    if key in configs.options() and len(arguments) == 1 and value[:1] not in ("$", "?"):
+    if key in config.options() and len(arguments) == 1 and value[:1] not in ("$", "?"):
         assert re.split(r"[,{}]", value.strip("'{}"))[0] in said
 
 
@@ -252,7 +253,7 @@ def right(name, entry, hint, default):
     return st.just("text")
 
 
-ENTRIES = [entry for entry in configs._entries() if entry[0] != "task"]
+ENTRIES = [entry for entry in config._entries() if entry[0] != "task"]
 
 
 @st.composite
@@ -270,11 +271,11 @@ def overrides(draw):
 
 def checked(lines: list[str]) -> None:
     """The checks of types and ranges, on a config as Hydra makes it, in a hundredth of the time."""
-    configs.check_overrides(lines)
-    cfg = OmegaConf.structured(configs.RunConfig)
+    config.check_overrides(lines)
+    cfg = OmegaConf.structured(config.RunConfig)
     for override in OverridesParser.create().parse_overrides(lines):
         OmegaConf.update(cfg, override.key_or_group, override.value())
-    configs.check(cfg)
+    config.check(cfg)
 
 
 @few
@@ -296,7 +297,7 @@ def test_random_words_are_refused_in_a_line(word):
     if word.startswith("-"):
         return
     with pytest.raises(ValueError, match="--help") as refused:
-        configs.check_overrides([word.replace("=", "") + "x"])
+        config.check_overrides([word.replace("=", "") + "x"])
     assert refused.type is ValueError
 
 
@@ -615,4 +616,4 @@ def test_clouds_are_measured_or_refused(x, y, x_dtype, y_dtype, backend):
 
 def test_the_tables_hold_nothing_twice_and_every_type():
     assert len({line for line, _ in OPTIONS}) == len(OPTIONS)
-    assert {hint for _, _, hint, _ in configs._entries()} == set(WRONG)
+    assert {hint for _, _, hint, _ in config._entries()} == set(WRONG)

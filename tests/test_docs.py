@@ -8,8 +8,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
-from pogo_torchrl import configs
 from pogo_torchrl.envs import REFERENCE_RETURNS, make_env, split_task
+from pogo_torchrl.experiments import config
 
 TABLE = [
     [cell.strip(" `") for cell in line.strip("|").split("|")]
@@ -19,13 +19,13 @@ TABLE = [
 
 
 def test_the_table_of_tasks_is_complete():
-    assert sorted(row[0] for row in TABLE) == configs.tasks()
+    assert sorted(row[0] for row in TABLE) == config.tasks()
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0])
 def test_the_table_of_tasks_says_what_the_code_does(row):
     task, environment, file, _, horizon, low, high, weights = row
-    with initialize_config_module("pogo_torchrl.conf", version_base="1.3"):
+    with initialize_config_module("pogo_torchrl.experiments.conf", version_base="1.3"):
         cfg = compose("config", overrides=[f"task={task}"])
     env = make_env(task)
     sizes = f"{env.observation_space.shape[0]} / {env.action_space.shape[0]}"

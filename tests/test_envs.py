@@ -14,7 +14,7 @@ import pytest
 
 from pogo_torchrl.envs import TASKS, base, check_physics, make_env, score, split_task
 from pogo_torchrl.envs.locomotion import D4RLHopper
-from pogo_torchrl.envs.physics import compile_legacy, restore_contact_margin
+from pogo_torchrl.envs.mujoco210 import compile_legacy, restore_contact_margin
 from pogo_torchrl.envs.selfcheck import ALLOWED_ERROR, warn_if_physics_differ
 
 ENVIRONMENTS = ("halfcheetah", "hopper", "walker2d")

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
-from pogo_torchrl.data.replay import Normalization, OfflineReplayBuffer
+from pogo_torchrl.data.replay_buffer import Normalization, OfflineReplayBuffer
 from pogo_torchrl.trainers import POGOOptimizationStepper
 from pogo_torchrl.trainers.hooks import DivergenceError, LogMetrics, StopOnDivergence
 

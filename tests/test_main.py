@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from runs import assert_same, pogo, rows, run_folder, state
 
 from pogo_torchrl import load_actors
-from pogo_torchrl.configs import compose
 from pogo_torchrl.envs import make_env
-from pogo_torchrl.run import RunFolder, check_folder, choose_compile
+from pogo_torchrl.experiments.config import compose
+from pogo_torchrl.experiments.run import RunFolder, check_folder, choose_compile
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_another_environment(cache, tmp_path):
 
 
 def test_help_lists_every_option(cache, tmp_path):
-    from pogo_torchrl.configs import options
+    from pogo_torchrl.experiments.config import options
 
     process = pogo(tmp_path, cache, "--help")
     assert process.returncode == 0

@@ -28,8 +28,8 @@ from pogo_torchrl.report.figures import (
     published_figure,
     weights_figure,
 )
+from pogo_torchrl.report.intervals import mean
 from pogo_torchrl.report.published import ALGORITHMS, GROUP_MEANS, PER_TASK
-from pogo_torchrl.report.statistics import mean
 from pogo_torchrl.report.study import best_settings, group_scores, groups, settings
 from pogo_torchrl.report.tables import Table
 

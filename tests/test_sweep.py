@@ -16,13 +16,13 @@ import pytest
 import torch
 from runs import assert_same, state
 
-from pogo_torchrl import launch
-from pogo_torchrl import sweep as command
 from pogo_torchrl.data import behaviour_dataset
-from pogo_torchrl.estimate import Cost, measure
-from pogo_torchrl.run import claim
-from pogo_torchrl.sweep import main, sweep
-from pogo_torchrl.sweeps import read_sweep
+from pogo_torchrl.experiments import jobs as engine
+from pogo_torchrl.experiments import sweep as command
+from pogo_torchrl.experiments.planner import Cost, measure
+from pogo_torchrl.experiments.run import claim
+from pogo_torchrl.experiments.sweep import main, sweep
+from pogo_torchrl.experiments.sweep_file import read_sweep
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pogo_sweep.py"
 MEDIUM, REPLAY = "hopper-medium-v2/w2_0.1", "hopper-medium-replay-v2/w2_0.2_0.3"
@@ -84,7 +84,7 @@ def workers(folder: Path, *words: str) -> list[int]:
             here = (process / "cwd").resolve() == folder.resolve()
         except OSError:
             continue  # it has just ended, or is another user's
-        if here and "pogo_torchrl.worker" in arguments and set(words) <= set(arguments):
+        if here and "pogo_torchrl.experiments.worker" in arguments and set(words) <= set(arguments):
             found.append(int(process.name))
     return found
 
@@ -188,7 +188,7 @@ def test_a_folder_with_a_damaged_config(folder, content):
     run = read_sweep("sweep.yaml")[0]
     run.folder.training.mkdir(parents=True)
     (run.folder.training / "config.yaml").write_bytes(content.encode("latin1"))
-    assert launch.state(run) == launch.OTHER
+    assert engine.state(run) == engine.OTHER
 
 
 def test_a_killed_sweep_goes_on(whole, cache, folder):
@@ -260,25 +260,25 @@ def test_a_signal_stops_the_runs_with_a_checkpoint(cache, folder):
 
 def test_a_run_of_another_sweep_is_left_to_it(cache, folder):
     run = read_sweep("sweep.yaml", [cache])[0]
-    job = launch.Job.of(run)
-    with launch._claim(run.folder) as is_ours:
+    job = engine.Job.of(run)
+    with engine._claim(run.folder) as is_ours:
         assert is_ours
-        assert launch.state(run) == launch.RUNNING
-        assert [outcome.status for outcome in launch.Worker(job)()] == [launch.HELD]
+        assert engine.state(run) == engine.RUNNING
+        assert [outcome.status for outcome in engine.Worker(job)()] == [engine.HELD]
     # Its failure, too, is one: unknown when the job was made, so that it is not tried twice.
-    launch._record(run.folder, "it broke", 1)
-    (outcome,) = launch.Worker(job)()
-    assert (outcome.status, outcome.error) == (launch.FAILED, "it broke")
-    assert launch.state(run) == launch.FAILED_BEFORE
+    engine._record(run.folder, "it broke", 1)
+    (outcome,) = engine.Worker(job)()
+    assert (outcome.status, outcome.error) == (engine.FAILED, "it broke")
+    assert engine.state(run) == engine.FAILED_BEFORE
     assert not run.folder.training.exists()
 
 
 def test_a_run_of_a_single_process_is_held(cache, folder):
     run = read_sweep("sweep.yaml", [cache])[0]
     with claim(run.folder):
-        (outcome,) = launch.Worker(launch.Job.of(run))()
-        assert outcome.status == launch.HELD
-    assert launch.state(run) == launch.NEW
+        (outcome,) = engine.Worker(engine.Job.of(run))()
+        assert outcome.status == engine.HELD
+    assert engine.state(run) == engine.NEW
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(cache, folder, capsys):
@@ -353,7 +353,7 @@ def jobs(tmp_path_factory):
     file = tmp_path_factory.mktemp("jobs") / "sweep.yaml"
     file.write_text(FILE)
     return [
-        [launch.Job.of(run) for run in read_sweep(str(file), [option])]
+        [engine.Job.of(run) for run in read_sweep(str(file), [option])]
         for option in ("device=auto", "device=cpu")
     ]
 
@@ -372,11 +372,11 @@ def jobs(tmp_path_factory):
 )
 def test_processes_share_cores_and_gpus(jobs, monkeypatch, most, cores, gpus, threads, count, each):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(launch, "_usable_cores", lambda: cores)
-    monkeypatch.setattr(launch, "_gpus", lambda: gpus)
+    monkeypatch.setattr(engine, "_usable_cores", lambda: cores)
+    monkeypatch.setattr(engine, "_gpus", lambda: gpus)
     anywhere, on_cpu = jobs
-    places = launch.slots(most, anywhere)
+    places = engine.slots(most, anywhere)
     assert [place["OMP_NUM_THREADS"] for place in places] == [each] * count
     seen = [place.get("CUDA_VISIBLE_DEVICES") for place in places]
     assert seen == ([None] * count if len(gpus) < 2 else (gpus * 2)[:count])
-    assert all("CUDA_VISIBLE_DEVICES" not in place for place in launch.slots(most, on_cpu))
+    assert all("CUDA_VISIBLE_DEVICES" not in place for place in engine.slots(most, on_cpu))

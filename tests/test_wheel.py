@@ -30,7 +30,12 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_is_complete(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder in ("conf", "conf/task", "conf/sweep", "data/policies"):
+    for folder in (
+        "experiments/conf",
+        "experiments/conf/task",
+        "experiments/conf/sweep",
+        "data/policies",
+    ):
         for file in (ROOT / "pogo_torchrl" / folder).iterdir():
             if file.suffix in (".py", ".yaml", ".npz", ".json"):
                 assert f"pogo_torchrl/{folder}/{file.name}" in names

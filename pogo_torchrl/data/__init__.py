@@ -1,14 +1,14 @@
 """Offline data as TorchRL replay buffers: one function, one layout, several sources."""
 
-from pogo_torchrl.data.behaviour import behaviour_dataset
 from pogo_torchrl.data.d4rl import D4RLReplay
 from pogo_torchrl.data.hdf5 import read_hdf5
-from pogo_torchrl.data.replay import (
+from pogo_torchrl.data.replay_buffer import (
     SOURCES,
     Normalization,
     OfflineReplayBuffer,
     make_replay_buffer,
 )
+from pogo_torchrl.data.rollouts import behaviour_dataset
 
 __all__ = [
     "SOURCES",

@@ -77,7 +77,7 @@ def make_env(
     """
     environment, level = split_task(task)
     if backend == "d4rl":
-        from pogo_torchrl.envs.d4rl import D4RLEnv
+        from pogo_torchrl.envs.d4rl_reference import D4RLEnv
 
         if render_mode is not None:
             raise ValueError(

@@ -17,7 +17,7 @@ from gymnasium.utils import EzPickle
 from numpy.typing import ArrayLike, NDArray
 
 from pogo_torchrl.envs.base import LegacyMujocoEnv
-from pogo_torchrl.envs.physics import runge_kutta_step
+from pogo_torchrl.envs.mujoco210 import runge_kutta_step
 
 # '#' is a wall, 'r' the cell where the ant starts, 'g' the cell of the goal. Columns lie along x,
 # rows along y, and the start cell's centre is the origin.

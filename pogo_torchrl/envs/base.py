@@ -14,7 +14,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from pogo_torchrl.envs.physics import compile_legacy
+from pogo_torchrl.envs.mujoco210 import compile_legacy
 
 _LOGGER = logging.getLogger("pogo_torchrl.envs")
 

@@ -29,7 +29,7 @@ from pogo_torchrl.objectives.checks import (
     check_share,
     check_weights,
 )
-from pogo_torchrl.transport import BACKENDS, MAX_POINTS, sinkhorn_divergence
+from pogo_torchrl.ot import BACKENDS, MAX_POINTS, sinkhorn_divergence
 
 
 class POGOLoss(ChainLoss):

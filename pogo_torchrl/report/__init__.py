@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pogo_torchrl.report.figures import COLOURS
+from pogo_torchrl.report.intervals import Estimate, Spread, bootstrap, iqm, spread
 from pogo_torchrl.report.one_run import Curve, plot_curves, read_scores, score_table
-from pogo_torchrl.report.runs import MODES, RunRecord, read_runs
-from pogo_torchrl.report.statistics import Estimate, Spread, bootstrap, iqm, spread
+from pogo_torchrl.report.run_logs import MODES, RunRecord, read_runs
 from pogo_torchrl.report.write import write_report
 
 __all__ = [

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pogo_torchrl.report.intervals import RESAMPLES, spread
 from pogo_torchrl.report.published import ALGORITHMS, GROUP_MEANS, PER_TASK, PER_TASK_SOURCE
-from pogo_torchrl.report.runs import MODES
-from pogo_torchrl.report.statistics import RESAMPLES, spread
+from pogo_torchrl.report.run_logs import MODES
 from pogo_torchrl.report.study import GroupScore, Setting, by_task
 from pogo_torchrl.report.tables import Cell, Table
 

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pogo_torchrl.report.intervals import spread
 from pogo_torchrl.report.published import ALGORITHMS, PER_TASK
-from pogo_torchrl.report.runs import MODES
-from pogo_torchrl.report.statistics import spread
+from pogo_torchrl.report.run_logs import MODES
 from pogo_torchrl.report.study import GroupScore, Setting, by_task
 
 # Okabe and Ito's palette, readable by colour-blind people.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from pogo_torchrl.report.figures import COLOURS
-from pogo_torchrl.report.runs import MODES, read_rows
+from pogo_torchrl.report.run_logs import MODES, read_rows
 
 
 class Curve(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from pogo_torchrl.report.runs import RunRecord
+from pogo_torchrl.report.run_logs import RunRecord
 from pogo_torchrl.report.tables import Table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pogo_torchrl.report.statistics import Spread
+from pogo_torchrl.report.intervals import Spread
 
 ALGORITHMS = ("TD3+BC", "IQL", "ReBRAC")
 

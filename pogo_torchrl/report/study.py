@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pogo_torchrl.report.runs import MODES, Array, RunRecord, weights_label
-from pogo_torchrl.report.statistics import Estimate, Spread, bootstrap, iqm, mean, spread
+from pogo_torchrl.report.intervals import Estimate, Spread, bootstrap, iqm, mean, spread
+from pogo_torchrl.report.run_logs import MODES, Array, RunRecord, weights_label
 
 _LOCOMOTION = ("halfcheetah", "hopper", "walker2d")
 

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterable
 
-from pogo_torchrl.report.runs import MODES, RunRecord
+from pogo_torchrl.report.run_logs import MODES, RunRecord
 
 COLUMNS = (
     "task", "w2_weights", "seed", "actor", "mode", "last_step", "last_score", "last_return",

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pogo_torchrl.report.statistics import Estimate, Spread
+from pogo_torchrl.report.intervals import Estimate, Spread
 
 Cell = str | int | float | Spread | Estimate | None
 

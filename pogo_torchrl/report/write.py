@@ -12,7 +12,7 @@ from pogo_torchrl.files import atomic_write, make_writable
 from pogo_torchrl.report import content, figures
 from pogo_torchrl.report.page import page
 from pogo_torchrl.report.published import PER_TASK
-from pogo_torchrl.report.runs import read_runs
+from pogo_torchrl.report.run_logs import read_runs
 from pogo_torchrl.report.study import (
     GroupScore,
     Setting,

@@ -49,7 +49,7 @@ squeue --array
 await '[ -z "$(squeue -h -p high)" ] && [ "$(squeue -h -p low -t R)" ]'
 
 say "kill -9 of a run, and of the job of another"
-run_of() { pgrep -f "pogo_torchrl.worker .* seed=$1 resume=true"; }
+run_of() { pgrep -f "pogo_torchrl.experiments.worker .* seed=$1 resume=true"; }
 has_saved() { compgen -G "logs/*/*/seed_$1/checkpoints/step-*" >/dev/null; }
 await 'has_saved 2 && has_saved 3'
 kill -9 "$(run_of 2)"

@@ -19,8 +19,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from pogo_torchrl.data.behaviour import MAX_NOISE, rollout
 from pogo_torchrl.data.policies import FOLDER, LEVELS, MANIFEST, LinearPolicy, load_manifest
+from pogo_torchrl.data.rollouts import MAX_NOISE, rollout
 from pogo_torchrl.envs import make_env, score
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pogo_torchrl import configs
-from pogo_torchrl.sweeps import read_sweep, sweep_names
+from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments.sweep_file import read_sweep, sweep_names
 
 SEEDS = "common: {seeds: [0]}\n"
 
@@ -57,7 +57,7 @@ def test_a_run_s_arguments_compose_to_its_configuration(tmp_path):
         "gamma=0.9",
     )
     for run in runs:
-        cfg = configs.compose(run.arguments)
+        cfg = config.compose(run.arguments)
         assert cfg == run.cfg
         assert cfg.data.path == "it's, {odd}.hdf5"
         assert cfg.resume
@@ -195,11 +195,11 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_the_package_s_sweeps_surround_the_presets(name):
     runs = read_sweep(name)
     tasks = {run.cfg.task for run in runs}
-    antmaze = {task for task in configs.tasks() if task.startswith("antmaze")}
-    assert tasks == (antmaze if name == "antmaze" else set(configs.tasks()) - antmaze)
+    antmaze = {task for task in config.tasks() if task.startswith("antmaze")}
+    assert tasks == (antmaze if name == "antmaze" else set(config.tasks()) - antmaze)
     assert len(runs) == len(tasks) * 3 * 3
     for task in tasks:
         chains = {tuple(run.cfg.w2_weights) for run in runs if run.cfg.task == task}
-        preset = tuple(configs.compose([f"task={task}"]).w2_weights)
+        preset = tuple(config.compose([f"task={task}"]).w2_weights)
         assert preset in chains
         assert {chain[:2] for chain in chains} == {preset[:2]}

@@ -1,4 +1,4 @@
-"""Check a dataset against the environments: `python -m pogo_torchrl.envs.replay check FILE`.
+"""Check a dataset against the environments: `python -m pogo_torchrl.envs.dataset_check check FILE`.
 
 Sets the states of a file in D4RL's layout, steps the recorded actions and compares with the rows
 that follow. Exit status: 0 if they match, 1 if they do not, 2 if the file cannot be checked.
@@ -282,7 +282,9 @@ def _line(name: str, values: NDArray[np.float64]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m pogo_torchrl.envs.replay", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pogo_torchrl.envs.dataset_check", description=__doc__
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="compare a file with the environments")
     command.add_argument("file", metavar="FILE", help="HDF5 in D4RL's layout, with infos/qpos")

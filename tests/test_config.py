@@ -15,7 +15,7 @@ from torchrl.data import Bounded
 from pogo_torchrl import POGOLoss, POGOTrainer, configs, make_actor, make_qvalue
 from pogo_torchrl.data import SOURCES
 from pogo_torchrl.envs import max_episode_steps
-from pogo_torchrl.sweeps import read_sweep
+from pogo_torchrl.experiments.sweep_file import read_sweep
 
 PUBLISHED = {
     "halfcheetah-medium-v2": (0.01, 0.3),
@@ -37,7 +37,7 @@ PUBLISHED = {
 
 
 def composed(*overrides):
-    with initialize_config_module("pogo_torchrl.conf", version_base="1.3"):
+    with initialize_config_module("pogo_torchrl.experiments.conf", version_base="1.3"):
         return compose("config", overrides=list(overrides))
 
 

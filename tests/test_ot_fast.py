@@ -17,7 +17,7 @@ from torchrl.data import Bounded
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 
 from pogo_torchrl import POGOLoss, make_actor, make_qvalue, sinkhorn_divergence
-from pogo_torchrl.transport import BACKENDS, MAX_POINTS
+from pogo_torchrl.ot import BACKENDS, MAX_POINTS
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 

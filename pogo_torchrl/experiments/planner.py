@@ -12,12 +12,18 @@ import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
 
-from pogo_torchrl.data.replay import Normalization, OfflineReplayBuffer
+from pogo_torchrl.data.replay_buffer import Normalization, OfflineReplayBuffer
 from pogo_torchrl.envs import max_episode_steps
 from pogo_torchrl.evaluation import Evaluator
+from pogo_torchrl.experiments.run import (
+    check_memory,
+    choose_device,
+    env_fn,
+    make_loss,
+    optimizer_settings,
+)
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.objectives.chain_loss import Params
-from pogo_torchrl.run import check_memory, choose_device, env_fn, make_loss, optimizer_settings
 from pogo_torchrl.trainers import POGOTrainer
 from pogo_torchrl.trainers.hooks import LogMetrics
 

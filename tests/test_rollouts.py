@@ -13,8 +13,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from pogo_torchrl.data import behaviour
-from pogo_torchrl.data.behaviour import MAX_NOISE, behaviour_dataset
+from pogo_torchrl.data import rollouts
 from pogo_torchrl.data.policies import FOLDER, LEVELS, LinearPolicy, load_manifest, load_policies
 from pogo_torchrl.data.policies.train import (
     RunningMoments,
@@ -24,6 +23,7 @@ from pogo_torchrl.data.policies.train import (
     save,
     search,
 )
+from pogo_torchrl.data.rollouts import MAX_NOISE, behaviour_dataset
 from pogo_torchrl.envs import make_env
 
 ENVIRONMENTS = ("halfcheetah", "hopper", "walker2d")
@@ -43,7 +43,7 @@ def forbid_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     def generate(*args):
         raise AssertionError("generated although the file is there")
 
-    monkeypatch.setattr(behaviour, "_generate", generate)
+    monkeypatch.setattr(rollouts, "_generate", generate)
 
 
 @pytest.fixture(scope="module")
@@ -184,13 +184,13 @@ def test_leftover_temporary_files_do_not_count(hopper, tmp_path):
 
 
 def test_of_runs_that_start_at_once_one_generates(tmp_path, monkeypatch):
-    generate, calls = behaviour._generate, []
+    generate, calls = rollouts._generate, []
 
     def count(*args):
         calls.append(args)
         return generate(*args)
 
-    monkeypatch.setattr(behaviour, "_generate", count)
+    monkeypatch.setattr(rollouts, "_generate", count)
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(lambda _: make(tmp_path), range(4)))
     assert len(calls) == 1
@@ -216,7 +216,7 @@ def test_interruption_leaves_nothing_behind(moment, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     if moment == "playing":
-        monkeypatch.setattr(behaviour, "rollout", interrupt)
+        monkeypatch.setattr(rollouts, "rollout", interrupt)
     else:
         monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -269,7 +269,7 @@ def test_numbers_out_of_range(name, value, tmp_path):
 def test_new_policies_never_meet_old_data(hopper, tmp_path, monkeypatch):
     policies = load_policies("hopper")
     policies["medium"] = LinearPolicy(policies["medium"].gain * 1.01, policies["medium"].mean)
-    monkeypatch.setattr(behaviour, "load_policies", lambda environment: policies)
+    monkeypatch.setattr(rollouts, "load_policies", lambda environment: policies)
     assert make(tmp_path, size=10).name.split("_")[-1] != hopper.name.split("_")[-1]
 
 

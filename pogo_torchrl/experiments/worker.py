@@ -8,11 +8,11 @@ import signal
 import sys
 import threading
 
-from pogo_torchrl import configs
-from pogo_torchrl.launch import STACK
-from pogo_torchrl.main import main
-from pogo_torchrl.run import Stopped, run_stack
-from pogo_torchrl.sweeps import Run
+from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments.jobs import STACK
+from pogo_torchrl.experiments.run import Stopped, run_stack
+from pogo_torchrl.experiments.sweep_file import Run
+from pogo_torchrl.experiments.train import main
 
 
 def stop_with_parent() -> None:
@@ -39,7 +39,7 @@ def stack(arguments: str) -> int:
     Returns:
         The exit code: 0 when all have come to their end, else that of the first that has not.
     """
-    runs = [Run(tuple(own), configs.compose(own)) for own in json.loads(arguments)]
+    runs = [Run(tuple(own), config.compose(own)) for own in json.loads(arguments)]
     errors = run_stack([run.cfg for run in runs])
     for run, error in zip(runs, errors):
         if error is not None:

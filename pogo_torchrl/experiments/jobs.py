@@ -7,14 +7,14 @@ the reason of a failure in ``failed.json``. An engine decides where and when wor
 
     def engine(jobs: Sequence[Job], options: DictConfig, screen: Screen) -> list[Outcome]
 
-* ``options`` is the :class:`~pogo_torchrl.configs.SweepConfig` of the command line.
+* ``options`` is the :class:`~pogo_torchrl.experiments.config.SweepConfig` of the command line.
 * ``screen.started(runs)`` and ``screen.ended(outcome)`` tell the user; from any thread.
 * It returns one :class:`Outcome` a run when all of its jobs have ended. Runs that another process
   holds come back as ``HELD``, and the sweep hands them in again.
 * Signals are the engine's while it works; one that ends it early raises :class:`Interrupted`.
 
 A job, a worker before its call, and outcomes can be pickled, to be sent to other machines. An
-engine is made known in :data:`pogo_torchrl.sweep.ENGINES`.
+engine is made known in :data:`pogo_torchrl.experiments.sweep.ENGINES`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
+from pogo_torchrl.experiments.run import RunFolder, check_folder, on_signals
+from pogo_torchrl.experiments.sweep_file import Run
 from pogo_torchrl.files import atomic_write, make_writable
-from pogo_torchrl.run import RunFolder, check_folder, on_signals
-from pogo_torchrl.sweeps import Run
 
 # How a job found or left a run.
 DONE, FAILED, HELD, STOPPED = "done", "failed", "held", "stopped"
@@ -187,7 +187,7 @@ class Job:
     @staticmethod
     def command(runs: Sequence[Run]) -> list[str]:
         """The process that makes ``runs``, those of the job's that are still to be made."""
-        command = [sys.executable, "-m", "pogo_torchrl.worker"]
+        command = [sys.executable, "-m", "pogo_torchrl.experiments.worker"]
         if len(runs) == 1:
             return [*command, *runs[0].arguments]
         return [*command, STACK, json.dumps([run.arguments for run in runs])]

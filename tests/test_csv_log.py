@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from pogo_torchrl.logging import LOGGERS, CSVSink, LoggerSink, make_logger
+from pogo_torchrl.experiments.csv_log import LOGGERS, CSVSink, LoggerSink, make_logger
 
 
 @pytest.fixture

@@ -34,8 +34,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pogo_torchrl import configs
-from pogo_torchrl.run import RunFolder
+from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments.run import RunFolder
 
 # Names of the original code, and of the section sinkhorn.
 _ALIASES = {"max_timesteps": "total_steps", "eval_freq": "eval_interval", "learning_rate": "lr"}
@@ -87,7 +87,7 @@ def sweep_names() -> list[str]:
         >>> sweep_names()
         ['antmaze', 'locomotion']
     """
-    folder = resources.files("pogo_torchrl") / "conf" / "sweep"
+    folder = resources.files("pogo_torchrl.experiments") / "conf" / "sweep"
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
 
 
@@ -142,7 +142,9 @@ def _find(name: str) -> Path:
     if path.is_file():
         return path
     if name in sweep_names():
-        return Path(str(resources.files("pogo_torchrl") / "conf" / "sweep" / f"{name}.yaml"))
+        return Path(
+            str(resources.files("pogo_torchrl.experiments") / "conf" / "sweep" / f"{name}.yaml")
+        )
     raise ValueError(
         f"sweep={name} is no file, and none of the package's sweeps ({', '.join(sweep_names())})."
     )
@@ -204,13 +206,13 @@ def _tasks(environments: Any) -> Iterator[tuple[str, Any, str]]:
     """Task, section, place of each, be it ``hopper: {medium: ...}`` or ``hopper-medium: ...``."""
     for name, levels in _section(environments, "environments").items():
         where = f"environments.{name}"
-        if _task(name) in configs.tasks():
+        if _task(name) in config.tasks():
             yield _task(name), levels, where
             continue
-        known = {task for task in configs.tasks() if task.startswith(f"{name}-")}
+        known = {task for task in config.tasks() if task.startswith(f"{name}-")}
         if not known:
-            names = sorted({task.partition("-")[0] for task in configs.tasks()})
-            near = difflib.get_close_matches(name, [*names, *configs.tasks()], n=1, cutoff=0.5)
+            names = sorted({task.partition("-")[0] for task in config.tasks()})
+            near = difflib.get_close_matches(name, [*names, *config.tasks()], n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}."
             raise ValueError(f"environments: {name} is unknown; {hint}")
         for level, section in _section(levels, where).items():
@@ -234,7 +236,7 @@ def _options(section: Any, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: {key} cannot stand here: {_OF_THE_SWEEP[key]}.")
         if key not in (*_WEIGHTS, "seeds"):
             try:
-                configs.check_overrides([f"{key}={_word(value)}"])
+                config.check_overrides([f"{key}={_word(value)}"])
             except ValueError as error:
                 raise ValueError(f"{where}.{given}: {error}") from error
         options = _merged(options, {key: value}, where)
@@ -272,11 +274,11 @@ def _of_task(task: str, settings: dict[str, Any], overrides: Sequence[str]) -> I
     weights = _weights({key: settings.pop(key) for key in _WEIGHTS if key in settings})
     given = [f"{key}={_word(value)}" for key, value in settings.items()]
     given = [f"task={task}", "progress_bar=false", *given]
-    cfg = configs.compose([*given, *overrides, "resume=true"])
+    cfg = config.compose([*given, *overrides, "resume=true"])
     for chain, seed in itertools.product(weights or [list(cfg.w2_weights)], seeds):
         own = copy.deepcopy(cfg)
         own.w2_weights, own.seed = chain, seed
-        configs.check(own)
+        config.check(own)
         arguments = (*given, f"w2_weights={_word(chain)}", f"seed={seed}", *overrides)
         yield Run((*arguments, "resume=true"), own)
 

@@ -9,8 +9,8 @@ import torch
 from geomloss import SamplesLoss
 from torch import Tensor
 
-from pogo_torchrl.transport.exact import MAX_POINTS, assignment_cost
-from pogo_torchrl.transport.fast import fast_sinkhorn
+from pogo_torchrl.ot.exact import MAX_POINTS, assignment_cost
+from pogo_torchrl.ot.fast import fast_sinkhorn
 
 BACKENDS = ("tensorized", "online", "auto", "fast", "exact")
 """Accepted values of ``backend``, see :func:`sinkhorn_divergence`."""

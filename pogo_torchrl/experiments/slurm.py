@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from pogo_torchrl.configs import SweepConfig
-from pogo_torchrl.files import make_writable
-from pogo_torchrl.launch import (
+from pogo_torchrl.experiments.config import SweepConfig
+from pogo_torchrl.experiments.jobs import (
     DONE,
     FAILED,
     HELD,
@@ -47,8 +46,9 @@ from pogo_torchrl.launch import (
     state,
     updates_made,
 )
-from pogo_torchrl.run import on_signals
-from pogo_torchrl.sweeps import Run
+from pogo_torchrl.experiments.run import on_signals
+from pogo_torchrl.experiments.sweep_file import Run
+from pogo_torchrl.files import make_writable
 
 if TYPE_CHECKING:
     import submitit

@@ -11,7 +11,7 @@ import torch
 from geomloss import SamplesLoss
 
 from pogo_torchrl import sinkhorn_divergence
-from pogo_torchrl.transport import BACKENDS
+from pogo_torchrl.ot import BACKENDS
 
 needs_no_keops = pytest.mark.skipif(
     importlib.util.find_spec("pykeops") is not None, reason="pykeops is installed"

@@ -13,10 +13,10 @@ from tensordict import TensorDict
 from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from pogo_torchrl.data.behaviour import behaviour_dataset
 from pogo_torchrl.data.d4rl import read_d4rl
 from pogo_torchrl.data.hdf5 import PIECE, read_hdf5
 from pogo_torchrl.data.minari import read_minari
+from pogo_torchrl.data.rollouts import behaviour_dataset
 from pogo_torchrl.envs import max_episode_steps
 
 SOURCES = ("local", "d4rl", "minari", "hdf5")

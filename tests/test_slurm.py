@@ -16,12 +16,13 @@ import torch
 from runs import assert_same, state
 from test_sweep import finish, start, started, wait_for, workers
 
-from pogo_torchrl import configs, submit
 from pogo_torchrl.data import behaviour_dataset
-from pogo_torchrl.launch import DONE, FAILED, Interrupted, Job
-from pogo_torchrl.run import run as train
-from pogo_torchrl.sweep import sweep
-from pogo_torchrl.sweeps import read_sweep
+from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments import slurm as engines
+from pogo_torchrl.experiments.jobs import DONE, FAILED, Interrupted, Job
+from pogo_torchrl.experiments.run import run as train
+from pogo_torchrl.experiments.sweep import sweep
+from pogo_torchrl.experiments.sweep_file import read_sweep
 
 pytest.importorskip("submitit")
 
@@ -123,12 +124,12 @@ def slurm(folder, monkeypatch):
         (place / name).chmod(0o755)
     (folder / "states").touch()
     monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
-    monkeypatch.setattr(submit._Slurm, "patience", 0.05)
+    monkeypatch.setattr(engines._Slurm, "patience", 0.05)
     return folder
 
 
-def carry_out(*arguments: str, screen=None, engine=submit.run_on_slurm):
-    options, _ = configs.sweep_options(["launcher=slurm", *arguments])
+def carry_out(*arguments: str, screen=None, engine=engines.run_on_slurm):
+    options, _ = config.sweep_options(["launcher=slurm", *arguments])
     jobs = [Job.of(run) for run in read_sweep("sweep.yaml")]
     return engine(jobs, options, screen or Silent())
 

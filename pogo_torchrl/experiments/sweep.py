@@ -15,10 +15,10 @@ from typing import NoReturn
 import torch
 from omegaconf import DictConfig
 
-from pogo_torchrl import configs, report
+from pogo_torchrl import report
 from pogo_torchrl.envs import split_task
-from pogo_torchrl.estimate import Cost, measure
-from pogo_torchrl.launch import (
+from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments.jobs import (
     DONE,
     FAILED,
     FAILED_BEFORE,
@@ -35,17 +35,18 @@ from pogo_torchrl.launch import (
     state,
     updates_made,
 )
-from pogo_torchrl.main import refuse
-from pogo_torchrl.run import on_signals
-from pogo_torchrl.submit import run_by_submitit, run_on_slurm
-from pogo_torchrl.sweeps import Run, read_sweep, stacks
+from pogo_torchrl.experiments.planner import Cost, measure
+from pogo_torchrl.experiments.run import on_signals
+from pogo_torchrl.experiments.slurm import run_by_submitit, run_on_slurm
+from pogo_torchrl.experiments.sweep_file import Run, read_sweep, stacks
+from pogo_torchrl.experiments.train import refuse
 
 ENGINES: dict[str, Callable[[Sequence[Job], DictConfig, Screen], list[Outcome]]] = {
     "local": run_locally,
     "slurm": run_on_slurm,
     "submitit_local": run_by_submitit,
 }
-"""What carries out the jobs, by the name that ``launcher`` takes: see ``pogo_torchrl.launch``."""
+"""What carries out the jobs, by the name that ``launcher`` takes; see `jobs`."""
 
 STACKABLE = ("fast", "exact")
 """Values of ``w2_backend`` that give each run of a stack what it gets alone."""
@@ -61,7 +62,8 @@ def sweep(arguments: Sequence[str]) -> int:
     """Plan and carry out a sweep; the work of ``examples/pogo_sweep.py``.
 
     Args:
-        arguments: options of :class:`~pogo_torchrl.configs.SweepConfig`, ``"option=value"``.
+        arguments: ``"option=value"``, see
+            :class:`~pogo_torchrl.experiments.config.SweepConfig`.
 
     Returns:
         The exit code: 0 when all runs are done, 1 when any has failed.
@@ -70,7 +72,7 @@ def sweep(arguments: Sequence[str]) -> int:
         ValueError: for what cannot be a sweep; the message names it.
         OSError: when the disk cannot take the runs.
     """
-    options, overrides = configs.sweep_options(arguments)
+    options, overrides = config.sweep_options(arguments)
     if options.sweep is None:
         raise ValueError("sweep is missing: give a sweep file, or the name of one (--help).")
     if options.launcher not in ENGINES:
@@ -324,8 +326,8 @@ def _size(number: float) -> str:
 
 
 def _help() -> str:
-    own = configs.options(configs.SweepConfig)
-    of_runs = configs.options()
+    own = config.options(config.SweepConfig)
+    of_runs = config.options()
     width = max(map(len, own)) + 2
     return "\n".join(
         [

@@ -29,15 +29,15 @@ from omegaconf.errors import OmegaConfBaseException
 from torchrl.checkpoint import GlobalRNGState
 from tqdm import tqdm
 
-from pogo_torchrl import configs
 from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
 from pogo_torchrl.envs import BACKENDS, make_env, max_episode_steps, score, split_task
 from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
+from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments.csv_log import CSVSink, LoggerSink, check_logger, make_logger
+from pogo_torchrl.export import on_raw_observations, save_actors
 from pogo_torchrl.files import atomic_write, cannot_write, make_writable, physical_memory
-from pogo_torchrl.logging import CSVSink, LoggerSink, check_logger, make_logger
 from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.policies import on_raw_observations, save_actors
 from pogo_torchrl.report import plot_curves, score_table
 from pogo_torchrl.trainers import LR_SCHEDULES, POGOTrainer, TrainerStack, lr_scheduler
 from pogo_torchrl.trainers.fused.update import COMPILABLE
@@ -84,7 +84,7 @@ def run(cfg: DictConfig) -> list[Evaluation]:
     """Train and evaluate one chain as ``cfg`` says; the work of ``examples/pogo_offline.py``.
 
     Args:
-        cfg: a :class:`~pogo_torchrl.configs.RunConfig`.
+        cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
 
     Returns:
         The last evaluation.
@@ -198,7 +198,7 @@ class RunInProgress:
     Making one refuses everything that can be refused before data are made or files written.
 
     Args:
-        cfg: a :class:`~pogo_torchrl.configs.RunConfig`.
+        cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
         stacked: the trainer is one of a :class:`~pogo_torchrl.stack.TrainerStack`.
 
     Raises:
@@ -206,7 +206,7 @@ class RunInProgress:
     """
 
     def __init__(self, cfg: DictConfig, *, stacked: bool = False) -> None:
-        configs.check(cfg)
+        config.check(cfg)
         self.cfg = cfg
         self.folder = RunFolder.of(cfg)
         self.evaluator = Evaluator(
@@ -533,7 +533,7 @@ def _fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[st
     """What a checkpoint must share with a run to be continued by it."""
     settings = {
         key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key]
-        for key in configs.top_level_options()
+        for key in config.top_level_options()
         if key not in _FREE_ON_RESUME
     }
     if not _constant_lr(cfg):
@@ -586,11 +586,11 @@ def check_folder(folder: RunFolder, cfg: DictConfig) -> None:
             f"{file} cannot be read: delete the folder {folder.root}, or choose another log_dir."
         )
     # An option that the release of then did not have had its default.
-    defaults = OmegaConf.structured(configs.RunConfig)
+    defaults = OmegaConf.structured(config.RunConfig)
     free = _FREE_ON_RESUME if _constant_lr(cfg) else _FREE_ON_RESUME - {"total_steps"}
     changed = [
         f"{key}: {before.get(key, defaults[key])} -> {cfg[key]}"
-        for key in configs.top_level_options()
+        for key in config.top_level_options()
         if key not in free and before.get(key, defaults[key]) != cfg[key]
     ]
     if changed:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from pogo_torchrl import load_actors, make_actor
-from pogo_torchrl.policies import on_raw_observations, save_actors
+from pogo_torchrl.export import on_raw_observations, save_actors
 
 HIDDEN = (8, 4)
 MEAN, STD = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5, 2.0, 1.0])

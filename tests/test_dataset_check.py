@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pogo_torchrl.envs import make_env, replay_errors
-from pogo_torchrl.envs.replay import check, find_task, main, read_rows
+from pogo_torchrl.envs.dataset_check import check, find_task, main, read_rows
 from pogo_torchrl.envs.transitions import replay
 
 ENVIRONMENTS = {
@@ -170,7 +170,7 @@ def test_bad_input(tmp_path, capsys):
 def test_the_command_runs_as_documented(tmp_path):
     path = write(tmp_path / "data.hdf5", record("hopper-medium-v2", 50))
     result = subprocess.run(
-        [sys.executable, "-m", "pogo_torchrl.envs.replay", "check", str(path)],
+        [sys.executable, "-m", "pogo_torchrl.envs.dataset_check", "check", str(path)],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -1,0 +1,535 @@
+"""Configuration: the options of a run, and POGO in TorchRL's own Hydra config groups.
+
+Importing this module registers ``loss: pogo`` and ``trainer: pogo`` beside TorchRL's groups, and
+the schema that ``conf/config.yaml`` is checked against.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torchrl.trainers.algorithms.configs.objectives import LossConfig
+from torchrl.trainers.algorithms.configs.trainers import TrainerConfig
+
+# The chain's weights name the run's folder, and each is a network; the papers' chains have three.
+_LONGEST = 32
+
+
+# ``${local_data:${data.source},x,y}`` in a preset: x, tuned on the local data, goes with them only.
+OmegaConf.register_new_resolver(
+    "local_data",
+    lambda source, local, other: local if source == "local" else other,
+    replace=True,
+)
+
+
+def _option(default: Any, help: str, *, lowest: int = 1, highest: int | None = None) -> Any:
+    """A field; ``lowest`` and ``highest`` bound it where it holds integers."""
+    metadata = {"help": help, "lowest": lowest, "highest": highest}
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    """Where the transitions come from."""
+
+    source: str = _option(
+        "local",
+        "local (rolled out here from bundled policies), d4rl (downloaded), minari or hdf5 (a file "
+        "in D4RL's layout)",
+    )
+    path: str | None = _option(None, "the file, with hdf5; the dataset's id, with minari")
+    mirror: str | None = _option(
+        None, "address or folder of a copy of D4RL's files, with d4rl; null: D4RL's own server"
+    )
+    size: int = _option(
+        100_000, "transitions to roll out, with data.source=local", highest=100_000_000
+    )
+    seed: int = _option(
+        0,
+        "seed of these rollouts; the training's seed leaves the data alone",
+        lowest=0,
+        highest=2**32 - 1,
+    )
+    cache_dir: str | None = _option(
+        None, "folder of rollouts and downloads; null: pogo_torchrl in your cache folder (~/.cache)"
+    )
+    normalize: bool = _option(True, "normalise observations by the data's mean and std")
+    reward_shift: float = _option(0.0, "added to every reward (presets: -1 for antmaze)")
+
+
+@dataclass
+class EnvConfig:
+    """Where policies are evaluated."""
+
+    backend: str = _option(
+        "mujoco", "mujoco (D4RL's physics on the installed MuJoCo) or d4rl (D4RL's own, an extra)"
+    )
+    id: str | None = _option(None, "another Gymnasium environment; null: the task's own")
+    max_episode_steps: int | None = _option(None, "horizon of an episode; null: the task's own")
+
+
+@dataclass
+class LoggerConfig:
+    """Where numbers go beside the CSV files."""
+
+    backend: str | None = _option(None, "tensorboard or wandb, beside the CSV files; null: none")
+
+
+@dataclass
+class RunConfig:
+    """Every option of ``examples/pogo_offline.py``; ``--help`` prints them."""
+
+    task: str = _option("hopper-medium-v2", "D4RL task; its preset sets w2_weights and lr")
+    seed: int = _option(
+        0, "seed of initialisation, sampling, noise and evaluation", lowest=0, highest=2**32 - 1
+    )
+    w2_weights: list[float] = _option([0.2, 0.2, 0.2], "w_i, one for each actor of the chain")
+    total_steps: int = _option(2000, "updates; the papers use 1000000")
+    eval_interval: int = _option(500, "updates between evaluations; one always ends the run")
+    eval_episodes: int = _option(
+        10, "episodes per actor and action mode of an evaluation", highest=10_000
+    )
+    log_interval: int = _option(250, "updates between rows of metrics.csv")
+    checkpoint_interval: int = _option(1000, "updates between checkpoints; one always ends the run")
+    resume: bool = _option(False, "go on from the newest checkpoint of the same run")
+    device: str = _option("auto", "auto (a GPU where there is one), cpu or cuda")
+    compile: str = _option(
+        "auto", "torch.compile of the update: true, false, or auto (from 10000 total_steps on)"
+    )
+    bf16: bool = _option(False, "networks in bfloat16 during updates, never for acting")
+    deterministic: bool = _option(
+        False, "bit-identical repetition on a GPU, slower; a CPU always repeats"
+    )
+    log_dir: str = _option("logs", "runs are written to LOG_DIR/TASK/w2_WEIGHTS/seed_SEED")
+    checkpoint_dir: str | None = _option(None, "checkpoints; null: in the run's folder")
+    save_model: bool = _option(
+        True, "write the trained chain to policy.safetensors beside the checkpoints"
+    )
+    progress_bar: bool = _option(True, "show speed and remaining time")
+    batch_size: int = _option(256, "transitions of an update")
+    lr: float = _option(3e-4, "learning rate of every Adam")
+    lr_actor: float | None = _option(None, "that of the actors; null: lr")
+    lr_critic: float | None = _option(None, "that of the critics; null: lr")
+    lr_schedule: str = _option(
+        "constant", "of the learning rates over total_steps: constant, linear (to 0) or cosine"
+    )
+    lr_schedule_actor: str | None = _option(None, "that of the actors; null: lr_schedule")
+    lr_schedule_critic: str | None = _option(None, "that of the critics; null: lr_schedule")
+    weight_decay: float = _option(0.0, "decoupled weight decay (AdamW); 0: Adam")
+    clip_grad_norm: float | None = _option(
+        None, "largest norm of a network's gradient; null: not clipped"
+    )
+    gamma: float = _option(0.99, "discount factor per step")
+    tau: float = _option(0.005, "Polyak step of the target critics")
+    policy_noise: float = _option(0.2, "std of the target action's noise, in half action ranges")
+    noise_clip: float = _option(0.5, "largest magnitude of that noise, in half action ranges")
+    policy_freq: int = _option(1, "critic steps per chain of actor steps")
+    alpha: float = _option(1.0, "weight of the Q term")
+    q_normalization: str | None = _option(
+        "mean_abs", "mean_abs: Q term divided by mean |Q|; null: not (the original code)"
+    )
+    delay_actor: bool = _option(False, "the Polyak copy of actor 0 acts in the TD target")
+    num_samples: int = _option(4, "K, actions per state and policy in the Sinkhorn divergence")
+    blur: float = _option(0.05, "Sinkhorn blur, in half action ranges")
+    w2_backend: str = _option(
+        "fast",
+        "fast (GeomLoss's divergence, faster), tensorized, online (needs KeOps) or auto "
+        "(GeomLoss's own), or exact (the optimal assignment, num_samples up to 10)",
+    )
+    w2_fraction: float = _option(
+        1.0, "share of a batch's states on which the divergence is evaluated, in (0, 1]"
+    )
+    shared_noise: bool = _option(
+        False, "the divergence compares two actors under the same z: no pull on their spread"
+    )
+    hidden_sizes: list[int] = _option([256, 256], "widths of the hidden layers of all networks")
+    critic_layer_norm: bool = _option(False, "LayerNorm in the critics")
+    data: DataConfig = field(default_factory=DataConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+@dataclass
+class SlurmConfig:
+    """What a job on a cluster asks for; null: what the cluster gives by default."""
+
+    partition: str | None = _option(None, "the partition, or several: a,b")
+    timeout_min: int = _option(240, "minutes; a job that needs more is queued again and goes on")
+    gpus_per_node: int | None = _option(None, "GPUs of a job", lowest=0)
+    cpus_per_task: int | None = _option(None, "cores of a job, shared by its runs")
+    mem_gb: int | None = _option(None, "gigabytes of memory of a job")
+    array_parallelism: int = _option(256, "jobs of an array that run at once")
+    runs_per_job: int = _option(1, "runs of a job at once, side by side on its GPU or GPUs")
+    signal_delay_s: int = _option(90, "seconds before its time is up when a job saves")
+    additional_parameters: dict[str, Any] = _option(
+        {}, "any other options of sbatch: {qos: long, account: me}"
+    )
+
+
+@dataclass
+class SweepConfig(RunConfig):
+    """Every option of ``examples/pogo_sweep.py``: its own, and all of a run."""
+
+    sweep: str | None = _option(
+        None, "the sweep file, or the name of one in the package: locomotion, antmaze"
+    )
+    results_dir: str = _option("results", "tables and figures over all runs of log_dir")
+    launcher: str = _option(
+        "local",
+        "what carries out the runs: local (processes here), slurm (a cluster) or submitit_local "
+        "(the cluster's jobs as processes here, all at once, to try them)",
+    )
+    jobs: int | None = _option(
+        None,
+        "runs at once, with launcher=local; null: one for each GPU, or usable cores / "
+        "OMP_NUM_THREADS (1 where that is not set)",
+    )
+    stack: bool = _option(
+        False,
+        "train the runs of a task that differ in seed, w2_weights or alpha only in one process, as "
+        "one batched computation",
+    )
+    dry_run: bool = _option(False, "print the plan and end")
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+
+@dataclass
+class POGOLossConfig(LossConfig):
+    """TorchRL config group ``loss: pogo``: every keyword of :class:`~pogo_torchrl.POGOLoss`."""
+
+    actor_network: Any = None
+    qvalue_network: Any = None
+    w2_weights: list[float] = field(default_factory=lambda: [0.2, 0.2, 0.2])
+    action_spec: Any = None
+    bounds: Any = None
+    num_qvalue_nets: int = 2
+    num_samples: int = 4
+    blur: float = 0.05
+    w2_backend: str = "tensorized"
+    w2_fraction: float = 1.0
+    shared_noise: bool = False
+    policy_noise: float = 0.2
+    noise_clip: float = 0.5
+    q_normalization: str | None = "mean_abs"
+    alpha: float = 1.0
+    delay_actor: bool = False
+    delay_qvalue: bool = True
+    loss_function: str = "l2"
+    reduction: str = "mean"
+    deactivate_vmap: bool = False
+    use_prioritized_weights: Any = "auto"
+    _target_: str = "pogo_torchrl.POGOLoss"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+
+
+@dataclass
+class POGOTrainerConfig(TrainerConfig):
+    """TorchRL config group ``trainer: pogo``: keywords of :class:`~pogo_torchrl.POGOTrainer`."""
+
+    loss_module: Any = None
+    replay_buffer: Any = None
+    total_steps: int = 1_000_000
+    lr: float = 3e-4
+    qvalue_optimizer: Any = None
+    actor_optimizer: Any = None
+    qvalue_lr_scheduler: Any = None
+    actor_lr_scheduler: Any = None
+    clip_grad_norm: float | None = None
+    policy_freq: int = 1
+    tau: float = 0.005
+    target_net_updater: Any = None
+    compile: bool = False
+    bf16: bool = False
+    checkpoint_dir: str | None = None
+    checkpoint_interval: int = 50_000
+    keep_checkpoints: int = 2
+    fingerprint: Any = None
+    progress_bar: bool = True
+    hooks: list[Any] = field(default_factory=list)
+    _target_: str = "pogo_torchrl.POGOTrainer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+
+
+def options(schema: type = RunConfig) -> dict[str, str]:
+    """The option names of a run (or of another command) with their meanings and defaults.
+
+    Example:
+        >>> options()["lr"]
+        'learning rate of every Adam (default 0.0003)'
+        >>> "data.path" in options()
+        True
+    """
+    return {
+        name: f"{entry.metadata['help']} (default {_yaml(default)})"
+        for name, entry, _, default in _entries(schema)
+    }
+
+
+def _yaml(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def _entries(
+    schema: type = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, dataclasses.Field, Any, Any]]:
+    """Name, field, type and default of every option."""
+    hints = get_type_hints(schema)
+    for entry in dataclasses.fields(schema):
+        default = (
+            entry.default_factory()
+            if entry.default_factory is not dataclasses.MISSING
+            else entry.default
+        )
+        if dataclasses.is_dataclass(default):
+            yield from _entries(type(default), f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, entry, hints[entry.name], default
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a run, as the command line would compose it.
+
+    Raises:
+        ValueError: for what :func:`check_overrides` refuses.
+
+    Example:
+        >>> compose(["task=antmaze-umaze-v2", "seed=3"]).lr
+        0.0001
+    """
+    check_overrides(overrides)
+    with initialize_config_module("pogo_torchrl.experiments.conf", version_base="1.3"):
+        return hydra_compose("config", overrides=list(overrides))
+
+
+def sweep_options(arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """A :class:`SweepConfig` of the arguments that are a sweep's own, and those of its runs.
+
+    Raises:
+        ValueError: for what :func:`check_overrides` and :func:`check` refuse.
+
+    Example:
+        >>> options, others = sweep_options(["sweep=antmaze", "lr=1e-4", "jobs=2"])
+        >>> options.sweep, options.jobs, others
+        ('antmaze', 2, ['lr=1e-4'])
+    """
+    check_overrides(arguments, SweepConfig)
+    of_runs, others = set(top_level_options()), []
+    cfg = OmegaConf.structured(SweepConfig)
+    for argument in arguments:
+        override = OverridesParser.create().parse_override(argument)
+        if override.is_hydra_override() or override.key_or_group.split(".")[0] in of_runs:
+            others.append(argument)
+        else:
+            OmegaConf.update(cfg, override.key_or_group, override.value())
+    check(cfg, SweepConfig)
+    return cfg, others
+
+
+def check(cfg: DictConfig, schema: type = RunConfig) -> None:
+    """Refuse what no run can use: integers out of range, numbers that are not finite, empty lists.
+
+    What an option means to the loss, the trainer or the data is checked where it is used.
+
+    Raises:
+        ValueError: naming the option, its value, and what is allowed.
+
+    Example:
+        >>> check(OmegaConf.structured(RunConfig(eval_episodes=0)))
+        Traceback (most recent call last):
+            ...
+        ValueError: eval_episodes=0 must be an integer from 1 to 10000, e.g. 10.
+    """
+    for name, entry, _, default in _entries(schema):
+        try:
+            value = OmegaConf.select(cfg, name, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise ValueError(
+                f"{name} cannot be read ({str(error).splitlines()[0]}); give a value, e.g. "
+                f"{default}."
+            ) from error
+        numbers = [value]
+        if OmegaConf.is_list(value):
+            numbers = list(value)
+            if not 1 <= len(numbers) <= _LONGEST:
+                raise ValueError(
+                    f"{name}={value} holds {len(numbers)} numbers; give 1 to {_LONGEST}, e.g. "
+                    f"{default}."
+                )
+        lowest, highest = entry.metadata["lowest"], entry.metadata["highest"]
+        for number in numbers:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name}={value} must be finite, e.g. {default}.")
+            if not isinstance(number, int) or isinstance(number, bool):
+                continue
+            if number < lowest or (highest is not None and number > highest):
+                allowed = f">= {lowest}" if highest is None else f"from {lowest} to {highest}"
+                hint = f", e.g. {default}" if default is not None else "; leave it out for null"
+                raise ValueError(f"{name}={value} must be an integer {allowed}{hint}.")
+
+
+def top_level_options() -> list[str]:
+    """Names of the fields of :class:`RunConfig`."""
+    return [entry.name for entry in dataclasses.fields(RunConfig)]
+
+
+def tasks() -> list[str]:
+    """Names of the task presets in the package.
+
+    Example:
+        >>> "walker2d-medium-replay-v2" in tasks()
+        True
+    """
+    folder = resources.files("pogo_torchrl.experiments") / "conf" / "task"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith("yaml"))
+
+
+def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
+    """Refuse unknown options and values of a wrong type on the command line, before Hydra does.
+
+    Raises:
+        ValueError: naming the option, and the nearest that exist or what its value should be.
+
+    Example:
+        >>> check_overrides(["total_step=10"])
+        Traceback (most recent call last):
+            ...
+        ValueError: total_step is no option; did you mean total_steps? (--help lists all)
+        >>> check_overrides(["total_steps=many"])
+        Traceback (most recent call last):
+            ...
+        ValueError: total_steps=many must be an integer, e.g. 2000.
+    """
+    parser = OverridesParser.create()
+    for before, argument in zip(("", *arguments), arguments):
+        if argument.startswith("-") or (before.startswith("-") and "=" not in argument):
+            continue  # Hydra's flags and their values
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            raise ValueError(
+                f"{argument} cannot be read: write option=value, and quotes around a value with "
+                f"special characters, e.g. 'data.path=\"a=b.hdf5\"' (--help lists the options)"
+            ) from error
+        if not override.is_hydra_override():
+            several = not {"-m", "--multirun"}.isdisjoint(arguments)
+            _check_override(override, schema, several)
+
+
+def _check_override(override: Override, schema: type, several: bool) -> None:
+    key, line = override.key_or_group, str(override.input_line)
+    known = {name: (hint, default) for name, _, hint, default in _entries(schema)}
+    if key not in known and key != "data":
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"{key or line} is no option; {hint}(--help lists all)")
+    if override.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) or override.package:
+        raise ValueError(
+            f"{line} is refused, options can be neither added, removed nor moved: write "
+            f"{key}=VALUE."
+        )
+    values = [override.value()]
+    texts = [line.partition("=")[2]]
+    if override.is_sweep_override():
+        if not several:
+            raise ValueError(
+                f"{line} holds several values: give one, write a list as [a,b], put quotes around "
+                "a text with commas, or add --multirun for a run of each."
+            )
+        if not (override.is_choice_sweep() or override.is_range_sweep()):
+            return
+        values = list(override.sweep_iterator())
+        texts = [_yaml(value) for value in values]
+    for value, text in zip(values, texts):
+        if key == "task":
+            _check_task(text.strip("'\" "))
+            continue
+        try:
+            OmegaConf.update(OmegaConf.structured(schema), key, value)
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            if key not in known:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"{line} does not fit ({reason}): write {key}.OPTION=VALUE."
+                ) from error
+            hint, default = known[key]
+            example = f", e.g. {_yaml(default)}" if default is not None else ""
+            raise ValueError(f"{key}={text} must be {_in_words(hint)}{example}.") from error
+
+
+def _in_words(hint: Any) -> str:
+    """What a value of this type is called."""
+    words = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        list[int]: "a list of integers",
+        list[float]: "a list of numbers",
+        int | None: "an integer or null",
+        float | None: "a number or null",
+        str | None: "text or null",
+        dict[str, Any]: "options with their values, {option: value}",
+    }
+    return words[hint]
+
+
+def _check_task(task: str) -> None:
+    if task not in tasks():
+        near = difflib.get_close_matches(task, tasks(), n=3, cutoff=0.3) or tasks()
+        raise ValueError(f"task={task} is unknown; did you mean {' or '.join(near)}?")
+
+
+def _help() -> str:
+    width = max(map(len, options())) + 2
+    lines = [f"  {name:<{width}}{meaning}" for name, meaning in options().items()]
+    return "\n".join(
+        [
+            "POGO: policy optimization as a gradient flow in offline RL.",
+            "",
+            "  python examples/pogo_offline.py [option=value ...]",
+            "",
+            "Options (a task's preset changes some of the defaults):",
+            *lines,
+            "",
+            "Tasks:",
+            *(f"  {task}" for task in tasks()),
+        ]
+    )
+
+
+def _register() -> None:
+    # Hydra interpolates the template: it must see no stray ${...}, and there is none.
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    store.store(
+        group="hydra/help",
+        name="pogo",
+        node={"app_name": "pogo", "header": "", "footer": "", "template": _help()},
+    )
+    store.store(group="loss", name="pogo", node=POGOLossConfig)
+    store.store(group="trainer", name="pogo", node=POGOTrainerConfig)
+
+
+_register()
