@@ -1,3 +1,36 @@
 """POGO in TorchRL's Hydra config groups: an alias of :mod:`pogo_torchrl.experiments.config`."""
 
-from pogo_torchrl.experiments.config import *  # noqa: F403
+from pogo_torchrl.experiments.config import (
+    DataConfig,
+    EnvConfig,
+    LoggerConfig,
+    RunConfig,
+    SlurmConfig,
+    SweepConfig,
+    options,
+    tasks,
+)
+from pogo_torchrl.experiments.overrides import (
+    check_options,
+    check_overrides,
+    compose,
+    sweep_options,
+)
+from pogo_torchrl.experiments.torchrl_configs import POGOLossConfig, POGOTrainerConfig
+
+__all__ = [
+    "DataConfig",
+    "EnvConfig",
+    "LoggerConfig",
+    "POGOLossConfig",
+    "POGOTrainerConfig",
+    "RunConfig",
+    "SlurmConfig",
+    "SweepConfig",
+    "check_options",
+    "check_overrides",
+    "compose",
+    "options",
+    "sweep_options",
+    "tasks",
+]

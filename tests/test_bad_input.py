@@ -28,7 +28,8 @@ from pogo_torchrl import POGOLoss, make_actor, make_qvalue, sinkhorn_divergence
 from pogo_torchrl.data import make_replay_buffer, read_hdf5
 from pogo_torchrl.data.hdf5 import RefusedFile
 from pogo_torchrl.experiments import config
-from pogo_torchrl.experiments.run import RunFolder, claim
+from pogo_torchrl.experiments.overrides import check_options, check_overrides
+from pogo_torchrl.experiments.run_folder import RunFolder, claim
 from pogo_torchrl.experiments.train import main
 
 few = settings(
@@ -80,12 +81,12 @@ OPTIONS: list[tuple[str, str]] = [
     # numbers that are not finite, or out of range
     *[
         (f"{name}=nan", "must be finite")
-        for name, _, hint, _ in config._entries()
+        for name, _, hint, _ in config.iter_options()
         if hint in (float, float | None)
     ],
     *[
         (f"{name}={entry.metadata['lowest'] - 1}", "must be an integer")
-        for name, entry, hint, _ in config._entries()
+        for name, entry, hint, _ in config.iter_options()
         if hint in (int, int | None)
     ],
     ("gamma=inf", "must be finite"),
@@ -253,7 +254,7 @@ def right(name, entry, hint, default):
     return st.just("text")
 
 
-ENTRIES = [entry for entry in config._entries() if entry[0] != "task"]
+ENTRIES = [entry for entry in config.iter_options() if entry[0] != "task"]
 
 
 @st.composite
@@ -271,11 +272,11 @@ def overrides(draw):
 
 def checked(lines: list[str]) -> None:
     """The checks of types and ranges, on a config as Hydra makes it, in a hundredth of the time."""
-    config.check_overrides(lines)
+    check_overrides(lines)
     cfg = OmegaConf.structured(config.RunConfig)
     for override in OverridesParser.create().parse_overrides(lines):
         OmegaConf.update(cfg, override.key_or_group, override.value())
-    config.check(cfg)
+    check_options(cfg)
 
 
 @few
@@ -297,7 +298,7 @@ def test_random_words_are_refused_in_a_line(word):
     if word.startswith("-"):
         return
     with pytest.raises(ValueError, match="--help") as refused:
-        config.check_overrides([word.replace("=", "") + "x"])
+        check_overrides([word.replace("=", "") + "x"])
     assert refused.type is ValueError
 
 
@@ -616,4 +617,4 @@ def test_clouds_are_measured_or_refused(x, y, x_dtype, y_dtype, backend):
 
 def test_the_tables_hold_nothing_twice_and_every_type():
     assert len({line for line, _ in OPTIONS}) == len(OPTIONS)
-    assert {hint for _, _, hint, _ in config._entries()} == set(WRONG)
+    assert {hint for _, _, hint, _ in config.iter_options()} == set(WRONG)

@@ -14,8 +14,9 @@ from runs import assert_same, pogo, rows, run_folder, state
 
 from pogo_torchrl import load_actors
 from pogo_torchrl.envs import make_env
-from pogo_torchrl.experiments.config import compose
-from pogo_torchrl.experiments.run import RunFolder, check_folder, choose_compile
+from pogo_torchrl.experiments.build import choose_compile
+from pogo_torchrl.experiments.overrides import compose
+from pogo_torchrl.experiments.run_folder import RunFolder, check_folder
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from runs import assert_same, state
 from test_sweep import finish, start, started, wait_for, workers
 
 from pogo_torchrl.data import behaviour_dataset
-from pogo_torchrl.experiments import config
 from pogo_torchrl.experiments import slurm as engines
 from pogo_torchrl.experiments.jobs import DONE, FAILED, Interrupted, Job
+from pogo_torchrl.experiments.overrides import sweep_options
 from pogo_torchrl.experiments.run import run as train
 from pogo_torchrl.experiments.sweep import sweep
 from pogo_torchrl.experiments.sweep_file import read_sweep
@@ -129,7 +129,7 @@ def slurm(folder, monkeypatch):
 
 
 def carry_out(*arguments: str, screen=None, engine=engines.run_on_slurm):
-    options, _ = config.sweep_options(["launcher=slurm", *arguments])
+    options, _ = sweep_options(["launcher=slurm", *arguments])
     jobs = [Job.of(run) for run in read_sweep("sweep.yaml")]
     return engine(jobs, options, screen or Silent())
 

@@ -18,9 +18,9 @@ from runs import assert_same, state
 
 from pogo_torchrl.data import behaviour_dataset
 from pogo_torchrl.experiments import jobs as engine
-from pogo_torchrl.experiments import sweep as command
+from pogo_torchrl.experiments import local, planner
 from pogo_torchrl.experiments.planner import Cost, measure
-from pogo_torchrl.experiments.run import claim
+from pogo_torchrl.experiments.run_folder import claim
 from pogo_torchrl.experiments.sweep import main, sweep
 from pogo_torchrl.experiments.sweep_file import read_sweep
 
@@ -291,7 +291,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(cache, folder, capsys):
 
 
 def test_a_disk_that_is_too_small(cache, folder, monkeypatch):
-    monkeypatch.setattr(command, "measure", lambda cfg: Cost(1.0, 1.0, 10**6, 10**5))
+    monkeypatch.setattr(planner, "measure", lambda cfg: Cost(1.0, 1.0, 10**6, 10**5))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
     with pytest.raises(OSError, match=r"log_dir=logs: the runs need about 6\.91 MB, 1 kB are free"):
         sweep(["sweep=sweep.yaml", cache])
@@ -372,11 +372,11 @@ def jobs(tmp_path_factory):
 )
 def test_processes_share_cores_and_gpus(jobs, monkeypatch, most, cores, gpus, threads, count, each):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(engine, "_usable_cores", lambda: cores)
-    monkeypatch.setattr(engine, "_gpus", lambda: gpus)
+    monkeypatch.setattr(local, "_usable_cores", lambda: cores)
+    monkeypatch.setattr(local, "_gpus", lambda: gpus)
     anywhere, on_cpu = jobs
-    places = engine.slots(most, anywhere)
+    places = local.slots(most, anywhere)
     assert [place["OMP_NUM_THREADS"] for place in places] == [each] * count
     seen = [place.get("CUDA_VISIBLE_DEVICES") for place in places]
     assert seen == ([None] * count if len(gpus) < 2 else (gpus * 2)[:count])
-    assert all("CUDA_VISIBLE_DEVICES" not in place for place in engine.slots(most, on_cpu))
+    assert all("CUDA_VISIBLE_DEVICES" not in place for place in local.slots(most, on_cpu))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments.overrides import compose
 from pogo_torchrl.experiments.sweep_file import read_sweep, sweep_names
 
 SEEDS = "common: {seeds: [0]}\n"
@@ -57,7 +58,7 @@ def test_a_run_s_arguments_compose_to_its_configuration(tmp_path):
         "gamma=0.9",
     )
     for run in runs:
-        cfg = config.compose(run.arguments)
+        cfg = compose(run.arguments)
         assert cfg == run.cfg
         assert cfg.data.path == "it's, {odd}.hdf5"
         assert cfg.resume
@@ -200,6 +201,6 @@ def test_the_package_s_sweeps_surround_the_presets(name):
     assert len(runs) == len(tasks) * 3 * 3
     for task in tasks:
         chains = {tuple(run.cfg.w2_weights) for run in runs if run.cfg.task == task}
-        preset = tuple(config.compose([f"task={task}"]).w2_weights)
+        preset = tuple(compose([f"task={task}"]).w2_weights)
         assert preset in chains
         assert {chain[:2] for chain in chains} == {preset[:2]}

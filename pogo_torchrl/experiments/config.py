@@ -1,33 +1,20 @@
-"""Configuration: the options of a run, and POGO in TorchRL's own Hydra config groups.
+"""The options of runs and sweeps, as dataclasses.
 
-Importing this module registers ``loss: pogo`` and ``trainer: pogo`` beside TorchRL's groups, and
-the schema that ``conf/config.yaml`` is checked against.
+Importing this module also registers ``loss: pogo`` and ``trainer: pogo`` in TorchRL's Hydra groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, get_type_hints
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from torchrl.trainers.algorithms.configs.objectives import LossConfig
-from torchrl.trainers.algorithms.configs.trainers import TrainerConfig
+from omegaconf import OmegaConf
 
-# The chain's weights name the run's folder, and each is a network; the papers' chains have three.
-_LONGEST = 32
-
+from pogo_torchrl.experiments.torchrl_configs import POGOLossConfig, POGOTrainerConfig
 
 # ``${local_data:${data.source},x,y}`` in a preset: x, tuned on the local data, goes with them only.
 OmegaConf.register_new_resolver(
@@ -210,67 +197,6 @@ class SweepConfig(RunConfig):
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
-@dataclass
-class POGOLossConfig(LossConfig):
-    """TorchRL config group ``loss: pogo``: every keyword of :class:`~pogo_torchrl.POGOLoss`."""
-
-    actor_network: Any = None
-    qvalue_network: Any = None
-    w2_weights: list[float] = field(default_factory=lambda: [0.2, 0.2, 0.2])
-    action_spec: Any = None
-    bounds: Any = None
-    num_qvalue_nets: int = 2
-    num_samples: int = 4
-    blur: float = 0.05
-    w2_backend: str = "tensorized"
-    w2_fraction: float = 1.0
-    shared_noise: bool = False
-    policy_noise: float = 0.2
-    noise_clip: float = 0.5
-    q_normalization: str | None = "mean_abs"
-    alpha: float = 1.0
-    delay_actor: bool = False
-    delay_qvalue: bool = True
-    loss_function: str = "l2"
-    reduction: str = "mean"
-    deactivate_vmap: bool = False
-    use_prioritized_weights: Any = "auto"
-    _target_: str = "pogo_torchrl.POGOLoss"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
-
-@dataclass
-class POGOTrainerConfig(TrainerConfig):
-    """TorchRL config group ``trainer: pogo``: keywords of :class:`~pogo_torchrl.POGOTrainer`."""
-
-    loss_module: Any = None
-    replay_buffer: Any = None
-    total_steps: int = 1_000_000
-    lr: float = 3e-4
-    qvalue_optimizer: Any = None
-    actor_optimizer: Any = None
-    qvalue_lr_scheduler: Any = None
-    actor_lr_scheduler: Any = None
-    clip_grad_norm: float | None = None
-    policy_freq: int = 1
-    tau: float = 0.005
-    target_net_updater: Any = None
-    compile: bool = False
-    bf16: bool = False
-    checkpoint_dir: str | None = None
-    checkpoint_interval: int = 50_000
-    keep_checkpoints: int = 2
-    fingerprint: Any = None
-    progress_bar: bool = True
-    hooks: list[Any] = field(default_factory=list)
-    _target_: str = "pogo_torchrl.POGOTrainer"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
-
 def options(schema: type = RunConfig) -> dict[str, str]:
     """The option names of a run (or of another command) with their meanings and defaults.
 
@@ -281,17 +207,17 @@ def options(schema: type = RunConfig) -> dict[str, str]:
         True
     """
     return {
-        name: f"{entry.metadata['help']} (default {_yaml(default)})"
-        for name, entry, _, default in _entries(schema)
+        name: f"{entry.metadata['help']} (default {to_text(default)})"
+        for name, entry, _, default in iter_options(schema)
     }
 
 
-def _yaml(value: Any) -> str:
+def to_text(value: Any) -> str:
     """A value as it is written on the command line."""
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
-def _entries(
+def iter_options(
     schema: type = RunConfig, prefix: str = ""
 ) -> Iterator[tuple[str, dataclasses.Field, Any, Any]]:
     """Name, field, type and default of every option."""
@@ -303,90 +229,9 @@ def _entries(
             else entry.default
         )
         if dataclasses.is_dataclass(default):
-            yield from _entries(type(default), f"{prefix}{entry.name}.")
+            yield from iter_options(type(default), f"{prefix}{entry.name}.")
         else:
             yield prefix + entry.name, entry, hints[entry.name], default
-
-
-def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a run, as the command line would compose it.
-
-    Raises:
-        ValueError: for what :func:`check_overrides` refuses.
-
-    Example:
-        >>> compose(["task=antmaze-umaze-v2", "seed=3"]).lr
-        0.0001
-    """
-    check_overrides(overrides)
-    with initialize_config_module("pogo_torchrl.experiments.conf", version_base="1.3"):
-        return hydra_compose("config", overrides=list(overrides))
-
-
-def sweep_options(arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
-    """A :class:`SweepConfig` of the arguments that are a sweep's own, and those of its runs.
-
-    Raises:
-        ValueError: for what :func:`check_overrides` and :func:`check` refuse.
-
-    Example:
-        >>> options, others = sweep_options(["sweep=antmaze", "lr=1e-4", "jobs=2"])
-        >>> options.sweep, options.jobs, others
-        ('antmaze', 2, ['lr=1e-4'])
-    """
-    check_overrides(arguments, SweepConfig)
-    of_runs, others = set(top_level_options()), []
-    cfg = OmegaConf.structured(SweepConfig)
-    for argument in arguments:
-        override = OverridesParser.create().parse_override(argument)
-        if override.is_hydra_override() or override.key_or_group.split(".")[0] in of_runs:
-            others.append(argument)
-        else:
-            OmegaConf.update(cfg, override.key_or_group, override.value())
-    check(cfg, SweepConfig)
-    return cfg, others
-
-
-def check(cfg: DictConfig, schema: type = RunConfig) -> None:
-    """Refuse what no run can use: integers out of range, numbers that are not finite, empty lists.
-
-    What an option means to the loss, the trainer or the data is checked where it is used.
-
-    Raises:
-        ValueError: naming the option, its value, and what is allowed.
-
-    Example:
-        >>> check(OmegaConf.structured(RunConfig(eval_episodes=0)))
-        Traceback (most recent call last):
-            ...
-        ValueError: eval_episodes=0 must be an integer from 1 to 10000, e.g. 10.
-    """
-    for name, entry, _, default in _entries(schema):
-        try:
-            value = OmegaConf.select(cfg, name, throw_on_missing=True)
-        except OmegaConfBaseException as error:
-            raise ValueError(
-                f"{name} cannot be read ({str(error).splitlines()[0]}); give a value, e.g. "
-                f"{default}."
-            ) from error
-        numbers = [value]
-        if OmegaConf.is_list(value):
-            numbers = list(value)
-            if not 1 <= len(numbers) <= _LONGEST:
-                raise ValueError(
-                    f"{name}={value} holds {len(numbers)} numbers; give 1 to {_LONGEST}, e.g. "
-                    f"{default}."
-                )
-        lowest, highest = entry.metadata["lowest"], entry.metadata["highest"]
-        for number in numbers:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{name}={value} must be finite, e.g. {default}.")
-            if not isinstance(number, int) or isinstance(number, bool):
-                continue
-            if number < lowest or (highest is not None and number > highest):
-                allowed = f">= {lowest}" if highest is None else f"from {lowest} to {highest}"
-                hint = f", e.g. {default}" if default is not None else "; leave it out for null"
-                raise ValueError(f"{name}={value} must be an integer {allowed}{hint}.")
 
 
 def top_level_options() -> list[str]:
@@ -403,102 +248,6 @@ def tasks() -> list[str]:
     """
     folder = resources.files("pogo_torchrl.experiments") / "conf" / "task"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith("yaml"))
-
-
-def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
-    """Refuse unknown options and values of a wrong type on the command line, before Hydra does.
-
-    Raises:
-        ValueError: naming the option, and the nearest that exist or what its value should be.
-
-    Example:
-        >>> check_overrides(["total_step=10"])
-        Traceback (most recent call last):
-            ...
-        ValueError: total_step is no option; did you mean total_steps? (--help lists all)
-        >>> check_overrides(["total_steps=many"])
-        Traceback (most recent call last):
-            ...
-        ValueError: total_steps=many must be an integer, e.g. 2000.
-    """
-    parser = OverridesParser.create()
-    for before, argument in zip(("", *arguments), arguments):
-        if argument.startswith("-") or (before.startswith("-") and "=" not in argument):
-            continue  # Hydra's flags and their values
-        try:
-            override = parser.parse_override(argument)
-        except HydraException as error:
-            raise ValueError(
-                f"{argument} cannot be read: write option=value, and quotes around a value with "
-                f"special characters, e.g. 'data.path=\"a=b.hdf5\"' (--help lists the options)"
-            ) from error
-        if not override.is_hydra_override():
-            several = not {"-m", "--multirun"}.isdisjoint(arguments)
-            _check_override(override, schema, several)
-
-
-def _check_override(override: Override, schema: type, several: bool) -> None:
-    key, line = override.key_or_group, str(override.input_line)
-    known = {name: (hint, default) for name, _, hint, default in _entries(schema)}
-    if key not in known and key != "data":
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"{key or line} is no option; {hint}(--help lists all)")
-    if override.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) or override.package:
-        raise ValueError(
-            f"{line} is refused, options can be neither added, removed nor moved: write "
-            f"{key}=VALUE."
-        )
-    values = [override.value()]
-    texts = [line.partition("=")[2]]
-    if override.is_sweep_override():
-        if not several:
-            raise ValueError(
-                f"{line} holds several values: give one, write a list as [a,b], put quotes around "
-                "a text with commas, or add --multirun for a run of each."
-            )
-        if not (override.is_choice_sweep() or override.is_range_sweep()):
-            return
-        values = list(override.sweep_iterator())
-        texts = [_yaml(value) for value in values]
-    for value, text in zip(values, texts):
-        if key == "task":
-            _check_task(text.strip("'\" "))
-            continue
-        try:
-            OmegaConf.update(OmegaConf.structured(schema), key, value)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            if key not in known:
-                reason = str(error).splitlines()[0]
-                raise ValueError(
-                    f"{line} does not fit ({reason}): write {key}.OPTION=VALUE."
-                ) from error
-            hint, default = known[key]
-            example = f", e.g. {_yaml(default)}" if default is not None else ""
-            raise ValueError(f"{key}={text} must be {_in_words(hint)}{example}.") from error
-
-
-def _in_words(hint: Any) -> str:
-    """What a value of this type is called."""
-    words = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        list[int]: "a list of integers",
-        list[float]: "a list of numbers",
-        int | None: "an integer or null",
-        float | None: "a number or null",
-        str | None: "text or null",
-        dict[str, Any]: "options with their values, {option: value}",
-    }
-    return words[hint]
-
-
-def _check_task(task: str) -> None:
-    if task not in tasks():
-        near = difflib.get_close_matches(task, tasks(), n=3, cutoff=0.3) or tasks()
-        raise ValueError(f"task={task} is unknown; did you mean {' or '.join(near)}?")
 
 
 def _help() -> str:

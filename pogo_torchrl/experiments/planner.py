@@ -1,9 +1,13 @@
-"""What a run will take, from a short measurement on data of noise."""
+"""What the runs of a sweep will take, from a short measurement on noise."""
 
 from __future__ import annotations
 
+import gc
+import shutil
 import time
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium
@@ -13,15 +17,21 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 
 from pogo_torchrl.data.replay_buffer import Normalization, OfflineReplayBuffer
-from pogo_torchrl.envs import max_episode_steps
+from pogo_torchrl.envs import max_episode_steps, split_task
 from pogo_torchrl.evaluation import Evaluator
-from pogo_torchrl.experiments.run import (
+from pogo_torchrl.experiments.build import (
     check_memory,
     choose_device,
     env_fn,
     make_loss,
     optimizer_settings,
 )
+from pogo_torchrl.experiments.jobs import (
+    Job,
+    updates_made,
+)
+from pogo_torchrl.experiments.local import slots
+from pogo_torchrl.experiments.sweep_file import Run
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.objectives.chain_loss import Params
 from pogo_torchrl.trainers import POGOTrainer
@@ -30,11 +40,18 @@ from pogo_torchrl.trainers.hooks import LogMetrics
 # Checkpoints that a trainer keeps; bytes of a row of metrics.csv, and of the figure, the logs and
 # what a checkpoint holds beside the networks.
 _CHECKPOINTS = 2
+
+
 _ROW = 400
+
+
 _REST = 200_000
+
 
 # Steps of the episodes that are timed; few policies fall before. No more of them than this.
 _STEPS = 20
+
+
 _EPISODES = 10
 
 
@@ -132,3 +149,129 @@ def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds
 
 def _bytes(parameters: Params) -> int:
     return sum(value.numel() * value.element_size() for value in parameters.values())
+
+
+# Seconds that a run takes beside its updates and evaluations: imports, data, the last files.
+_START = 5.0
+
+
+class Plan:
+    """What the jobs will take: updates, time, disk."""
+
+    def __init__(self, jobs: Sequence[Job], options: DictConfig) -> None:
+        self.runs = [run for job in jobs for run in job.runs]
+        self.costs: dict[tuple, Cost | None] = {}
+        self.errors: list[str] = []
+        if not jobs:
+            return
+        places = slots(options.jobs, jobs)
+        self.at_once = len(places)
+        torch.set_num_threads(int(places[0]["OMP_NUM_THREADS"]))
+        for run in self.runs:
+            if _kind(run.cfg) not in self.costs:
+                self.costs[_kind(run.cfg)] = self._measure(run)
+        if torch.cuda.is_available():  # the runs need the memory
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _measure(self, run: Run) -> Cost | None:
+        try:
+            return measure(run.cfg)
+        except Exception as error:  # the run itself reports it, and the others still run
+            self.errors.append(f"No estimate for runs like {run.name}: {error}")
+            return None
+
+    def text(self, total: int) -> str:
+        """The plan below its table."""
+        updates = sum(map(updates_left, self.runs))
+        count = f"{len(self.runs)} of {total} runs" if len(self.runs) < total else f"{total} runs"
+        lines = [f"To do: {count}, {updates:,} updates"]
+        if any(self.costs.values()):
+            free = shutil.disk_usage(self._place()).free
+            updating, evaluating = self._seconds()
+            lines += [
+                f"Time:  about {format_duration(updating)}, an estimate from half a second of "
+                f"updates that were not compiled, and at most {format_duration(evaluating)} of "
+                f"evaluation; on this machine with {self.at_once} at once",
+                f"Disk:  about {format_bytes(self._disk())}; {format_bytes(free)} are free",
+            ]
+        return "\n".join([*lines, *self.errors])
+
+    def check_disk(self) -> None:
+        """Refuse a sweep that would fill the disk."""
+        if not self.runs:
+            return
+        place, needed = self._place(), self._disk()
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise OSError(
+                f"log_dir={self.runs[0].cfg.log_dir}: the runs need about {format_bytes(needed)}, "
+                f"{format_bytes(free)} are free; free some space there or choose another log_dir."
+            )
+
+    def _place(self) -> Path:
+        """The nearest folder of log_dir that exists."""
+        path = Path(self.runs[0].cfg.log_dir).absolute()
+        return next(place for place in (path, *path.parents) if place.is_dir())
+
+    def _seconds(self) -> tuple[float, float]:
+        """Time of updates and start-up, and time of evaluations."""
+        updating = evaluating = 0.0
+        for run, cost in self._costs():
+            updates = updates_left(run)
+            updating += _START
+            if cost is not None:
+                updating += updates * cost.update
+                evaluating += max(updates // run.cfg.eval_interval, 1) * cost.evaluation
+        return updating / self.at_once, evaluating / self.at_once
+
+    def _disk(self) -> int:
+        """Bytes that the runs will take beside what they already have."""
+        needed = 0
+        for run, cost in self._costs():
+            if cost is not None:
+                files = [f for f in run.folder.root.rglob("*") if f.is_file()]
+                needed += max(cost.disk(run.cfg) - sum(f.stat().st_size for f in files), 0)
+        return needed
+
+    def _costs(self) -> list[tuple[Run, Cost | None]]:
+        return [(run, self.costs[_kind(run.cfg)]) for run in self.runs]
+
+
+def updates_left(run: Run) -> int:
+    return run.cfg.total_steps - updates_made(run)
+
+
+def _kind(cfg: DictConfig) -> tuple:
+    """Runs of one kind take the same time for an update."""
+    shapes = ("hidden_sizes", "batch_size", "num_samples", "w2_backend", "policy_freq", "bf16")
+    environment = split_task(cfg.task)[0], len(cfg.w2_weights), cfg.eval_episodes
+    return (*environment, str(cfg.env.max_episode_steps), *(str(cfg[key]) for key in shapes))
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds for people.
+
+    Example:
+        >>> [format_duration(seconds) for seconds in (5.2, 200, 9000, 300_000)]
+        ['5 s', '3 min 20 s', '2 h 30 min', '3 d 11 h']
+    """
+    for size, name, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"),
+                                      (60, "min", 1, "s")):  # fmt: skip
+        if seconds >= size:
+            return f"{int(seconds // size)} {name} {int(seconds % size // smaller)} {part}"
+    return f"{seconds:.0f} s"
+
+
+def format_bytes(number: float) -> str:
+    """Bytes for people.
+
+    Example:
+        >>> format_bytes(1_234_567)
+        '1.23 MB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

@@ -42,11 +42,11 @@ from pogo_torchrl.experiments.jobs import (
     Screen,
     failure,
     is_done,
-    run_locally,
     state,
     updates_made,
 )
-from pogo_torchrl.experiments.run import on_signals
+from pogo_torchrl.experiments.local import run_locally
+from pogo_torchrl.experiments.signals import on_signals
 from pogo_torchrl.experiments.sweep_file import Run
 from pogo_torchrl.files import make_writable
 

@@ -35,7 +35,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pogo_torchrl.experiments import config
-from pogo_torchrl.experiments.run import RunFolder
+from pogo_torchrl.experiments.overrides import check_options, check_overrides, compose
+from pogo_torchrl.experiments.run_folder import RunFolder
 
 # Names of the original code, and of the section sinkhorn.
 _ALIASES = {"max_timesteps": "total_steps", "eval_freq": "eval_interval", "learning_rate": "lr"}
@@ -236,7 +237,7 @@ def _options(section: Any, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: {key} cannot stand here: {_OF_THE_SWEEP[key]}.")
         if key not in (*_WEIGHTS, "seeds"):
             try:
-                config.check_overrides([f"{key}={_word(value)}"])
+                check_overrides([f"{key}={_word(value)}"])
             except ValueError as error:
                 raise ValueError(f"{where}.{given}: {error}") from error
         options = _merged(options, {key: value}, where)
@@ -274,11 +275,11 @@ def _of_task(task: str, settings: dict[str, Any], overrides: Sequence[str]) -> I
     weights = _weights({key: settings.pop(key) for key in _WEIGHTS if key in settings})
     given = [f"{key}={_word(value)}" for key, value in settings.items()]
     given = [f"task={task}", "progress_bar=false", *given]
-    cfg = config.compose([*given, *overrides, "resume=true"])
+    cfg = compose([*given, *overrides, "resume=true"])
     for chain, seed in itertools.product(weights or [list(cfg.w2_weights)], seeds):
         own = copy.deepcopy(cfg)
         own.w2_weights, own.seed = chain, seed
-        config.check(own)
+        check_options(own)
         arguments = (*given, f"w2_weights={_word(chain)}", f"seed={seed}", *overrides)
         yield Run((*arguments, "resume=true"), own)
 

@@ -11,8 +11,9 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from pogo_torchrl.experiments import config
-from pogo_torchrl.experiments.run import Stopped, run
+from pogo_torchrl.experiments.overrides import check_overrides
+from pogo_torchrl.experiments.run import run
+from pogo_torchrl.experiments.signals import Stopped
 from pogo_torchrl.trainers.hooks import DivergenceError, EvaluationError
 
 
@@ -56,7 +57,7 @@ def main() -> None:
     written, 3 where training has diverged, each after one sentence; 128 + signal when stopped.
     """
     try:
-        config.check_overrides(sys.argv[1:])
+        check_overrides(sys.argv[1:])
     except ValueError as error:
         refuse(error)
     _hydra_main()

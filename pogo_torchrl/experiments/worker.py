@@ -8,9 +8,10 @@ import signal
 import sys
 import threading
 
-from pogo_torchrl.experiments import config
 from pogo_torchrl.experiments.jobs import STACK
-from pogo_torchrl.experiments.run import Stopped, run_stack
+from pogo_torchrl.experiments.overrides import compose
+from pogo_torchrl.experiments.run import run_stack
+from pogo_torchrl.experiments.signals import Stopped
 from pogo_torchrl.experiments.sweep_file import Run
 from pogo_torchrl.experiments.train import main
 
@@ -39,7 +40,7 @@ def stack(arguments: str) -> int:
     Returns:
         The exit code: 0 when all have come to their end, else that of the first that has not.
     """
-    runs = [Run(tuple(own), config.compose(own)) for own in json.loads(arguments)]
+    runs = [Run(tuple(own), compose(own)) for own in json.loads(arguments)]
     errors = run_stack([run.cfg for run in runs])
     for run, error in zip(runs, errors):
         if error is not None:

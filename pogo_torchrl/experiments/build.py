@@ -1,0 +1,206 @@
+"""The parts of a run, made from its options."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from pogo_torchrl.data import OfflineReplayBuffer
+from pogo_torchrl.envs import BACKENDS, make_env, max_episode_steps, split_task
+from pogo_torchrl.evaluation import Evaluator
+from pogo_torchrl.experiments.console import LOGGER
+from pogo_torchrl.files import physical_memory
+from pogo_torchrl.modules import make_actor, make_qvalue
+from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.trainers import LR_SCHEDULES, lr_scheduler
+from pogo_torchrl.trainers.fused.update import COMPILABLE
+from pogo_torchrl.trainers.optimizers import adam
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``device=name`` means here; refuses one that is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"device={name} is unknown; choose one of auto, cpu, cuda (which GPU that "
+            "is says the environment variable CUDA_VISIBLE_DEVICES)."
+        )
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU; use device=cpu or device=auto.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_compile(choice: str, total_steps: int, w2_backend: str = "fast") -> bool:
+    """Whether ``compile=choice`` compiles a run of so many updates; refuses what cannot be."""
+    if str(choice).lower() not in ("auto", "true", "false"):
+        raise ValueError(f"compile={choice} is unknown; choose one of auto, true, false.")
+    if str(choice).lower() != "auto":
+        wanted = str(choice).lower() == "true"
+        if wanted and w2_backend not in COMPILABLE:
+            raise ValueError(
+                f"compile=true needs w2_backend={' or '.join(COMPILABLE)}, not {w2_backend}, which "
+                "reads numbers on the host."
+            )
+    else:
+        # Compiling is won back after 3,000 to 6,000 updates (docs/speed.md).
+        wanted = total_steps >= 10_000 and w2_backend in COMPILABLE
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    if not wanted or (compiler and headers):
+        return wanted
+    lacking = "Python's headers (python3-dev)" if compiler else "a C++ compiler (g++)"
+    if str(choice).lower() == "true":
+        raise ValueError(f"compile=true needs {lacking}: install it, or use compile=false.")
+    LOGGER.warning("The update is not compiled and slower for it: %s is missing.", lacking)
+    return False
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Have torch refuse operations whose result may differ from call to call (on a GPU)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        # What cuBLAS needs for it; read when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - third parties may draw from it
+    torch.manual_seed(seed)
+
+
+def env_fn(task: str, cfg: DictConfig) -> Callable[[], gymnasium.Env]:
+    """Makes the task's environment, or the one that ``env.id`` names."""
+    if cfg.backend not in BACKENDS:
+        raise ValueError(
+            f"env.backend={cfg.backend} is unknown; choose one of {', '.join(BACKENDS)}."
+        )
+    own = f"pogo_torchrl/{'-'.join(split_task(task))}-v2"
+    horizon = cfg.max_episode_steps or max_episode_steps(task)
+    if cfg.id in (None, own) and horizon == max_episode_steps(task):
+        return partial(make_env, task, backend=cfg.backend)
+    if cfg.backend != "mujoco":
+        raise ValueError(
+            f"env.backend={cfg.backend} takes the environment and the horizon of the task; leave "
+            "env.id and env.max_episode_steps out."
+        )
+    make = partial(gymnasium.make, cfg.id or own, max_episode_steps=horizon)
+    try:
+        make().close()
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(
+            f"env.id={cfg.id} is no Gymnasium environment ({error}): choose one that "
+            "gymnasium.make knows, MODULE:ID where a module registers it."
+        ) from error
+    return make
+
+
+def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
+    """Refuse networks and batches that no memory holds, before any is taken."""
+    inputs = evaluator.observation_dim + evaluator.action_dim
+    widths = [inputs, *cfg.hidden_sizes, evaluator.action_dim]
+    weights = sum(n * m for n, m in pairwise(widths))
+    # Twin critics and their targets; gradients and Adam's two moments; four bytes a number.
+    networks = 16 * weights * (len(cfg.w2_weights) + 4)
+    costs = cfg.num_samples if cfg.w2_backend in ("tensorized", "fast") else 1
+    batch = 4 * cfg.batch_size * (1 + cfg.num_samples) * (sum(widths) + costs)
+    for needed, what in (
+        (networks, f"hidden_sizes={cfg.hidden_sizes} with {len(cfg.w2_weights)} actors"),
+        (batch, f"num_samples={cfg.num_samples} with batch_size={cfg.batch_size}"),
+    ):
+        if needed > physical_memory():
+            raise ValueError(
+                f"{what} would take {needed / 1e9:.3g} GB, this machine has "
+                f"{physical_memory() / 1e9:.3g} GB: choose smaller numbers."
+            )
+
+
+def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss:
+    """The chain and its critics, newly initialised."""
+    actor = make_actor(evaluator.observation_dim, evaluator.action_spec, cfg.hidden_sizes)
+    qvalue = make_qvalue(
+        evaluator.observation_dim, evaluator.action_dim, cfg.hidden_sizes, cfg.critic_layer_norm
+    )
+    loss = POGOLoss(
+        actor,
+        qvalue,
+        w2_weights=list(cfg.w2_weights),
+        num_samples=cfg.num_samples,
+        blur=cfg.blur,
+        w2_backend=cfg.w2_backend,
+        w2_fraction=cfg.w2_fraction,
+        shared_noise=cfg.shared_noise,
+        policy_noise=cfg.policy_noise,
+        noise_clip=cfg.noise_clip,
+        q_normalization=cfg.q_normalization,
+        alpha=cfg.alpha,
+        delay_actor=cfg.delay_actor,
+    ).to(device)
+    loss.make_value_estimator(gamma=cfg.gamma)
+    return loss
+
+
+def optimizer_settings(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
+    """Optimizers and schedules of a run, as :class:`~pogo_torchrl.POGOTrainer` takes them.
+
+    Raises:
+        ValueError: for learning rates or a weight decay out of range, or an unknown schedule.
+    """
+    found: dict[str, Any] = {"clip_grad_norm": cfg.clip_grad_norm}
+    if not (0 <= cfg.weight_decay < math.inf):
+        raise ValueError(f"weight_decay={cfg.weight_decay} must be a number >= 0, e.g. 0.01.")
+    for option, name in (("critic", "qvalue"), ("actor", "actor")):
+        rate, schedule = cfg[f"lr_{option}"], cfg[f"lr_schedule_{option}"]
+        rate, key = (cfg.lr, "lr") if rate is None else (rate, f"lr_{option}")
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{key}={rate} must be a positive number, e.g. 3e-4.")
+        schedule, own = (cfg.lr_schedule, "") if schedule is None else (schedule, f"_{option}")
+        if schedule not in LR_SCHEDULES:
+            raise ValueError(
+                f"lr_schedule{own}={schedule} is unknown; choose one of {', '.join(LR_SCHEDULES)}."
+            )
+        found[f"{name}_optimizer"] = adam(rate, cfg.weight_decay, device=device)
+        found[f"{name}_lr_scheduler"] = lr_scheduler(schedule, cfg.total_steps)
+    return found
+
+
+def check_data(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator, cfg: DictConfig) -> None:
+    origin = f"data.path={cfg.path}" if cfg.path else f"data.source={cfg.source}"
+    row = replay_buffer[0]
+    data = row["observation"].shape[-1], row["action"].shape[-1]
+    task = evaluator.observation_dim, evaluator.action_dim
+    if data != task:
+        raise ValueError(
+            f"{origin} holds observations and actions of size {data}, task={evaluator.task} has "
+            f"{task}: give data of this task, or the task (or env.id) of these data."
+        )
+    spec = evaluator.action_spec.space
+    actions = replay_buffer[:]["action"].cpu()
+    beyond = torch.maximum(spec.low - actions, actions - spec.high).max()
+    if beyond > 1e-4 * (spec.high - spec.low).max():
+        raise ValueError(
+            f"{origin} holds actions up to {beyond:.3g} beyond the bounds of task="
+            f"{evaluator.task} ({spec.low.min():g} to {spec.high.max():g}): rescale or clip them "
+            "in the file."
+        )
