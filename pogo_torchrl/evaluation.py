@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import gymnasium
 import numpy as np
@@ -21,6 +20,7 @@ from pogo_torchrl.envs import make_env, score
 from pogo_torchrl.envs.parallel import side_by_side
 from pogo_torchrl.envs.selfcheck import ENVIRONMENTS
 from pogo_torchrl.modules import TransportActor
+from pogo_torchrl.trainers.hooks import Evaluation, EvaluationInterrupted
 
 MODES = ("deterministic", "stochastic")
 """How an actor acts: with z = 0, or with z ~ N(0, I)."""
@@ -31,23 +31,6 @@ _STREAM = 0xE7A1
 
 # The least that is worth another process: a step of fewer takes less than the way there and back.
 _ENVS_PER_PROCESS = 8
-
-
-class Evaluation(NamedTuple):
-    """What one actor reached in one mode."""
-
-    actor: int
-    mode: str
-    returns: np.ndarray
-    """Undiscounted return of each episode."""
-    lengths: np.ndarray
-    """Steps of each episode."""
-    scores: np.ndarray
-    """D4RL score of each episode, 0 for random and 100 for expert."""
-
-
-class EvaluationInterrupted(Exception):
-    """:meth:`Evaluator.interrupt` was called."""
 
 
 class Evaluator:
@@ -130,11 +113,8 @@ class Evaluator:
         slots = list(np.ndindex(shape))
         while len(self._envs) < len(slots):
             self._envs.append(self._make_env())
-        seeds = [
-            np.random.SeedSequence(self.seed, spawn_key=(_STREAM, episode)).spawn(2)
-            for episode in range(self.episodes)
-        ]
-        starts = [int(start.generate_state(1)[0]) for start, _ in seeds]
+        seeds = [self._seeds(episode) for episode in range(self.episodes)]
+        starts = [start for start, _ in seeds]
         noise_streams = [np.random.default_rng(noise) for _, noise in seeds]
 
         observations = np.zeros((len(slots), self.observation_dim), dtype=np.float32)
@@ -161,6 +141,15 @@ class Evaluator:
             Evaluation(*pair, r, n, score(self.task, r))
             for pair, r, n in zip(pairs, returns_of, lengths_of)
         ]
+
+    def start_seed(self, episode: int) -> int:
+        """The seed that an environment is reset with for an episode."""
+        return self._seeds(episode)[0]
+
+    def _seeds(self, episode: int) -> tuple[int, np.random.SeedSequence]:
+        """The seed of an episode's start state, and that of its noise."""
+        start, noise = np.random.SeedSequence(self.seed, spawn_key=(_STREAM, episode)).spawn(2)
+        return int(start.generate_state(1)[0]), noise
 
     def interrupt(self) -> None:
         """End an evaluation at its next step, and all later ones; for signal handlers."""

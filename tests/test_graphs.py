@@ -77,7 +77,9 @@ def offline(rows):
 def make(make_loss, make_buffer, make_batch, monkeypatch):
     """Trainers that start from the same weights, data and random state, with graphs or without."""
     # What torch.compile would trace, as it is.
-    monkeypatch.setattr("pogo_torchrl.trainers.fused.update._compiled", lambda run, device: run)
+    monkeypatch.setattr(
+        "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
+    )
     loss = make_loss(w2_backend="fast")
     buffers = {True: offline(make_batch(64)), False: make_buffer()}
 
@@ -212,7 +214,7 @@ def test_a_batch_of_another_size_is_updated_on_without_a_graph(make, make_batch)
     def with_a_short_batch(graphs):
         trainer = make(graphs, total=6, ours=False)
         sizes = iter([16, 16, 5, 16, 16, 5])
-        trainer._dataset = SimpleNamespace(sample=lambda: make_batch(next(sizes)))
+        trainer.dataset = SimpleNamespace(sample=lambda: make_batch(next(sizes)))
         return trained(trainer), trainer
 
     plain, _ = with_a_short_batch(False)
@@ -277,7 +279,9 @@ class Watch(TorchDispatchMode):
 def test_an_update_never_waits_for_the_host(unit_spec, make_batch, monkeypatch):
     """With everything on the device "meta", which holds no numbers, in place of a GPU."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
-    monkeypatch.setattr("pogo_torchrl.trainers.fused.update._compiled", lambda run, device: run)
+    monkeypatch.setattr(
+        "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
+    )
     loss = POGOLoss(
         make_actor(3, unit_spec, (8, 8)).to("meta"),
         make_qvalue(3, 2, (8, 8)).to("meta"),

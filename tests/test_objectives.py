@@ -573,7 +573,7 @@ class TestChain:
             for w in ((0.2, 0.5), (1.2, 0.5), (0.2, 2.5))
         ]
         for i, (other, extra) in enumerate(((out[1], 1.0), (out[2], 2.0))):
-            expected = out[0]["loss_actor"] + extra * out[0][f"w2_{i}"]
+            expected = out[0]["loss_actor"] + extra * out[0][f"w2_{i}" if i else "bc_mse"]
             torch.testing.assert_close(other["loss_actor"], expected)
 
     def test_the_whole_chain_is_the_sum_of_its_actors_under_one_seed(self, make_loss, make_batch):

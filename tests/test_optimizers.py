@@ -232,7 +232,9 @@ def test_what_a_compiled_update_cannot_take_is_refused(make, make_loss):
 
 
 def test_settings_that_were_compiled_must_stay(make, monkeypatch):
-    monkeypatch.setattr("pogo_torchrl.trainers.fused.update._compiled", lambda run, device: run)
+    monkeypatch.setattr(
+        "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
+    )
     trainer = make(compile=True)
 
     def change():

@@ -15,7 +15,8 @@ import pytest
 
 from pogo_torchrl.data import rollouts
 from pogo_torchrl.data.policies import FOLDER, LEVELS, LinearPolicy, load_manifest, load_policies
-from pogo_torchrl.data.policies.train import (
+from pogo_torchrl.data.rollouts import MAX_NOISE, behaviour_dataset
+from pogo_torchrl.data.train_policies import (
     RunningMoments,
     Snapshot,
     mean_return,
@@ -23,7 +24,6 @@ from pogo_torchrl.data.policies.train import (
     save,
     search,
 )
-from pogo_torchrl.data.rollouts import MAX_NOISE, behaviour_dataset
 from pogo_torchrl.envs import make_env
 
 ENVIRONMENTS = ("halfcheetah", "hopper", "walker2d")

@@ -173,7 +173,9 @@ def surprising(make_batch):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_prioritized_replay_samples_what_surprises(make_loss, make_batch, monkeypatch, compiled):
-    monkeypatch.setattr("pogo_torchrl.trainers.fused.update._compiled", lambda run, device: run)
+    monkeypatch.setattr(
+        "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
+    )
     buffer, seen = prioritized(surprising(make_batch)), []
     trainer = POGOTrainer(
         make_loss(w2_backend="fast"), buffer, 60, progress_bar=False, compile=compiled
@@ -230,7 +232,9 @@ def replace(loss):
 def test_what_trains_is_what_the_loss_holds(
     make_loss, make_buffer, monkeypatch, change, compiled, when
 ):
-    monkeypatch.setattr("pogo_torchrl.trainers.fused.update._compiled", lambda run, device: run)
+    monkeypatch.setattr(
+        "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
+    )
     loss, buffer, states = make_loss(w2_backend="fast", delay_actor=True), make_buffer(), []
     for changed in (False, True):
         trainer = POGOTrainer(
@@ -278,7 +282,9 @@ class Rows:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_weights_and_alpha_are_read_at_each_update(make_loss, make_buffer, monkeypatch, compiled):
-    monkeypatch.setattr("pogo_torchrl.trainers.fused.update._compiled", lambda run, device: run)
+    monkeypatch.setattr(
+        "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
+    )
     losses = [make_loss(w2_backend="fast")]
     losses.append(copy.deepcopy(losses[0]))
     buffer, states = make_buffer(), []

@@ -84,13 +84,19 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         )
         self.normalization = normalization
         self.episode_returns = episode_returns
+        self._has_own_rng = False
+
+    def set_rng(self, generator: torch.Generator | None) -> None:
+        """Draw from a generator of one's own instead of torch's global one."""
+        super().set_rng(generator)
+        self._has_own_rng = generator is not None
 
     def samples_on(self, device: torch.device) -> bool:
         """Whether a sample takes the same work of this device each time, and nothing else's.
 
         Then a CUDA graph can hold it.
         """
-        plain = type(self.sampler) is RandomSampler and not self._prefetch and self._rng is None
+        plain = type(self.sampler) is RandomSampler and not self._has_own_rng
         return plain and len(self.transform) == 0 and self.storage.device == device
 
     def fingerprint(self) -> str:

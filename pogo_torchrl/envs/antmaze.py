@@ -111,7 +111,7 @@ class D4RLAntMaze(LegacyMujocoEnv, EzPickle):
         self._model_key = maze
         self._goal_cell = _centre(maze, "g")
         self.goal = self._goal_cell
-        kwargs.setdefault("default_camera_config", {"distance": 20.0})
+        kwargs.setdefault("default_camera_config", _camera(maze))
         super().__init__(
             "ant.xml",
             _FRAME_SKIP,
@@ -209,6 +209,14 @@ def _cells(maze: str, kind: str) -> list[tuple[int, int]]:
         for column, cell in enumerate(line)
         if cell == kind
     ]
+
+
+def _camera(maze: str) -> dict[str, Any]:
+    """A view of the whole maze, almost from above."""
+    rows, columns = len(MAZES[maze]), len(MAZES[maze][0])
+    centre = np.mean([_position(maze, 0, 0), _position(maze, rows - 1, columns - 1)], axis=0)
+    distance = 1.3 * CELL * max(rows, columns)
+    return {"lookat": [*centre, 0.0], "distance": distance, "elevation": -75.0, "azimuth": 90.0}
 
 
 def _position(maze: str, row: int, column: int) -> tuple[float, float]:

@@ -1,14 +1,11 @@
-"""Check a dataset against the environments: `python -m pogo_torchrl.envs.dataset_check check FILE`.
+"""Check a dataset against the environments: the command `pogo check-dataset`.
 
 Sets the states of a file in D4RL's layout, steps the recorded actions and compares with the rows
-that follow. Exit status: 0 if they match, 1 if they do not, 2 if the file cannot be checked.
+that follow.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +17,7 @@ from pogo_torchrl.envs import make_env, split_task
 from pogo_torchrl.envs.antmaze import is_free
 from pogo_torchrl.envs.transitions import replay, replay_errors, row_errors
 
-__all__ = ["Report", "check", "find_task", "main", "read_rows", "replay_errors"]
+__all__ = ["Report", "check", "find_task", "read_rows", "replay_errors"]
 
 TOLERANCE = 1e-5
 """Error that median and 95 % of the rows may not exceed, beyond what rounded states explain."""
@@ -278,32 +275,3 @@ def format_report(report: Report) -> str:
 
 def _line(name: str, values: NDArray[np.float64]) -> str:
     return f"{name:12}" + "".join(f"{v:10.1e}" for v in np.percentile(values, [50, 95, 100]))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pogo_torchrl.envs.dataset_check", description=__doc__
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("check", help="compare a file with the environments")
-    command.add_argument("file", metavar="FILE", help="HDF5 in D4RL's layout, with infos/qpos")
-    command.add_argument("--task", help="a D4RL task name; found from the file if left out")
-    command.add_argument(
-        "--limit",
-        type=int,
-        default=DEFAULT_LIMIT,
-        help="rows to check, spread evenly (default: %(default)s)",
-    )
-    options = parser.parse_args(arguments)
-    try:
-        report = check(read_rows(options.file, options.limit), options.task)
-    except ValueError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    print(format_report(report))
-    return 0 if report.matches else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -268,7 +268,7 @@ class RunInProgress:
         """
         trainer = self.trainer
         if trainer.collected_frames < self.cfg.total_steps or not self.evaluate.up_to_date():
-            raise Stopped(trainer.collected_frames, trainer._stop_reason)
+            raise Stopped(trainer.collected_frames, trainer.stop_reason)
         _finish(self.cfg, self.folder, self._chain(), self.behaviour)
 
     def _chain(self) -> list[TransportActor]:
@@ -290,7 +290,12 @@ def _finish(
     policy = folder.checkpoints / "policy.safetensors"
     if cfg.save_model:
         try:
-            save_actors(policy, chain, hidden_sizes=cfg.hidden_sizes)
+            save_actors(
+                policy,
+                chain,
+                hidden_sizes=cfg.hidden_sizes,
+                environment={"task": cfg.task, **cfg.env},
+            )
         except OSError as error:
             raise cannot_write(folder.checkpoints, "checkpoint_dir", error) from error
     LOGGER.info("%s", score_table(evaluations, behaviour))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torchrl.envs.utils import ExplorationType
@@ -19,7 +19,8 @@ from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
 from pogo_torchrl.modules import redraw_parameters
-from pogo_torchrl.objectives.checks import check_gamma
+from pogo_torchrl.objectives.checks import check_batch, check_gamma
+from pogo_torchrl.torchrl_private import ProtectedLossModule
 
 Params = dict[str, Tensor]
 """Parameters and buffers of a network by name, as :func:`torch.func.functional_call` takes them."""
@@ -28,7 +29,17 @@ Noise = dict[str, Tensor]
 """Standard normal draws by name, see :meth:`ChainLoss.draw_noise`."""
 
 
-class ChainLoss(LossModule):
+Terms = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""A function of parameters, batch and noise that returns a loss and what is logged of it."""
+
+
+def actor_scalars(index: int) -> tuple[str, str, str, str]:
+    r"""What is logged of an actor: its loss, its Q, :math:`D_i` and :math:`\lambda`."""
+    distance = f"w2_{index}" if index else "bc_mse"
+    return f"loss_actor_{index}", f"q_actor_{index}", distance, f"lmbd_{index}"
+
+
+class ChainLoss(ProtectedLossModule):
     """The networks of a chain of actors and their critics, as TorchRL's losses hold theirs.
 
     Each actor has its own set of parameters, ``actor_network_0_params``, ...; the critics' are
@@ -54,6 +65,8 @@ class ChainLoss(LossModule):
     num_actors: int
     num_qvalue_nets: int
     num_samples: int
+    w2_weights: Any
+    alpha: Any
     shared_noise: bool
     delay_actor: bool
     delay_qvalue: bool
@@ -61,6 +74,11 @@ class ChainLoss(LossModule):
     min_action: Tensor
     max_action: Tensor
     _out_keys: list[NestedKey]
+
+    # The objectives of a subclass, see POGOLoss.
+    qvalue_terms: Terms
+    first_actor_terms: Terms
+    jko_terms: Terms
 
     def _register(
         self, actors: Sequence[TensorDictModule], qvalues: Sequence[TensorDictModule]
@@ -156,8 +174,8 @@ class ChainLoss(LossModule):
             raise IndexError(f"actor index {index} is not in 0..{self.num_actors - 1}.")
         return index % self.num_actors
 
-    def _make_vmap(self) -> None:
-        """Keep the randomness of vmap: TorchRL calls this wherever it is set."""
+    def randomness_changed(self) -> None:
+        """Keep the randomness of vmap."""
         # What TorchRL works out at each call, torch.compile (2.11) cannot trace.
         self._critics_randomness = self.vmap_randomness
 
@@ -247,16 +265,121 @@ class ChainLoss(LossModule):
         params.to_module(policy)
         return policy
 
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critics' loss, summed over the critics; see :meth:`qvalue_terms`.
+
+        Args:
+            tensordict: a batch with the keys of :attr:`in_keys`.
+
+        Returns:
+            The loss, and a dictionary of detached values: ``td_error`` (squared, ``[C, *B]``),
+            and the batch means ``pred_value``, ``target_value`` and ``next_state_value``.
+        """
+        self.check_batch(tensordict)
+        loss, metadata = self.qvalue_terms(
+            self.params("qvalue_network"),
+            tensordict,
+            self.draw_noise(tensordict, actors=()),
+            self.params("target_actor_network_0"),
+            self.params("target_qvalue_network"),
+        )
+        self.release(tensordict, *self._parameter_names)
+        return loss, metadata
+
+    def actor_loss(
+        self, tensordict: TensorDictBase, index: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        r"""The objective :math:`L_i` of one actor, or the sum over the chain.
+
+        See :meth:`first_actor_terms` and :meth:`jko_terms`.
+
+        Args:
+            tensordict: a batch with the observations and, for actor 0, the data's actions.
+            index: which actor, ``0 .. N - 1``; ``None`` sums over all, on this batch and with the
+                parameters as they are.
+
+        Returns:
+            The loss, and a dictionary of detached scalars ``loss_actor_i``, ``q_actor_i``,
+            ``w2_i`` (``bc_mse`` for actor 0) and ``lmbd_i``.
+
+        Raises:
+            IndexError: when there is no such actor.
+        """
+        if index is not None and not 0 <= index < self.num_actors:
+            raise IndexError(f"actor index {index} is not in 0..{self.num_actors - 1}.")
+        indices = range(self.num_actors) if index is None else (index,)
+        if 0 in indices:
+            self.check_batch(tensordict, (*self.actor_network.in_keys, self.tensor_keys.action))
+        noise = self.draw_noise(tensordict, critic=False, actors=indices)
+        qvalue = self.params("qvalue_network")
+        losses, metadata = [], {}
+        for i in indices:
+            actor, rest = self.params(f"actor_network_{i}"), (self.w2_weights[i], self.alpha)
+            if i == 0:
+                loss, found = self.first_actor_terms(actor, tensordict, noise, qvalue, *rest)
+            else:
+                before = self.params(f"actor_network_{i - 1}")
+                loss, found = self.jko_terms(
+                    actor, tensordict, noise, before, qvalue, *rest, index=i
+                )
+            losses.append(loss)
+            metadata.update(found)
+        self.release(tensordict, *self._parameter_names)
+        return sum(losses[1:], losses[0]), metadata
+
+    def check_batch(
+        self, tensordict: TensorDictBase, keys: Sequence[NestedKey] | None = None
+    ) -> None:
+        """Refuse a batch that lacks keys or has shapes or dtypes that do not fit.
+
+        Args:
+            tensordict: a batch.
+            keys: what it must hold. Defaults to :attr:`in_keys`.
+
+        Raises:
+            KeyError: when a key is missing.
+            ValueError: when a dtype or a shape does not fit.
+        """
+        check_batch(
+            tensordict,
+            self.in_keys if keys is None else keys,
+            action=self.tensor_keys.action,
+            reward=("next", self.tensor_keys.reward),
+            ends=self._end_keys,
+            low=self.min_action,
+        )
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """All losses of one batch, without any update in between.
+
+        Also writes each sample's TD error under the ``priority`` key of ``tensordict``.
+        """
+        loss_actor, actor_metadata = self.actor_loss(tensordict)
+        loss_qvalue, qvalue_metadata = self.qvalue_loss(tensordict)
+        tensordict.set(self.tensor_keys.priority, qvalue_metadata.pop("td_error").max(0)[0])
+        td_out = TensorDict(
+            {
+                "loss_actor": loss_actor,
+                "loss_qvalue": loss_qvalue,
+                **actor_metadata,
+                **qvalue_metadata,
+            }
+        )
+        self.release(tensordict, td_out, *self._parameter_names)
+        return td_out
+
     def reset_parameters_recursive(self) -> None:
         """Draw all parameters anew, each actor and critic on its own; targets start equal."""
+        registered: dict[str, Any] = dict(self.named_children())
         for name in (*(f"actor_network_{i}" for i in range(self.num_actors)), "qvalue_network"):
-            network, params = getattr(self, name), self._modules[f"{name}_params"].data
+            network, params = getattr(self, name), registered[f"{name}_params"].data
             stacked = name == "qvalue_network"
             for each in params.unbind(0) if stacked else (params,):
                 fresh = copy.deepcopy(network)
                 redraw_parameters(fresh, name)
                 each.update_(TensorDict.from_module(fresh).data)
-            target = self._modules.get(f"target_{name}_params")
+            target = registered.get(f"target_{name}_params")
             if target is not None:
                 target.data.update_(params)
 
@@ -286,7 +409,7 @@ class ChainLoss(LossModule):
             if isinstance(value_type, type):
                 hyperparams.setdefault("value_network", None)
             LossModule.make_value_estimator(self, value_type, **hyperparams)
-            self._forward_value_estimator_keys()
+            self.keys_changed()
             return self
         # On the host by default: each compiled update would copy gamma from there.
         hyperparams.setdefault("device", self.min_action.device)
@@ -305,9 +428,10 @@ class ChainLoss(LossModule):
         )
         return self
 
-    def _forward_value_estimator_keys(self, **kwargs) -> None:
-        if self._value_estimator is not None:
-            self._value_estimator.set_keys(
+    def keys_changed(self) -> None:
+        """Pass the keys on to the value estimator, and list those that a batch must hold."""
+        if self.has_value_estimator:
+            self.value_estimator.set_keys(
                 value=self.tensor_keys.state_action_value,
                 reward=self.tensor_keys.reward,
                 done=self.tensor_keys.done,

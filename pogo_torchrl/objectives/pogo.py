@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.data import TensorSpec
 from torchrl.objectives.utils import distance_loss
 
 from pogo_torchrl import functional
-from pogo_torchrl.objectives.chain_loss import ChainLoss, Noise, Params
+from pogo_torchrl.objectives.chain_loss import ChainLoss, Noise, Params, actor_scalars
 from pogo_torchrl.objectives.checks import (
     action_bounds,
     as_networks,
-    check_batch,
     check_choice,
     check_integer,
     check_positive,
@@ -122,8 +121,9 @@ class POGOLoss(ChainLoss):
 
     Output: ``loss_qvalue`` and ``loss_actor`` (the sum over the chain) carry gradients; everything
     else is a detached scalar for the log: for each actor i ``loss_actor_i``, ``q_actor_i``,
-    ``w2_i`` (:math:`D_i`), ``lmbd_i`` (:math:`\lambda`); ``pred_value``, ``target_value``,
-    ``next_state_value``. (Summing every key that starts with ``loss``, as TorchRL's trainer does,
+    ``lmbd_i`` (:math:`\lambda`) and :math:`D_i`, which is ``bc_mse`` for actor 0, a mean squared
+    error, and ``w2_i`` for the others; ``pred_value``, ``target_value``, ``next_state_value``.
+    (Summing every key that starts with ``loss``, as TorchRL's trainer does,
     therefore gives the right gradient.)
 
     Examples:
@@ -265,18 +265,14 @@ class POGOLoss(ChainLoss):
             )
         low, high = action_bounds(action_spec, bounds, actors[0], self.tensor_keys.action)
         self._register(actors, qvalues)
-        self._make_vmap()
+        self.randomness_changed()
         self.register_buffer("min_action", low)
         self.register_buffer("max_action", high)
         self._set_in_keys()
         self._out_keys: list[NestedKey] = [
             "loss_actor",
             "loss_qvalue",
-            *[
-                f"{name}_{i}"
-                for i in range(self.num_actors)
-                for name in ("loss_actor", "q_actor", "w2", "lmbd")
-            ],
+            *[name for i in range(self.num_actors) for name in actor_scalars(i)],
             "pred_value",
             "target_value",
             "next_state_value",
@@ -308,7 +304,7 @@ class POGOLoss(ChainLoss):
         loss = distance_loss(
             pred_value, target_value.expand_as(pred_value), loss_function=self.loss_function
         )
-        return self._reduce(loss.sum(0), batch), {
+        return self.reduce(loss.sum(0), batch), {
             "td_error": (pred_value - target_value).detach().square(),
             "pred_value": pred_value.detach().mean(),
             "target_value": target_value.mean(),
@@ -445,13 +441,9 @@ class POGOLoss(ChainLoss):
         q = self._qvalue(frozen, batch, action)
         scale = functional.q_scale(q, alpha, self.q_normalization)
         loss = functional.jko_loss(q, distance, scale=scale, weight=weight)
-        loss = self._reduce(loss, batch)
-        return loss, {
-            f"loss_actor_{index}": loss.detach().mean(),
-            f"q_actor_{index}": q.detach().mean(),
-            f"w2_{index}": distance.detach().mean(),
-            f"lmbd_{index}": scale,
-        }
+        loss = self.reduce(loss, batch)
+        values = loss.detach().mean(), q.detach().mean(), distance.detach().mean(), scale
+        return loss, dict(zip(actor_scalars(index), values))
 
     def _repeat(self, state: TensorDictBase) -> TensorDictBase:
         """The same states ``num_samples`` times, along a new last batch dimension."""
@@ -459,113 +451,3 @@ class POGOLoss(ChainLoss):
 
     def _to_unit_box(self, action: Tensor) -> Tensor:
         return functional.to_unit_box(action, self.min_action, self.max_action)
-
-    def _reduce(self, loss: Tensor, batch: TensorDictBase) -> Tensor:
-        weights = self._maybe_get_priority_weight(batch)
-        return self._reduce_loss(loss, tensordict=batch, weights=weights)
-
-    # ------------------------------------------------------------------ the loss of a batch
-
-    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critics' loss, summed over the critics; see :meth:`qvalue_terms`.
-
-        Args:
-            tensordict: a batch with the keys of :attr:`in_keys`.
-
-        Returns:
-            The loss, and a dictionary of detached values: ``td_error`` (squared, ``[C, *B]``),
-            and the batch means ``pred_value``, ``target_value`` and ``next_state_value``.
-        """
-        self.check_batch(tensordict)
-        loss, metadata = self.qvalue_terms(
-            self.params("qvalue_network"),
-            tensordict,
-            self.draw_noise(tensordict, actors=()),
-            self.params("target_actor_network_0"),
-            self.params("target_qvalue_network"),
-        )
-        self._clear_weakrefs(tensordict, *self._parameter_names)
-        return loss, metadata
-
-    def actor_loss(
-        self, tensordict: TensorDictBase, index: int | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""The objective :math:`L_i` of one actor, or the sum over the chain.
-
-        See :meth:`first_actor_terms` and :meth:`jko_terms`.
-
-        Args:
-            tensordict: a batch with the observations and, for actor 0, the data's actions.
-            index: which actor, ``0 .. N - 1``; ``None`` sums over all, on this batch and with the
-                parameters as they are.
-
-        Returns:
-            The loss, and a dictionary of detached scalars ``loss_actor_i``, ``q_actor_i``,
-            ``w2_i`` and ``lmbd_i``.
-
-        Raises:
-            IndexError: when there is no such actor.
-        """
-        if index is not None and not 0 <= index < self.num_actors:
-            raise IndexError(f"actor index {index} is not in 0..{self.num_actors - 1}.")
-        indices = range(self.num_actors) if index is None else (index,)
-        if 0 in indices:
-            self.check_batch(tensordict, (*self.actor_network.in_keys, self.tensor_keys.action))
-        noise = self.draw_noise(tensordict, critic=False, actors=indices)
-        qvalue = self.params("qvalue_network")
-        losses, metadata = [], {}
-        for i in indices:
-            actor, rest = self.params(f"actor_network_{i}"), (self.w2_weights[i], self.alpha)
-            if i == 0:
-                loss, found = self.first_actor_terms(actor, tensordict, noise, qvalue, *rest)
-            else:
-                before = self.params(f"actor_network_{i - 1}")
-                loss, found = self.jko_terms(
-                    actor, tensordict, noise, before, qvalue, *rest, index=i
-                )
-            losses.append(loss)
-            metadata.update(found)
-        self._clear_weakrefs(tensordict, *self._parameter_names)
-        return sum(losses[1:], losses[0]), metadata
-
-    def check_batch(
-        self, tensordict: TensorDictBase, keys: Sequence[NestedKey] | None = None
-    ) -> None:
-        """Refuse a batch that lacks keys or has shapes or dtypes that do not fit.
-
-        Args:
-            tensordict: a batch.
-            keys: what it must hold. Defaults to :attr:`in_keys`.
-
-        Raises:
-            KeyError: when a key is missing.
-            ValueError: when a dtype or a shape does not fit.
-        """
-        check_batch(
-            tensordict,
-            self.in_keys if keys is None else keys,
-            action=self.tensor_keys.action,
-            reward=("next", self.tensor_keys.reward),
-            ends=self._end_keys,
-            low=self.min_action,
-        )
-
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All losses of one batch, without any update in between.
-
-        Also writes each sample's TD error under the ``priority`` key of ``tensordict``.
-        """
-        loss_actor, actor_metadata = self.actor_loss(tensordict)
-        loss_qvalue, qvalue_metadata = self.qvalue_loss(tensordict)
-        tensordict.set(self.tensor_keys.priority, qvalue_metadata.pop("td_error").max(0)[0])
-        td_out = TensorDict(
-            {
-                "loss_actor": loss_actor,
-                "loss_qvalue": loss_qvalue,
-                **actor_metadata,
-                **qvalue_metadata,
-            }
-        )
-        self._clear_weakrefs(tensordict, td_out, *self._parameter_names)
-        return td_out

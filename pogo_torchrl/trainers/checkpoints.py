@@ -27,13 +27,13 @@ _DIGESTS = "sha256.json"
 
 
 class DurableCheckpoint(Checkpoint):
-    """A TorchRL checkpoint with checksums, flushed to the disk before it gets its name.
+    """A TorchRL checkpoint with checksums, which are written once all data are on the disk.
 
-    TorchRL writes a checkpoint beside its place and renames it. What is added: the rename waits
-    until the data are on the disk, so that not even a crash of the machine leaves half a
-    checkpoint; and :func:`is_intact` tells later whether all of it is still there. Files are
-    written with plain writes, which fail with an error on a full disk where TorchRL's default,
-    memory-mapped files, kills the process.
+    TorchRL writes a checkpoint under a temporary name and renames it, but a crash of the machine
+    can still lose data of the renamed files. Here the file of checksums is written after all
+    others are on the disk, so that :func:`is_intact` tells a whole checkpoint from a part of one.
+    Files are written with plain writes, which fail with an error on a full disk where TorchRL's
+    default, memory-mapped files, kills the process.
     """
 
     def __init__(self) -> None:
@@ -41,15 +41,16 @@ class DurableCheckpoint(Checkpoint):
         self.register_adapter(object, StateDictCheckpointAdapter(payload_format="torch"))
         self.register("rng", GlobalRNGState())
 
-    @staticmethod
-    def _publish_path(source: Path, destination: Path) -> None:
-        recorded = digests(source)
-        with atomic_write(source / _DIGESTS, "x") as file:
+    def save(self, path: str | Path, **kwargs: Any) -> Path:
+        """Save as TorchRL does; checksums, which make the checkpoint a whole one, come last."""
+        destination = super().save(path, **kwargs)
+        for part in (*destination.rglob("*"), destination, destination.parent):
+            sync(part)
+        recorded = digests(destination)
+        with atomic_write(destination / _DIGESTS, "x") as file:
             json.dump(recorded, file)
-        for path in (*source.rglob("*"), source):
-            sync(path)
-        Checkpoint._publish_path(source, destination)
-        sync(destination.parent)
+        sync(destination)
+        return destination
 
 
 class PriorityState:

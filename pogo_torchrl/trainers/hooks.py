@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torchrl.trainers import TrainerHookBase
+from tqdm import tqdm
 
-from pogo_torchrl.evaluation import Evaluation, EvaluationInterrupted
 from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.trainers.stepper import RunningMean
 
@@ -21,6 +22,23 @@ class DivergenceError(FloatingPointError):
 
 class EvaluationError(RuntimeError):
     """An evaluation failed; the message says when, and how to go on."""
+
+
+class Evaluation(NamedTuple):
+    """What one actor reached in one mode."""
+
+    actor: int
+    mode: str
+    returns: np.ndarray
+    """Undiscounted return of each episode."""
+    lengths: np.ndarray
+    """Steps of each episode."""
+    scores: np.ndarray
+    """D4RL score of each episode, 0 for random and 100 for expert."""
+
+
+class EvaluationInterrupted(Exception):
+    """The evaluation was told to stop, see :meth:`pogo_torchrl.evaluation.Evaluator.interrupt`."""
 
 
 class Sink(Protocol):
@@ -78,8 +96,8 @@ class LogMetrics(TrainerHookBase):
         self.means.reset()
         for sink in self.sinks:
             sink.write(step, [row])
-        self.trainer._log(log_pbar=True, loss_q=row["loss_qvalue"])
-        self.trainer._log_dict.clear()
+        if self.trainer.bar is not None:
+            self.trainer.bar.show(loss_q=row["loss_qvalue"])
 
     @torch.no_grad()
     def _spread(self) -> dict[str, float]:
@@ -153,7 +171,7 @@ class Evaluate(TrainerHookBase):
                 self.trainer.collector.stop()  # this step's evaluation is still to come
 
     def _run(self) -> None:
-        if not self._due() or self.trainer._stop_training:
+        if not self._due() or self.trainer.stopping:
             return
         try:
             self._evaluate(self.trainer.collected_frames)
@@ -189,6 +207,37 @@ class Evaluate(TrainerHookBase):
             sink.write(step, rows)
         self.last_step = step
         self.report(evaluations)
+
+
+class ProgressBar(TrainerHookBase):
+    """Trainer hook: a progress bar over the updates of the whole run, also of a resumed one."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def register(self, trainer: Any, name: str = "progress_bar") -> None:
+        """Register at the trainer's boundaries."""
+        self.trainer = trainer
+        trainer.register_op("setup", self._start)
+        trainer.register_op("post_steps", self._update)
+        trainer.register_op("shutdown", self._close)
+
+    def show(self, **numbers: float) -> None:
+        """Show numbers beside the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix(numbers, refresh=False)
+
+    def _start(self) -> None:
+        done, total = self.trainer.collected_frames, self.trainer.total_frames
+        self._bar = tqdm(total=total, initial=done, unit=" updates")
+
+    def _update(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self.trainer.collected_frames - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 class StopOnDivergence(TrainerHookBase):
@@ -234,7 +283,7 @@ class StopOnDivergence(TrainerHookBase):
 
     def _check(self) -> None:
         step = self.trainer.collected_frames
-        if not (self.trainer.at_boundary() or self.trainer._stop_training):
+        if not (self.trainer.at_boundary() or self.trainer.stopping):
             return
         means = self.metrics.means()
         broken = [name for name, value in means.items() if not math.isfinite(value)]

@@ -9,6 +9,7 @@ from operator import itemgetter
 import torch
 from tensordict import TensorDict
 
+from pogo_torchrl.torchrl_private import count_updates, run_stage
 from pogo_torchrl.trainers.fused.update import Update
 from pogo_torchrl.trainers.trainer import POGOTrainer, Ticks
 
@@ -76,7 +77,7 @@ class TrainerStack:
     def train(self) -> list[Exception | None]:
         """Train all to their end; returns what has ended each of them early, if anything."""
         first = self.trainers[0]
-        self._each(lambda trainer: trainer._setup_hook())
+        self._each(lambda trainer: run_stage(trainer, "setup"))
         ticks = Ticks(first.total_frames)
         ticks.step = first.collected_frames
         ticks.intervals = sorted(
@@ -91,7 +92,7 @@ class TrainerStack:
             self._each(self._after)
             if not any(map(self._goes_on, range(len(self.trainers)))):
                 break
-        self._each(lambda trainer: trainer._shutdown_hook())
+        self._each(lambda trainer: run_stage(trainer, "shutdown"))
         return self.errors
 
     def update(self) -> None:
@@ -102,8 +103,8 @@ class TrainerStack:
         batches, noises = [], []
         for place, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
             with self.active(place):
-                trainer._optim_count += 1
-                batches.append(trainer._process_optim_batch_hook(TensorDict()))
+                count_updates(trainer, 1)
+                batches.append(run_stage(trainer, "process_optim_batch", TensorDict()))
                 noises.append(stepper.draw_noise(batches[-1]))
         first = self.steppers[0]
         noise = {name: torch.stack([one[name] for one in noises]) for name in noises[0]}
@@ -112,8 +113,8 @@ class TrainerStack:
             own = stacked.map(itemgetter(place))
             stepper.record(own, batches[place])
             stepper.advance(1)
-            trainer._post_optim_hook()
-            trainer._post_optim_log(batches[place])
+            run_stage(trainer, "post_optim")
+            run_stage(trainer, "post_optim_log", batches[place])
 
     def _prepare(self) -> None:
         """Find the memory that the losses and the optimizers have now."""
@@ -140,8 +141,8 @@ class TrainerStack:
     @staticmethod
     def _after(trainer: POGOTrainer) -> None:
         """What follows the updates of a tick in TorchRL's trainer."""
-        trainer._post_steps_hook()
-        ends = trainer._stop_training or trainer.collected_frames >= trainer.total_frames
+        run_stage(trainer, "post_steps")
+        ends = trainer.stopping or trainer.collected_frames >= trainer.total_frames
         trainer.save_trainer(force_save=ends)
 
     def _each(self, action: Callable[[POGOTrainer], None]) -> None:
@@ -155,4 +156,4 @@ class TrainerStack:
                 self.errors[place] = error
 
     def _goes_on(self, place: int) -> bool:
-        return self.errors[place] is None and not self.trainers[place]._stop_training
+        return self.errors[place] is None and not self.trainers[place].stopping

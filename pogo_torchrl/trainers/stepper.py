@@ -17,8 +17,10 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
 from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.torchrl_private import count_updates, run_stage
+from pogo_torchrl.trainers.fused.compilation import check_backend
 from pogo_torchrl.trainers.fused.cuda_graphs import CUDAGraph, DeviceGraph, UpdateGraphs
-from pogo_torchrl.trainers.fused.update import Results, Update, check_backend, scalar_names
+from pogo_torchrl.trainers.fused.update import Results, Update, scalar_names
 from pogo_torchrl.trainers.optimizers import ChainOptimizers, MakeOptimizer, MakeScheduler, adam
 
 
@@ -184,15 +186,15 @@ class POGOOptimizationStepper(OptimizationStepper):
             The detached scalars of all losses, or their means over the updates.
         """
         if sub_batch.is_empty():
-            trainer._optim_count += sub_batch.numel() - 1
-            return self.run(sub_batch.numel(), trainer._dataset)
+            count_updates(trainer, sub_batch.numel() - 1)
+            return self.run(sub_batch.numel(), trainer.dataset)
         self._prepare()
         self.loss_module.check_batch(sub_batch)
         results = self.update_on(sub_batch, self.lr())
         sub_batch.set(self.loss_module.tensor_keys.priority, results.td_error)
         self.advance(1)
         if isinstance(trainer, Trainer):  # whose loop leaves the stage to steppers
-            trainer._post_loss_hook(sub_batch)
+            run_stage(trainer, "post_loss", sub_batch)
         return self.metrics
 
     def run(self, count: int, batches: Batches) -> TensorDictBase:

@@ -27,7 +27,7 @@ from pogo_torchrl.trainers.checkpoints import (
     metadata,
     remove_unfinished,
 )
-from pogo_torchrl.trainers.hooks import DivergenceError
+from pogo_torchrl.trainers.hooks import DivergenceError, ProgressBar
 from pogo_torchrl.trainers.optimizers import MakeOptimizer, MakeScheduler
 from pogo_torchrl.trainers.stepper import POGOOptimizationStepper
 
@@ -214,7 +214,10 @@ class POGOTrainer(Trainer):
         # A SoftUpdate's step is a part of the update.
         soft = target_net_updater if type(target_net_updater) is SoftUpdate else None
         self.fingerprint = dict(fingerprint or {})
-        self.stages: set[str] = set()  # those that have hooks
+        self.stages: dict[str, list[tuple[Callable, dict[str, Any]]]] = {}  # hooks with arguments
+        self._acts_on_each_update = False  # whether any hook does
+        self.stopping = False
+        self.stop_reason: str | None = None
         self._tick: TensorDictBase | None = None  # that is to be one step
         ticks, rotation = Ticks(total_steps), None
         if checkpoint_dir is not None:
@@ -239,7 +242,7 @@ class POGOTrainer(Trainer):
                 compile=compile,
                 bf16=bf16,
             ),
-            progress_bar=progress_bar,
+            progress_bar=False,  # ours shows the whole run, also after a resume
             # the trainer saves once MORE than the interval has passed
             save_trainer_interval=checkpoint_interval - 1,
             checkpoint=DurableCheckpoint(),
@@ -248,17 +251,16 @@ class POGOTrainer(Trainer):
             auto_log_optim_steps=False,  # it would keep every number of every step
         )
         # After super().__init__(), which would make the dataset a part of each checkpoint.
-        self._dataset = replay_buffer
-        super().register_op("process_optim_batch", self._sample)
-        super().register_op("shutdown", self.optimization_stepper.synchronize)
+        self.dataset = replay_buffer
+        self.register_op("process_optim_batch", self._sample)
+        self.register_op("shutdown", self.optimization_stepper.synchronize)
         if target_net_updater is not None and soft is None:
             self.register_op("post_optim", target_net_updater.step)
         self._follow_priorities(replay_buffer)
-        if progress_bar:
-            self.register_op("setup", self._start_progress_bar)
-            self.register_op("shutdown", self._close_progress_bar)
-        for hook in hooks:
-            hook.register(self)
+        self.bar = ProgressBar() if progress_bar else None
+        for hook in (*hooks, self.bar):
+            if hook is not None:
+                hook.register(self)
 
     def register_op(self, dest: Any, op: Callable, **kwargs: Any) -> None:
         """Register an operation, as TorchRL's trainer does.
@@ -272,7 +274,9 @@ class POGOTrainer(Trainer):
                 f"{_REFUSED[dest]}, or write a loop of your own (examples/pogo_in_torchrl.py)."
             )
         super().register_op(dest, op, **kwargs)
-        self.stages.add(dest)
+        self.stages.setdefault(dest, []).append((op, kwargs))
+        if dest in _AT_EACH_UPDATE and op != self._sample:
+            self._acts_on_each_update = True
 
     def _follow_priorities(self, replay_buffer: ReplayBuffer) -> None:
         """Give a prioritised replay buffer the TD errors, and checkpoint its priorities."""
@@ -344,7 +348,7 @@ class POGOTrainer(Trainer):
     def optim_steps(self, batch: TensorDictBase) -> None:
         """As many updates as the tick is long, with TorchRL's stages around them."""
         # Without hooks that see single updates the stepper makes all of the tick's in one step.
-        self._tick = batch if self.stages.isdisjoint(_AT_EACH_UPDATE) else None
+        self._tick = None if self._acts_on_each_update else batch
         self.optim_steps_per_batch = batch.numel() if self._tick is None else 1
         try:
             super().optim_steps(batch)
@@ -355,18 +359,10 @@ class POGOTrainer(Trainer):
 
     def sample(self) -> TensorDictBase:
         """A batch of the replay buffer."""
-        return self._dataset.sample()
+        return self.dataset.sample()
 
     def _sample(self, batch: TensorDictBase) -> TensorDictBase:
         return self.sample() if self._tick is None else self._tick
-
-    def _start_progress_bar(self) -> None:
-        self._pbar.unit = " updates"
-        self._pbar.initial = self._pbar.n = self.collected_frames
-        self._pbar.refresh()
-
-    def _close_progress_bar(self) -> None:
-        self._pbar.close()
 
     def resume(self) -> int | None:
         """Load the newest checkpoint of ``checkpoint_dir`` that is whole; damaged ones are skipped.
@@ -416,9 +412,26 @@ class POGOTrainer(Trainer):
                 "that it was started with, or another checkpoint_dir."
             )
 
-    def _save_trainer(self) -> None:
+    def request_stop(self, reason: str | None = None) -> None:
+        """Stop after the current tick, with a checkpoint.
+
+        Args:
+            reason: why, kept in ``stop_reason``.
+        """
+        super().request_stop(reason)
+        self.stopping, self.stop_reason = True, reason
+
+    def save_trainer(self, force_save: bool = False) -> None:
+        """Write a checkpoint if one is due, or in any case.
+
+        Args:
+            force_save: whether to write one now. Defaults to ``False``.
+
+        Raises:
+            OSError: when it cannot be written, e.g. on a full disk.
+        """
         try:
-            super()._save_trainer()
+            super().save_trainer(force_save)
         except (OSError, RuntimeError) as error:  # torch.save raises either on a full disk
             reason = str(error).splitlines()[0]
             kept = self.checkpoint_rotation.latest()

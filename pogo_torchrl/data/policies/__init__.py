@@ -1,7 +1,7 @@
 """Small policies of several levels, bundled so that there is data without a download.
 
 `{environment}.npz` holds the weights and `manifest.json` how each level was found and what it
-scores; `python -m pogo_torchrl.data.policies.train` writes both.
+scores; `python -m pogo_torchrl.data.train_policies` writes both.
 """
 
 from __future__ import annotations

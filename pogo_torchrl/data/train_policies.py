@@ -1,8 +1,8 @@
 """Finds the bundled policies by augmented random search (Mania et al. 2018).
 
-    python -m pogo_torchrl.data.policies.train hopper --seed 0 1 2 --minutes 10
+    python -m pogo_torchrl.data.train_policies hopper --seed 0 1 2 --minutes 10
 
-searches once per seed, keeps the seed with the best policy and writes its levels beside this file.
+searches once per seed, keeps the seed with the best policy and writes its levels to `policies/`.
 A search is a function of its seed and its number of environment steps.
 """
 

@@ -1,0 +1,127 @@
+"""How the package is built: what may import what, and what may touch what is private."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from pogo_torchrl import torchrl_private
+
+PACKAGE = Path(torchrl_private.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {file.relative_to(PACKAGE).as_posix(): ast.parse(file.read_text()) for file in FILES}
+
+
+def test_the_loss_needs_no_simulator_no_hydra_and_no_files():
+    code = (
+        "import sys\n"
+        "for name in ('mujoco', 'hydra', 'omegaconf', 'matplotlib', 'h5py', 'submitit'):\n"
+        "    sys.modules[name] = None\n"
+        "from pogo_torchrl import POGOLoss, POGOTrainer, load_actors\n"
+        "ours = {name.split('.')[1] for name in sys.modules if name.startswith('pogo_torchrl.')}\n"
+        "assert ours.isdisjoint({'envs', 'data', 'experiments', 'report', 'cli'}), ours\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_two_modules_share_a_name_or_shadow_pythons():
+    names = [file.stem for file in FILES if not file.stem.startswith("__")]
+    names += [file.parent.name for file in FILES if file.stem == "__init__"]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    assert set(names) & sys.stdlib_module_names == set()
+
+
+def test_modules_are_short():
+    lengths = {name: len((PACKAGE / name).read_text().splitlines()) for name in TREES}
+    assert {name: n for name, n in lengths.items() if n > 500} == {}
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """Names that a module defines or assigns."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    return names
+
+
+def test_what_is_private_to_others_is_used_in_one_module():
+    """Attributes with an underscore that nothing in the package defines are somebody else's."""
+    ours = set().union(*map(defined, TREES.values()))
+    allowed = {"_replace", "_max_episode_steps"}  # of named tuples; of gym, which D4RL pins
+    found = {
+        f"{name}: {ast.unparse(node)}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in ours | allowed
+        and name != "torchrl_private.py"
+    }
+    assert found == set()
+
+
+@pytest.fixture
+def forgetful():
+    """A warning that was given once is given again."""
+    torchrl_private._warn_once.cache_clear()
+    yield
+    torchrl_private._warn_once.cache_clear()
+
+
+def test_without_torchrls_stages_hooks_are_called_directly(forgetful):
+    batch, other = TensorDict(a=torch.zeros(1)), TensorDict(a=torch.ones(1))
+    seen = []
+    trainer = SimpleNamespace(
+        stages={
+            "process_optim_batch": [(lambda td: other, {}), (seen.append, {})],
+            "setup": [(lambda value: seen.append(value), {"value": 3})],
+        }
+    )
+    with pytest.warns(UserWarning, match=r"no Trainer\._process_optim_batch_hook"):
+        assert torchrl_private.run_stage(trainer, "process_optim_batch", batch) is other
+    with pytest.warns(UserWarning, match=r"no Trainer\._setup_hook"):
+        torchrl_private.run_stage(trainer, "setup")
+    assert seen[0] is other
+    assert seen[1] == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        torchrl_private.run_stage(trainer, "setup")
+
+
+def test_without_torchrls_counter_updates_are_still_made(forgetful):
+    with pytest.warns(UserWarning, match=r"no Trainer\._optim_count"):
+        torchrl_private.count_updates(SimpleNamespace(), 3)
+    trainer = SimpleNamespace(_optim_count=2)
+    torchrl_private.count_updates(trainer, 3)
+    assert trainer._optim_count == 5
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_without_torchrls_reduction_losses_are_the_same(
+    forgetful, monkeypatch, make_loss, make_batch, reduction, weighted
+):
+    loss, batch = make_loss(reduction=reduction), make_batch()
+    if weighted:
+        batch["priority_weight"] = torch.rand(8)
+    values = torch.randn(8)
+    expected = loss.reduce(values, batch)
+    for owner in type(loss).__mro__:
+        if "_reduce_loss" in vars(owner):
+            monkeypatch.delattr(owner, "_reduce_loss")
+    with pytest.warns(UserWarning, match=r"no LossModule\._reduce_loss"):
+        torch.testing.assert_close(loss.reduce(values, batch), expected)
