@@ -6,7 +6,9 @@ python examples/pogo_offline.py data.source=hdf5 data.path=FILE
 python examples/pogo_offline.py --help                   # all options
 """
 
-from pogo_torchrl.experiments.train import main
+import sys
+
+from pogo_torchrl.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

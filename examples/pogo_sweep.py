@@ -5,7 +5,9 @@ python examples/pogo_sweep.py sweep=locomotion data.source=local total_steps=200
 python examples/pogo_sweep.py --help                     # all options
 """
 
-from pogo_torchrl.experiments.sweep import main
+import sys
+
+from pogo_torchrl.cli import main
 
 if __name__ == "__main__":
-    main()
+    main(["sweep", *sys.argv[1:]])

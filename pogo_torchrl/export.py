@@ -7,8 +7,9 @@ file can run, and no more memory is taken than the file is long.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -52,14 +53,20 @@ def on_raw_observations(
 
 
 def save_actors(
-    path: str | Path, actors: Sequence[TransportActor], *, hidden_sizes: Sequence[int] = (256, 256)
+    path: str | Path,
+    actors: Sequence[TransportActor],
+    *,
+    hidden_sizes: Sequence[int] = (256, 256),
+    environment: Mapping[str, Any] | None = None,
 ) -> None:
     """Write actors on raw observations, built by :func:`~pogo_torchrl.make_actor`, to one file.
 
     Args:
         path: the file; it appears whole or not at all.
         actors: the chain, from :func:`on_raw_observations`.
-        hidden_sizes: widths of their hidden layers.
+        hidden_sizes: widths of their hidden layers. Defaults to ``(256, 256)``.
+        environment: where they were evaluated, for :func:`trained_for`; anything that JSON can
+            hold. Defaults to ``None``.
 
     Raises:
         ValueError: when the actors are not such, or have other hidden layers.
@@ -89,6 +96,7 @@ def save_actors(
         "version": str(_VERSION),
         "hidden_sizes": json.dumps(list(hidden_sizes)),
         "num_actors": str(len(actors)),
+        "environment": json.dumps(environment or {}, sort_keys=True),
     }
     content = safetensors.torch.save(tensors, header)
     with atomic_write(path) as file:
@@ -138,6 +146,20 @@ def load_actors(path: str | Path, *, device: torch.device | str = "cpu") -> list
             f"{path} is damaged ({_one_line(error)}): export the policy again."
         ) from error
     return [actor.to(device).requires_grad_(False) for actor in actors]
+
+
+def trained_for(path: str | Path) -> dict[str, Any]:
+    """The environment that :func:`save_actors` was given; empty where it was given none.
+
+    Args:
+        path: a file of :func:`save_actors`, which :func:`load_actors` can load.
+    """
+    header, _ = _read(Path(path))
+    try:
+        found = json.loads(header.get("environment", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -25,12 +25,12 @@ from test_data import qlearning_dataset
 from torchrl.data import Bounded
 
 from pogo_torchrl import POGOLoss, make_actor, make_qvalue, sinkhorn_divergence
+from pogo_torchrl.cli import main
 from pogo_torchrl.data import make_replay_buffer, read_hdf5
 from pogo_torchrl.data.hdf5 import RefusedFile
 from pogo_torchrl.experiments import config
 from pogo_torchrl.experiments.overrides import check_options, check_overrides
 from pogo_torchrl.experiments.run_folder import RunFolder, claim
-from pogo_torchrl.experiments.train import main
 
 few = settings(
     max_examples=30,
@@ -186,10 +186,10 @@ def refusal(arguments: list[str], monkeypatch, capsys) -> str:
     """What the command line says, after it has ended as it should for bad input."""
     names = [argument.partition("=")[0] for argument in arguments]
     small = [s for s in SMALL if s.partition("=")[0] not in names]
-    monkeypatch.setattr(sys, "argv", ["pogo", *small, *arguments])
+    monkeypatch.setattr(sys, "argv", ["pogo"])  # the command sets what Hydra reads
     GlobalHydra.instance().clear()  # a process of its own begins without
     with pytest.raises(SystemExit) as end:
-        main()
+        main(["train", *small, *arguments])
     lines = capsys.readouterr().err.splitlines(keepends=True)
     said = "".join(line for line in lines if "Generating" not in line).lstrip(
         "\r"

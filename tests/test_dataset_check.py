@@ -10,8 +10,9 @@ import h5py
 import numpy as np
 import pytest
 
+from pogo_torchrl.cli import main
 from pogo_torchrl.envs import make_env, replay_errors
-from pogo_torchrl.envs.dataset_check import check, find_task, main, read_rows
+from pogo_torchrl.envs.dataset_check import check, find_task, read_rows
 from pogo_torchrl.envs.transitions import replay
 
 ENVIRONMENTS = {
@@ -22,6 +23,13 @@ ENVIRONMENTS = {
     "medium": "antmaze-medium-play-v2",
     "large": "antmaze-large-play-v2",
 }
+
+
+def exit_code(*arguments: str) -> int:
+    """The exit code of the command line."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return end.value.code
 
 
 def record(task: str, steps: int, dtype=np.float64, horizon: int = 40, gravity: float = 1.0):
@@ -66,7 +74,7 @@ def write(path: Path, columns: dict[str, np.ndarray]) -> Path:
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_a_file_of_ours_matches(task, dtype, tmp_path, capsys):
     path = write(tmp_path / "data.hdf5", record(task, 200, dtype))
-    assert main(["check", str(path)]) == 0
+    assert exit_code("check-dataset", str(path)) == 0
     output = capsys.readouterr().out
     assert f"200 rows in the environment of {task}" in output
     assert "The file matches" in output
@@ -80,7 +88,7 @@ def test_a_file_of_ours_matches(task, dtype, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_other_physics_do_not_match(dtype, tmp_path, capsys):
     path = write(tmp_path / "data.hdf5", record("hopper-medium-v2", 200, dtype, gravity=1.01))
-    assert main(["check", str(path)]) == 1
+    assert exit_code("check-dataset", str(path)) == 1
     assert "does not match" in capsys.readouterr().out
 
 
@@ -95,7 +103,7 @@ def test_other_physics_do_not_match(dtype, tmp_path, capsys):
 def test_other_rewards_terminations_or_actions_do_not_match(key, change, tmp_path):
     columns = record("walker2d-medium-v2", 100)
     columns[key] = change(columns[key])
-    assert main(["check", str(write(tmp_path / "data.hdf5", columns))]) == 1
+    assert exit_code("check-dataset", str(write(tmp_path / "data.hdf5", columns))) == 1
 
 
 def test_rows_are_spread_over_the_file_and_stop_at_episode_ends(tmp_path):
@@ -112,7 +120,7 @@ def test_rows_are_spread_over_the_file_and_stop_at_episode_ends(tmp_path):
 def test_a_file_without_timeouts_or_goals(tmp_path, capsys):
     columns = record("antmaze-umaze-v2", 60, horizon=1000)
     del columns["timeouts"], columns["infos/goal"]
-    assert main(["check", str(write(tmp_path / "data.hdf5", columns))]) == 0
+    assert exit_code("check-dataset", str(write(tmp_path / "data.hdf5", columns))) == 0
     output = capsys.readouterr().out
     assert "not compared: the file has no infos/goal" in output
     assert "terminations agree" not in output
@@ -129,17 +137,17 @@ def test_mazes_are_told_apart(maze):
 
 def test_the_task_may_be_given(tmp_path, capsys):
     path = write(tmp_path / "data.hdf5", record("hopper-medium-v2", 50))
-    assert main(["check", str(path), "--task", "hopper-expert-v2", "--limit", "20"]) == 0
+    assert exit_code("check-dataset", str(path), "--task", "hopper-expert-v2", "--limit", "20") == 0
     assert "20 rows in the environment of hopper-expert-v2" in capsys.readouterr().out
-    assert main(["check", str(path), "--task", "walker2d-medium-v2"]) == 2
+    assert exit_code("check-dataset", str(path), "--task", "walker2d-medium-v2") == 2
     assert "task='walker2d-medium-v2' has positions" in capsys.readouterr().err
-    assert main(["check", str(path), "--task", "hoper"]) == 2
+    assert exit_code("check-dataset", str(path), "--task", "hoper") == 2
     assert "task='hoper' is not a D4RL version 2 task" in capsys.readouterr().err
 
 
 def test_bad_input(tmp_path, capsys):
     def message(path: Path, *options: str) -> str:
-        assert main(["check", str(path), *options]) == 2
+        assert exit_code("check-dataset", str(path), *options) == 2
         captured = capsys.readouterr()
         assert not captured.out
         assert captured.err.count("\n") == 1
@@ -170,7 +178,7 @@ def test_bad_input(tmp_path, capsys):
 def test_the_command_runs_as_documented(tmp_path):
     path = write(tmp_path / "data.hdf5", record("hopper-medium-v2", 50))
     result = subprocess.run(
-        [sys.executable, "-m", "pogo_torchrl.envs.dataset_check", "check", str(path)],
+        [sys.executable, "-m", "pogo_torchrl", "check-dataset", str(path)],
         cwd=tmp_path,
         capture_output=True,
         text=True,

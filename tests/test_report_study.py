@@ -18,8 +18,8 @@ import pytest
 import yaml
 from runs import pogo, run_folder
 
+from pogo_torchrl.cli import main
 from pogo_torchrl.report import Estimate, bootstrap, iqm, read_runs, spread, write_report
-from pogo_torchrl.report.__main__ import main
 from pogo_torchrl.report.content import chain_table, scores_table, weights_table
 from pogo_torchrl.report.figures import (
     chain_figure,
@@ -517,15 +517,15 @@ def test_the_command_reports_a_real_run(tmp_path):
     ("argument", "sentence"),
     [
         ("log_dir=nowhere", "pogo: log_dir=nowhere holds no runs"),
-        ("log_dri=logs", "pogo: log_dri=logs is no option"),
-        ("--fast", "pogo: --fast is no option"),
-        ("log_dir=", "pogo: log_dir= is no option"),
+        ("log_dri=logs", "pogo: unknown option 'log_dri'; did you mean log_dir?"),
+        ("--fast", "pogo: unknown option 'fast'"),
+        ("log_dir=", "pogo: log_dir needs a value"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, argument, sentence):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main([argument])
+        main(["report", argument])
     out, error = capsys.readouterr()
     assert (stop.value.code, out) == (2, "")
     assert error.startswith(sentence)
@@ -536,7 +536,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, argument, sent
 def test_a_results_dir_that_is_a_file_is_one_sentence(logs, tmp_path, capsys):
     (tmp_path / "results").write_text("")
     with pytest.raises(SystemExit) as stop:
-        main([f"log_dir={logs}", f"results_dir={tmp_path / 'results'}"])
+        main(["report", f"log_dir={logs}", f"results_dir={tmp_path / 'results'}"])
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert "results_dir" in error

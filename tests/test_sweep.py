@@ -16,12 +16,13 @@ import pytest
 import torch
 from runs import assert_same, state
 
+from pogo_torchrl.cli import main
 from pogo_torchrl.data import behaviour_dataset
 from pogo_torchrl.experiments import jobs as engine
 from pogo_torchrl.experiments import local, planner
 from pogo_torchrl.experiments.planner import Cost, measure
 from pogo_torchrl.experiments.run_folder import claim
-from pogo_torchrl.experiments.sweep import main, sweep
+from pogo_torchrl.experiments.sweep import sweep
 from pogo_torchrl.experiments.sweep_file import read_sweep
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pogo_sweep.py"
@@ -246,7 +247,7 @@ def test_a_signal_stops_the_runs_with_a_checkpoint(cache, folder):
     assert code == 128 + signal.SIGINT
     assert err.splitlines() == [
         "SIGINT: the runs save and stop (once more stops at once).",
-        "Stopped; the same command goes on from here.",
+        "Stopped; the same command continues from here.",
     ]
     assert not workers(folder)
     assert out.count(": stopped after") == out.count("stopped") == 2
@@ -304,17 +305,16 @@ def test_a_disk_that_is_too_small(cache, folder, monkeypatch):
         ([], "sweep is missing"),
         (["sweep=sweep.yaml", "launcher=ship"], "launcher=ship is unknown; choose one of local"),
         (["sweep=sweep.yaml", "jobs=0"], "jobs=0 must be an integer >= 1"),
-        (["sweep=sweep.yaml", "job=2"], "job is no option; did you mean jobs"),
+        (["sweep=sweep.yaml", "job=2"], "unknown option 'job'; did you mean jobs"),
         (["sweep=sweep.yaml", "dry_run=perhaps"], "dry_run=perhaps must be true or false"),
         (["sweep=sweep.yaml", "lr=high"], "lr=high must be a number"),
-        (["sweep=sweep.yaml", "--multirun"], "--multirun is no option"),
+        (["sweep=sweep.yaml", "--multirun"], "unknown option 'multirun'"),
         (["sweep=gone.yaml"], "sweep=gone.yaml is no file"),
     ],
 )
-def test_bad_input_gets_one_sentence(folder, monkeypatch, capsys, arguments, answer):
-    monkeypatch.setattr(sys, "argv", ["pogo_sweep.py", *arguments])
+def test_bad_input_gets_one_sentence(folder, capsys, arguments, answer):
     with pytest.raises(SystemExit) as exit:
-        main()
+        main(["sweep", *arguments])
     assert exit.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("pogo: ")
@@ -323,9 +323,8 @@ def test_bad_input_gets_one_sentence(folder, monkeypatch, capsys, arguments, ans
     assert not (folder / "logs").exists()
 
 
-def test_help_lists_the_options_of_a_sweep(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pogo_sweep.py", "--help"])
-    main()
+def test_help_lists_the_options_of_a_sweep(capsys):
+    main(["sweep", "--help"])
     out = capsys.readouterr().out
     for name in ("sweep", "results_dir", "launcher", "jobs", "dry_run"):
         assert f"\n  {name} " in out

@@ -27,7 +27,7 @@ from pogo_torchrl.files import physical_memory
 from pogo_torchrl.modules import make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.trainers import LR_SCHEDULES, lr_scheduler
-from pogo_torchrl.trainers.fused.update import COMPILABLE
+from pogo_torchrl.trainers.fused.compilation import COMPILABLE
 from pogo_torchrl.trainers.optimizers import adam
 
 
@@ -90,8 +90,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def env_fn(task: str, cfg: DictConfig) -> Callable[[], gymnasium.Env]:
-    """Makes the task's environment, or the one that ``env.id`` names."""
+def env_fn(
+    task: str, cfg: DictConfig, render_mode: str | None = None
+) -> Callable[[], gymnasium.Env]:
+    """A function that makes the task's environment, or the one that ``env.id`` names."""
     if cfg.backend not in BACKENDS:
         raise ValueError(
             f"env.backend={cfg.backend} is unknown; choose one of {', '.join(BACKENDS)}."
@@ -99,13 +101,15 @@ def env_fn(task: str, cfg: DictConfig) -> Callable[[], gymnasium.Env]:
     own = f"pogo_torchrl/{'-'.join(split_task(task))}-v2"
     horizon = cfg.max_episode_steps or max_episode_steps(task)
     if cfg.id in (None, own) and horizon == max_episode_steps(task):
-        return partial(make_env, task, backend=cfg.backend)
+        return partial(make_env, task, backend=cfg.backend, render_mode=render_mode)
     if cfg.backend != "mujoco":
         raise ValueError(
             f"env.backend={cfg.backend} takes the environment and the horizon of the task; leave "
             "env.id and env.max_episode_steps out."
         )
-    make = partial(gymnasium.make, cfg.id or own, max_episode_steps=horizon)
+    make = partial(
+        gymnasium.make, cfg.id or own, max_episode_steps=horizon, render_mode=render_mode
+    )
     try:
         make().close()
     except (gymnasium.error.Error, ImportError) as error:

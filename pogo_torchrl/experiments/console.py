@@ -7,10 +7,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
 LOGGER = logging.getLogger("pogo_torchrl")
+
+
+def exit_with_error(error: Exception, exit_code: int = 2) -> NoReturn:
+    """End the process after one line on stderr."""
+    sentence = " ".join(line.strip() for line in str(error).splitlines())
+    print(f"pogo: {sentence}", file=sys.stderr)
+    sys.exit(exit_code)
 
 
 class ConsoleHandler(logging.StreamHandler):

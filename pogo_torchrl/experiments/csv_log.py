@@ -14,6 +14,10 @@ LOGGERS = ("tensorboard", "wandb")
 """Loggers beside the CSV files; each is an optional dependency."""
 
 
+# Columns of earlier versions, whose runs can be resumed.
+_RENAMED = {"w2_0": "bc_mse"}
+
+
 class CSVSink:
     """Rows of numbers in one CSV file, whole after every write.
 
@@ -48,9 +52,10 @@ class CSVSink:
     def _drop_rows_after(self, step: int) -> None:
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
-            self._columns = list(reader.fieldnames or [])
-            # a row cut short by a crash has no value in its last column
-            whole = [r for r in reader if r["step"].isdigit() and None not in r.values()]
+            self._columns = [_RENAMED.get(name, name) for name in reader.fieldnames or []]
+            rows = [{_RENAMED.get(name, name): v for name, v in row.items()} for row in reader]
+        # a row cut short by a crash has no value in its last column
+        whole = [row for row in rows if row["step"].isdigit() and None not in row.values()]
         if not self._columns:
             self._columns = None
             return
@@ -69,20 +74,20 @@ class CSVSink:
             OSError: when the file cannot be written; a row that was cut off is dropped on resume.
         """
         columns = ["step", *rows[0]]
-        if self._columns is not None and columns != self._columns:
+        if self._columns is not None and sorted(columns) != sorted(self._columns):
             raise ValueError(
                 f"{self.path} has the columns {self._columns}, the new row has {columns}: it was "
                 "written by another version. Start in another log_dir."
             )
         try:
             with self.path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                writer = csv.DictWriter(file, self._columns or columns, lineterminator="\n")
                 if self._columns is None:
                     writer.writeheader()
                 writer.writerows({"step": step, **row} for row in rows)
         except OSError as error:
             raise cannot_write(self.path.parent, "log_dir", error) from error
-        self._columns, self.last_step = columns, step
+        self._columns, self.last_step = self._columns or columns, step
 
 
 class LoggerSink:

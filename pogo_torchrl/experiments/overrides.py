@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -26,6 +26,119 @@ from pogo_torchrl.experiments.config import (
 
 # The chain's weights name the run's folder, and each is a network; the papers' chains have three.
 _MAX_LIST_LENGTH = 32
+
+
+# Hydra's flags, and those that take a value.
+_HYDRA_FLAGS = {
+    "-h", "--help", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
+    "-e", "--experimental-rerun", "-i", "--info", "-s", "--shell-completion",
+}  # fmt: skip
+_HYDRA_VALUES = {
+    "-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd",
+    "--config-dir",
+}  # fmt: skip
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether the arguments ask for help."""
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def from_flags(
+    arguments: Sequence[str], schema: Any = RunConfig, *, hydra: bool = True
+) -> list[str]:
+    """Arguments with every ``--option value`` and ``--option=value`` as ``option=value``.
+
+    Args:
+        arguments: of the command line.
+        schema: the dataclass of the command's options. A flag that is true or false may go without
+            a value, which is then true.
+        hydra: leave Hydra's own flags as they are. Defaults to ``True``.
+
+    Raises:
+        ValueError: for an unknown flag, and one without its value.
+
+    Example:
+        >>> from_flags(["--seed", "3", "--data.source=minari", "--resume", "lr=1e-4"])
+        ['seed=3', 'data.source=minari', 'resume=true', 'lr=1e-4']
+    """
+    known = {name: hint for name, _, hint, _ in iter_options(schema)}
+    found: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        flag, equals, value = argument.partition("=")
+        if not flag.startswith("-"):
+            found.append(argument)
+            continue
+        if hydra and flag in _HYDRA_FLAGS | _HYDRA_VALUES:
+            found.append(argument)
+            if flag in _HYDRA_VALUES and not equals and rest:
+                found.append(rest.pop(0))
+            continue
+        name = flag.lstrip("-").replace("-", "_")
+        check_name(name, known)
+        if not equals:
+            if rest and not rest[0].startswith("--") and "=" not in rest[0]:
+                value = rest.pop(0)
+            elif known[name] is bool:
+                value = "true"
+            else:
+                raise ValueError(f"{flag} needs a value: write {name}=VALUE.")
+        found.append(f"{name}={value}")
+    return found
+
+
+def check_name(name: str, known: Collection[str]) -> None:
+    """Check that an option exists.
+
+    Raises:
+        ValueError: naming it and those with similar names.
+    """
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"unknown option {name!r}; {hint}(--help lists all)")
+
+
+def parse_options(arguments: Sequence[str], defaults: Any, positional: str = "") -> DictConfig:
+    """The options of a command without Hydra: the values are taken as they are, without quotes.
+
+    Args:
+        arguments: ``option=value``, ``--option value`` or, for one of them, the value alone.
+        defaults: an instance of the dataclass of the options.
+        positional: name of the option that may stand without its name. Defaults to none.
+
+    Raises:
+        ValueError: for an unknown option, or a value that does not fit.
+
+    Example:
+        >>> from pogo_torchrl.experiments.config import EnvConfig
+        >>> parse_options(["--id", "Hopper-v5", "max_episode_steps=50"], EnvConfig())
+        {'backend': 'mujoco', 'id': 'Hopper-v5', 'max_episode_steps': 50}
+    """
+    cfg, schema = OmegaConf.structured(defaults), type(defaults)
+    known = {name: (hint, default) for name, _, hint, default in iter_options(schema)}
+    for argument in from_flags(arguments, schema, hydra=False):
+        name, equals, value = argument.partition("=")
+        if name not in known and positional and (not equals or not name.isidentifier()):
+            name, value, positional = positional, argument, ""
+        elif not equals:
+            raise ValueError(f"{argument} cannot be read: write option=value (--help lists all).")
+        check_name(name, known)
+        if not value:
+            raise ValueError(f"{name} needs a value: write {name}=VALUE.")
+        try:
+            OmegaConf.update(cfg, name, None if value == "null" else value)
+        except OmegaConfBaseException as error:
+            raise ValueError(_wrong_value(name, value, *known[name])) from error
+    check_options(cfg, schema)
+    return cfg
+
+
+def _wrong_value(name: str, text: str, hint: Any, default: Any) -> str:
+    example = f", e.g. {to_text(default)}" if default is not None else ""
+    return f"{name}={text} must be {_in_words(hint)}{example}."
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -119,7 +232,7 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
         >>> check_overrides(["total_step=10"])
         Traceback (most recent call last):
             ...
-        ValueError: total_step is no option; did you mean total_steps? (--help lists all)
+        ValueError: unknown option 'total_step'; did you mean total_steps? (--help lists all)
         >>> check_overrides(["total_steps=many"])
         Traceback (most recent call last):
             ...
@@ -144,10 +257,8 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
 def _check_override(override: Override, schema: type, several: bool) -> None:
     key, line = override.key_or_group, str(override.input_line)
     known = {name: (hint, default) for name, _, hint, default in iter_options(schema)}
-    if key not in known and key != "data":
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"{key or line} is no option; {hint}(--help lists all)")
+    if key != "data":
+        check_name(key or line, known)
     if override.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) or override.package:
         raise ValueError(
             f"{line} is refused, options can be neither added, removed nor moved: write "
@@ -177,9 +288,7 @@ def _check_override(override: Override, schema: type, several: bool) -> None:
                 raise ValueError(
                     f"{line} does not fit ({reason}): write {key}.OPTION=VALUE."
                 ) from error
-            hint, default = known[key]
-            example = f", e.g. {to_text(default)}" if default is not None else ""
-            raise ValueError(f"{key}={text} must be {_in_words(hint)}{example}.") from error
+            raise ValueError(_wrong_value(key, text, *known[key])) from error
 
 
 def _in_words(hint: Any) -> str:

@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 
 from pogo_torchrl import report
 from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments.config import SweepConfig
+from pogo_torchrl.experiments.console import exit_with_error
 from pogo_torchrl.experiments.jobs import (
     DONE,
     FAILED,
@@ -28,12 +30,11 @@ from pogo_torchrl.experiments.jobs import (
     state,
 )
 from pogo_torchrl.experiments.local import run_locally
-from pogo_torchrl.experiments.overrides import sweep_options
+from pogo_torchrl.experiments.overrides import from_flags, sweep_options, wants_help
 from pogo_torchrl.experiments.planner import Plan, format_duration, updates_left
 from pogo_torchrl.experiments.signals import on_signals
 from pogo_torchrl.experiments.slurm import run_by_submitit, run_on_slurm
 from pogo_torchrl.experiments.sweep_file import Run, read_sweep, stacks
-from pogo_torchrl.experiments.train import refuse
 
 ENGINES: dict[str, Callable[[Sequence[Job], DictConfig, Screen], list[Outcome]]] = {
     "local": run_locally,
@@ -195,44 +196,42 @@ def _table(states: dict[Run, str]) -> str:
 
 
 def _help() -> str:
-    own = config.options(config.SweepConfig)
-    of_runs = config.options()
-    width = max(map(len, own)) + 2
+    own, of_runs = config.options(SweepConfig), config.options()
     return "\n".join(
         [
-            "Many runs of POGO, from a sweep file to a table.",
+            "Many runs, from a sweep file to a table; the same command continues unfinished ones.",
             "",
-            "  python examples/pogo_sweep.py sweep=FILE [option=value ...]",
+            "  pogo sweep sweep=FILE [option=value ...]",
             "",
             "Options:",
-            *(f"  {name:<{width}}{own[name]}" for name in own if name not in of_runs),
+            *config.option_lines({name: own[name] for name in own if name not in of_runs}),
             "",
-            "and those of pogo_offline.py, for all runs (pogo_offline.py --help lists them).",
+            "and those of `pogo train`, for all runs (`pogo train --help` lists them).",
         ]
     )
 
 
-def main() -> None:
-    """Command line.
+def main(arguments: Sequence[str]) -> None:
+    """The command ``pogo sweep``.
+
+    Args:
+        arguments: options of :class:`~pogo_torchrl.experiments.config.SweepConfig` as
+            ``option=value`` or ``--option value``.
 
     Exit codes: 0 when all runs are done, 1 when any has failed, 2 for bad input, after one
     sentence; 128 + signal when stopped.
     """
-    arguments = sys.argv[1:]
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    if flags and {"-h", "--help"}.issuperset(flags):
+    if wants_help(arguments):
         print(_help())
         return
     try:
-        if flags:
-            raise ValueError(f"{flags[0]} is no option of a sweep; write option=value (--help).")
         with on_signals(_interrupt):
-            code = sweep(arguments)
+            code = sweep(from_flags(arguments, SweepConfig, hydra=False))
     except Interrupted as stop:
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        print("Stopped; the same command continues from here.", file=sys.stderr)
         sys.exit(128 + stop.args[0])
     except (ValueError, OSError, ImportError) as error:
-        refuse(error)
+        exit_with_error(error)
     sys.exit(code)
 
 

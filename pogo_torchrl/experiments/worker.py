@@ -55,4 +55,4 @@ if __name__ == "__main__":
     stop_with_parent()
     if sys.argv[1:2] == [STACK]:
         sys.exit(stack(sys.argv[2]))
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,6 @@
+"""``python -m pogo_torchrl``: the command ``pogo``."""
+
+from pogo_torchrl.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The command ``pogo``, also ``python -m pogo_torchrl``: training, sweeps, evaluation, reports."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+# Each command imports what it needs when it is called: reports need no Hydra of a run, and so on.
+
+_HELP = """\
+POGO: policy optimization as a gradient flow in offline RL.
+
+  pogo train                              train a chain on hopper-medium, in minutes on a laptop
+  pogo train task=walker2d-medium-v2      another task; `pogo train --help` lists all
+  pogo train data.source=hdf5 data.path=FILE
+                                          your own data, in D4RL's layout
+  pogo evaluate POLICY.safetensors        score a trained chain; video=FILE.mp4 films it
+  pogo sweep sweep=FILE                   many runs: tasks, weights and seeds, here or on Slurm
+  pogo report                             tables and figures over all runs in logs/
+  pogo check-dataset FILE.hdf5            compare a dataset with the environments' physics
+
+Options are written option=value or --option value. `pogo COMMAND --help` lists those of a command,
+`pogo --version` prints versions and devices.
+"""
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from pogo_torchrl.experiments.train import main
+
+    main(arguments)
+
+
+def _sweep(arguments: Sequence[str]) -> None:
+    from pogo_torchrl.experiments.sweep import main
+
+    main(arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    from pogo_torchrl.experiments.evaluate import main
+
+    main(arguments)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from pogo_torchrl.experiments.config import option, option_lines, options
+    from pogo_torchrl.experiments.console import exit_with_error
+    from pogo_torchrl.experiments.overrides import parse_options, wants_help
+    from pogo_torchrl.report import write_report
+
+    @dataclass
+    class ReportConfig:
+        log_dir: str = option("logs", "folder that the runs were written to")
+        results_dir: str = option("results", "folder to write to")
+
+    if wants_help(arguments):
+        print("Write tables, figures and a summary of all runs, also of unfinished ones.\n")
+        print("  pogo report [log_dir=FOLDER] [results_dir=FOLDER]\n\nOptions:")
+        print("\n".join(option_lines(options(ReportConfig))))
+        return
+    try:
+        cfg = parse_options(arguments, ReportConfig())
+        print(f"Report: {write_report(cfg.log_dir, cfg.results_dir)}")
+    except (ValueError, OSError) as error:
+        exit_with_error(error)
+
+
+def _check_dataset(arguments: Sequence[str]) -> None:
+    from pogo_torchrl.envs.dataset_check import DEFAULT_LIMIT, check, format_report, read_rows
+    from pogo_torchrl.experiments.config import option, option_lines, options
+    from pogo_torchrl.experiments.console import exit_with_error
+    from pogo_torchrl.experiments.overrides import parse_options, wants_help
+
+    @dataclass
+    class CheckConfig:
+        file: str | None = option(None, "HDF5 in D4RL's layout, with infos/qpos; may stand alone")
+        task: str | None = option(None, "a D4RL task name; null: found from the file")
+        limit: int = option(DEFAULT_LIMIT, "rows to check, spread evenly over the file")
+
+    if wants_help(arguments):
+        print("Step recorded actions from recorded states, and compare with the rows that follow.")
+        print("Exit code: 0 if they match, 1 if not, 2 if the file cannot be checked.\n")
+        print("  pogo check-dataset FILE [option=value ...]\n\nOptions:")
+        print("\n".join(option_lines(options(CheckConfig))))
+        return
+    try:
+        cfg = parse_options(arguments, CheckConfig(), "file")
+        if cfg.file is None:
+            raise ValueError("file is missing: write pogo check-dataset FILE.hdf5.")
+        report = check(read_rows(cfg.file, cfg.limit), cfg.task)
+    except ValueError as error:
+        exit_with_error(error)
+    print(format_report(report))
+    sys.exit(0 if report.matches else 1)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "sweep": _sweep,
+    "report": _report,
+    "check-dataset": _check_dataset,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line.
+
+    Args:
+        arguments: the name of a command and its arguments. Defaults to those of the process.
+
+    Exit codes are those of the commands; 2 for an unknown command.
+    """
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(_HELP, end="")
+    elif command == "--version":
+        print(versions())
+    elif command in _COMMANDS:
+        _COMMANDS[command](rest)
+    else:
+        near = difflib.get_close_matches(command, _COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(_COMMANDS)}."
+        if "=" in command:
+            hint = f"did you mean pogo train {command}?"
+        print(f"pogo: unknown command {command!r}; {hint} (pogo --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def versions() -> str:
+    """Versions of the package and of what it is built on, and the devices that torch sees."""
+    import torch
+
+    names = ("pogo_torchrl", "torch", "torchrl", "tensordict", "geomloss", "gymnasium", "mujoco")
+    lines = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    lines.append(f"Python {platform.python_version()} on {platform.platform()}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines.append(
+        f"Devices: cpu ({torch.get_num_threads()} threads)" + "".join(f", {g}" for g in gpus)
+    )
+    return "\n".join(lines)
