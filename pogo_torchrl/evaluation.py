@@ -17,7 +17,7 @@ from tensordict import TensorDict
 from torchrl.data import Bounded
 
 from pogo_torchrl.envs import make_env, score
-from pogo_torchrl.envs.parallel import side_by_side
+from pogo_torchrl.envs.parallel import step_in_parallel
 from pogo_torchrl.envs.selfcheck import ENVIRONMENTS
 from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.trainers.hooks import Evaluation, EvaluationInterrupted
@@ -124,7 +124,7 @@ class Evaluator:
         running = np.arange(len(slots))
         noise = np.zeros((len(MODES), self.episodes, self.action_dim), dtype=np.float32)
         processes = self._processes(len(slots))
-        with _one_torch_thread(), side_by_side(self._envs, processes) as step:
+        with _one_torch_thread(), step_in_parallel(self._envs, processes) as step:
             while len(running):
                 if self._interrupted:
                     raise EvaluationInterrupted

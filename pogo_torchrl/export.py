@@ -65,8 +65,8 @@ def save_actors(
         path: the file; it appears whole or not at all.
         actors: the chain, from :func:`on_raw_observations`.
         hidden_sizes: widths of their hidden layers. Defaults to ``(256, 256)``.
-        environment: where they were evaluated, for :func:`trained_for`; anything that JSON can
-            hold. Defaults to ``None``.
+        environment: where they were evaluated, for :func:`policy_environment`; anything that JSON
+            can hold. Defaults to ``None``.
 
     Raises:
         ValueError: when the actors are not such, or have other hidden layers.
@@ -148,7 +148,7 @@ def load_actors(path: str | Path, *, device: torch.device | str = "cpu") -> list
     return [actor.to(device).requires_grad_(False) for actor in actors]
 
 
-def trained_for(path: str | Path) -> dict[str, Any]:
+def policy_environment(path: str | Path) -> dict[str, Any]:
     """The environment that :func:`save_actors` was given; empty where it was given none.
 
     Args:

@@ -27,10 +27,10 @@ from torchrl.data import Bounded
 from pogo_torchrl import POGOLoss, make_actor, make_qvalue, sinkhorn_divergence
 from pogo_torchrl.cli import main
 from pogo_torchrl.data import make_replay_buffer, read_hdf5
-from pogo_torchrl.data.hdf5 import RefusedFile
+from pogo_torchrl.data.hdf5 import UnsupportedFileError
 from pogo_torchrl.experiments import config
 from pogo_torchrl.experiments.overrides import check_options, check_overrides
-from pogo_torchrl.experiments.run_folder import RunFolder, claim
+from pogo_torchrl.experiments.run_folder import RunFolder, lock_run_folder
 
 few = settings(
     max_examples=30,
@@ -214,9 +214,12 @@ def test_options(line, named, workplace, monkeypatch, capsys):
 def test_a_refused_process_leaves_the_lock_to_its_owner(tmp_path):
     root = tmp_path / "logs" / "run"
     folder = RunFolder(root / "training", root / "checkpoints")
-    with claim(folder):
+    with lock_run_folder(folder):
         for _ in range(2):
-            with pytest.raises(FileExistsError, match="in use by another process"), claim(folder):
+            with (
+                pytest.raises(FileExistsError, match="in use by another process"),
+                lock_run_folder(folder),
+            ):
                 pass
             assert (root / ".lock").exists()
     assert list(tmp_path.iterdir()) == []
@@ -389,7 +392,7 @@ def folder(tmp_path_factory):
 def said_of(path: Path) -> str:
     with pytest.raises(ValueError, match=re.escape(str(path))) as refused:
         read_hdf5(path)
-    assert refused.type is RefusedFile
+    assert refused.type is UnsupportedFileError
     said = str(refused.value)
     assert "\n" not in said
     return said

@@ -19,7 +19,7 @@ from pogo_torchrl.experiments.config import EnvConfig
 from pogo_torchrl.experiments.evaluate import evaluate
 from pogo_torchrl.experiments.film import check_film, film
 from pogo_torchrl.experiments.overrides import from_flags
-from pogo_torchrl.export import on_raw_observations, save_actors, trained_for
+from pogo_torchrl.export import on_raw_observations, policy_environment, save_actors
 
 COMMANDS = ("train", "evaluate", "sweep", "report", "check-dataset")
 
@@ -128,7 +128,7 @@ def test_evaluate_repeats_the_last_evaluation_of_a_run(tmp_path, capsys):
     with (folder / "training" / "evaluations.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["step"] == "6"]
     path = folder / "checkpoints" / "policy.safetensors"
-    assert trained_for(path)["task"] == "hopper-medium-v2"
+    assert policy_environment(path)["task"] == "hopper-medium-v2"
     found = evaluate([str(path), "episodes=1"])
     assert [(e.actor, e.mode, float(e.returns.mean())) for e in found] == [
         (int(row["actor"]), row["mode"], float(row["return_mean"])) for row in rows

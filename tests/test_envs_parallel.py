@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pogo_torchrl.envs import make_env
-from pogo_torchrl.envs.parallel import side_by_side
+from pogo_torchrl.envs.parallel import step_in_parallel
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
 
@@ -36,7 +36,7 @@ def reset_envs(count: int) -> list[gymnasium.Env]:
 def test_steps_are_those_of_each_environment_alone(processes):
     rng = np.random.default_rng(0)
     alone = reset_envs(5)
-    with side_by_side(reset_envs(5), processes) as step:
+    with step_in_parallel(reset_envs(5), processes) as step:
         for index in ([0, 1, 2, 3, 4], [4, 2], [0, 1, 3], [2]):
             actions = rng.uniform(-1, 1, (len(index), 6)).astype(np.float32)
             observations, rewards, over = step(np.array(index), actions)
@@ -58,13 +58,13 @@ def test_what_an_environment_raises(faulty, monkeypatch):
     monkeypatch.setattr(envs[faulty], "step", step)
     with (
         pytest.raises(ArithmeticError, match="no such step"),
-        side_by_side(envs, 2) as step_all,
+        step_in_parallel(envs, 2) as step_all,
     ):
         step_all(np.arange(2), np.zeros((2, 6), dtype=np.float32))
 
 
 def test_a_killed_process_is_an_error_in_one_sentence():
-    with side_by_side(reset_envs(2), 2) as step:
+    with step_in_parallel(reset_envs(2), 2) as step:
         [worker] = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGTERM)  # signals are the parent's business
         step(np.arange(2), np.zeros((2, 6), dtype=np.float32))
@@ -82,7 +82,7 @@ def test_threads_are_no_reason_to_warn():
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with side_by_side(reset_envs(2), 2):
+            with step_in_parallel(reset_envs(2), 2):
                 assert len(multiprocessing.active_children()) == 1
     finally:
         over.set()
@@ -94,5 +94,5 @@ def test_without_more_processes_one_does_the_work(monkeypatch):
         raise BlockingIOError("Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", fork)
-    with side_by_side(reset_envs(2), 2) as step:
+    with step_in_parallel(reset_envs(2), 2) as step:
         assert len(step(np.arange(2), np.zeros((2, 6), dtype=np.float32))[0]) == 2

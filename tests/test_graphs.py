@@ -100,7 +100,7 @@ def make(make_loss, make_buffer, make_batch, monkeypatch):
             return trainer.tapes[-1]
 
         trainer.optimization_stepper.graph_maker = lambda: tape if graphs else None
-        trainer.optimization_stepper.longest_graph = 4
+        trainer.optimization_stepper.max_graph_updates = 4
         torch.manual_seed(1)
         return trainer
 

@@ -16,7 +16,7 @@ from pogo_torchrl import load_actors
 from pogo_torchrl.envs import make_env
 from pogo_torchrl.experiments.build import choose_compile
 from pogo_torchrl.experiments.overrides import compose
-from pogo_torchrl.experiments.run_folder import RunFolder, check_folder
+from pogo_torchrl.experiments.run_folder import RunFolder, check_run_folder
 
 
 @pytest.fixture(scope="module")
@@ -235,16 +235,16 @@ def started(tmp_path, *options, without=()):
 def test_options_that_an_earlier_release_did_not_have_had_their_defaults(tmp_path):
     folder = started(tmp_path, without=["lr_actor", "lr_schedule", "weight_decay", "w2_fraction"])
     options = [f"log_dir={tmp_path}", "resume=true"]
-    check_folder(folder, compose(options))
+    check_run_folder(folder, compose(options))
     with pytest.raises(ValueError, match=r"weight_decay: 0\.0 -> 0\.1"):
-        check_folder(folder, compose([*options, "weight_decay=0.1"]))
+        check_run_folder(folder, compose([*options, "weight_decay=0.1"]))
 
 
 @pytest.mark.parametrize("option", ["lr_schedule=linear", "lr_schedule_actor=cosine"])
 def test_a_schedule_ties_a_run_to_its_length(tmp_path, option):
     longer = [f"log_dir={tmp_path}", "resume=true", "total_steps=5000"]
-    check_folder(started(tmp_path, "seed=1"), compose([*longer, "seed=1"]))
+    check_run_folder(started(tmp_path, "seed=1"), compose([*longer, "seed=1"]))
     folder = started(tmp_path, option)
-    check_folder(folder, compose([*longer, option, "total_steps=2000"]))
+    check_run_folder(folder, compose([*longer, option, "total_steps=2000"]))
     with pytest.raises(ValueError, match="total_steps: 2000 -> 5000"):
-        check_folder(folder, compose([*longer, option]))
+        check_run_folder(folder, compose([*longer, option]))

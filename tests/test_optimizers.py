@@ -14,7 +14,7 @@ from torchrl.trainers import LRSchedulerHook
 
 from pogo_torchrl import POGOTrainer
 from pogo_torchrl.trainers import lr_scheduler
-from pogo_torchrl.trainers.fused.adam import FusedAdam, why_not
+from pogo_torchrl.trainers.fused.adam import FusedAdam, unsupported_reason
 
 LR, TAU, STEPS = 1e-2, 0.1, 20
 
@@ -64,8 +64,8 @@ def test_the_fused_steps_are_those_of_torch(make, dtype):
 )
 def test_what_cannot_be_fused_is_named(make, reason):
     optimizer = make([torch.nn.Parameter(torch.zeros(2))])
-    assert reason in why_not(optimizer)
-    assert "torch.optim.Adam and AdamW" in why_not(optimizer)
+    assert reason in unsupported_reason(optimizer)
+    assert "torch.optim.Adam and AdamW" in unsupported_reason(optimizer)
 
 
 @pytest.fixture

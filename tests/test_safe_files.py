@@ -347,7 +347,7 @@ def test_a_bomb_is_refused_in_little_memory(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=limited
     )
     last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith("pogo_torchrl.data.hdf5.RefusedFile: ")
+    assert last.startswith("pogo_torchrl.data.hdf5.UnsupportedFileError: ")
     assert "data.hdf5: observations declares 4.4e+04 GB" in last
 
 

@@ -124,7 +124,7 @@ def slurm(folder, monkeypatch):
         (place / name).chmod(0o755)
     (folder / "states").touch()
     monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
-    monkeypatch.setattr(engines._Slurm, "patience", 0.05)
+    monkeypatch.setattr(engines._Slurm, "poll_seconds", 0.05)
     return folder
 
 

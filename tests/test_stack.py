@@ -17,7 +17,7 @@ from pogo_torchrl.experiments.jobs import Job
 from pogo_torchrl.experiments.overrides import compose
 from pogo_torchrl.experiments.run import run, run_stack
 from pogo_torchrl.experiments.sweep import make_jobs
-from pogo_torchrl.experiments.sweep_file import MOST_STACKED, Run, stacks
+from pogo_torchrl.experiments.sweep_file import MAX_STACK_SIZE, Run, group_stackable
 from pogo_torchrl.trainers import TrainerStack
 from pogo_torchrl.trainers.hooks import DivergenceError, LogMetrics
 
@@ -252,9 +252,9 @@ def test_runs_that_differ_in_seed_weights_and_alpha_make_a_stack():
         ["seed=0"], ["seed=1"], ["w2_weights=[1,2,3]"], ["alpha=3"], ["w2_weights=[1]"], ["lr=0.1"],
         ["task=hopper-medium-replay-v2"],
     )  # fmt: skip
-    assert [len(group) for group in stacks(runs)] == [4, 1, 1, 1]
-    many = runs_of(["seed=0"]) * (2 * MOST_STACKED + 1)
-    assert [len(group) for group in stacks(many)] == [MOST_STACKED, MOST_STACKED, 1]
+    assert [len(group) for group in group_stackable(runs)] == [4, 1, 1, 1]
+    many = runs_of(["seed=0"]) * (2 * MAX_STACK_SIZE + 1)
+    assert [len(group) for group in group_stackable(many)] == [MAX_STACK_SIZE, MAX_STACK_SIZE, 1]
 
 
 def test_a_distance_that_looks_at_the_whole_batch_is_refused():

@@ -20,8 +20,8 @@ from pogo_torchrl.cli import main
 from pogo_torchrl.data import behaviour_dataset
 from pogo_torchrl.experiments import jobs as engine
 from pogo_torchrl.experiments import local, planner
-from pogo_torchrl.experiments.planner import Cost, measure
-from pogo_torchrl.experiments.run_folder import claim
+from pogo_torchrl.experiments.planner import Cost, measure_cost
+from pogo_torchrl.experiments.run_folder import lock_run_folder
 from pogo_torchrl.experiments.sweep import sweep
 from pogo_torchrl.experiments.sweep_file import read_sweep
 
@@ -189,7 +189,7 @@ def test_a_folder_with_a_damaged_config(folder, content):
     run = read_sweep("sweep.yaml")[0]
     run.folder.training.mkdir(parents=True)
     (run.folder.training / "config.yaml").write_bytes(content.encode("latin1"))
-    assert engine.state(run) == engine.OTHER
+    assert engine.run_state(run) == engine.CONFLICT
 
 
 def test_a_killed_sweep_goes_on(whole, cache, folder):
@@ -262,24 +262,24 @@ def test_a_signal_stops_the_runs_with_a_checkpoint(cache, folder):
 def test_a_run_of_another_sweep_is_left_to_it(cache, folder):
     run = read_sweep("sweep.yaml", [cache])[0]
     job = engine.Job.of(run)
-    with engine._claim(run.folder) as is_ours:
+    with engine._lock_run(run.folder) as is_ours:
         assert is_ours
-        assert engine.state(run) == engine.RUNNING
+        assert engine.run_state(run) == engine.RUNNING
         assert [outcome.status for outcome in engine.Worker(job)()] == [engine.HELD]
     # Its failure, too, is one: unknown when the job was made, so that it is not tried twice.
     engine._record(run.folder, "it broke", 1)
     (outcome,) = engine.Worker(job)()
     assert (outcome.status, outcome.error) == (engine.FAILED, "it broke")
-    assert engine.state(run) == engine.FAILED_BEFORE
+    assert engine.run_state(run) == engine.FAILED_BEFORE
     assert not run.folder.training.exists()
 
 
 def test_a_run_of_a_single_process_is_held(cache, folder):
     run = read_sweep("sweep.yaml", [cache])[0]
-    with claim(run.folder):
+    with lock_run_folder(run.folder):
         (outcome,) = engine.Worker(engine.Job.of(run))()
         assert outcome.status == engine.HELD
-    assert engine.state(run) == engine.NEW
+    assert engine.run_state(run) == engine.NEW
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(cache, folder, capsys):
@@ -292,7 +292,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(cache, folder, capsys):
 
 
 def test_a_disk_that_is_too_small(cache, folder, monkeypatch):
-    monkeypatch.setattr(planner, "measure", lambda cfg: Cost(1.0, 1.0, 10**6, 10**5))
+    monkeypatch.setattr(planner, "measure_cost", lambda cfg: Cost(1.0, 1.0, 10**6, 10**5))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
     with pytest.raises(OSError, match=r"log_dir=logs: the runs need about 6\.91 MB, 1 kB are free"):
         sweep(["sweep=sweep.yaml", cache])
@@ -333,7 +333,7 @@ def test_help_lists_the_options_of_a_sweep(capsys):
 def test_the_estimate_knows_the_size_of_a_checkpoint(whole, monkeypatch):
     monkeypatch.chdir(whole[0])
     run = read_sweep("sweep.yaml")[-1]
-    cost = measure(run.cfg, seconds=0.1)
+    cost = measure_cost(run.cfg, seconds=0.1)
     assert cost.update > 0
     assert cost.evaluation > 0
     sizes = 0
@@ -374,8 +374,10 @@ def test_processes_share_cores_and_gpus(jobs, monkeypatch, most, cores, gpus, th
     monkeypatch.setattr(local, "_usable_cores", lambda: cores)
     monkeypatch.setattr(local, "_gpus", lambda: gpus)
     anywhere, on_cpu = jobs
-    places = local.slots(most, anywhere)
+    places = local.process_environments(most, anywhere)
     assert [place["OMP_NUM_THREADS"] for place in places] == [each] * count
     seen = [place.get("CUDA_VISIBLE_DEVICES") for place in places]
     assert seen == ([None] * count if len(gpus) < 2 else (gpus * 2)[:count])
-    assert all("CUDA_VISIBLE_DEVICES" not in place for place in local.slots(most, on_cpu))
+    assert all(
+        "CUDA_VISIBLE_DEVICES" not in place for place in local.process_environments(most, on_cpu)
+    )

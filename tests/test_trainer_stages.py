@@ -21,7 +21,7 @@ from torchrl.trainers.trainers import OptimizationStepper
 from pogo_torchrl import POGOTrainer, TransportActor, make_qvalue
 from pogo_torchrl.modules import make_transport_net
 from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.trainers.trainer import Ticks
+from pogo_torchrl.trainers.trainer import OfflineStepIterator
 
 # As the installed TorchRL names them.
 STAGES = re.findall(r'dest == "(\w+)"', inspect.getsource(Trainer.register_op))
@@ -45,7 +45,7 @@ class OneUpdate(OptimizationStepper):
 
 
 def torchrl_trainer(loss, buffer):
-    ticks = Ticks(TOTAL, [INTERVAL])
+    ticks = OfflineStepIterator(TOTAL, [INTERVAL])
     trainer = Trainer(
         collector=ticks, total_frames=TOTAL, frame_skip=1, optim_steps_per_batch=INTERVAL,
         loss_module=loss, progress_bar=False, auto_log_optim_steps=False,

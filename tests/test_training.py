@@ -20,7 +20,7 @@ from pogo_torchrl.trainers.hooks import (
     LogMetrics,
     StopOnDivergence,
 )
-from pogo_torchrl.trainers.trainer import Ticks
+from pogo_torchrl.trainers.trainer import OfflineStepIterator
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def state(trainer):
 
 def test_ticks_meet_every_multiple_and_the_end():
     ends, step = set(), 0
-    for tick in Ticks(47, [10, 15]):
+    for tick in OfflineStepIterator(47, [10, 15]):
         step += tick.numel()
         ends.add(step)
     assert ends >= {10, 15, 20, 30, 40, 45, 47}

@@ -25,7 +25,7 @@ PIECE = 65_536
 _MAX_COMPRESSION, _SMALL = 1100, 64 << 20
 
 
-class RefusedFile(ValueError):
+class UnsupportedFileError(ValueError):
     """A file that is read as far as it can be, and does not hold what it should."""
 
 
@@ -91,12 +91,12 @@ def read_hdf5(path: str | Path, *, max_episode_steps: int = 1000) -> Dataset:
     try:
         with h5py.File(path) as file:
             return _read(file, path, max_episode_steps)
-    except RefusedFile:
+    except UnsupportedFileError:
         raise
     # all that h5py raises for a file that is damaged
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise RefusedFile(
+        raise UnsupportedFileError(
             f"{path} is not a readable HDF5 file ({reason}): make or download it again."
         ) from error
 
@@ -120,14 +120,16 @@ def own_array(file: h5py.File, key: str) -> h5py.Dataset | None:
             raise _foreign(name, key, f"{place} is a link ({type(link).__name__})")
         item = item[part]
     if not isinstance(item, h5py.Dataset):
-        raise RefusedFile(f"{name}: {key} is no array; store one under this key, or drop the key.")
+        raise UnsupportedFileError(
+            f"{name}: {key} is no array; store one under this key, or drop the key."
+        )
     if item.is_virtual or item.external:
         raise _foreign(name, key, f"{key} has its numbers in other files")
     return item
 
 
 def _foreign(name: str, key: str, why: str) -> ValueError:
-    return RefusedFile(
+    return UnsupportedFileError(
         f"{name}: {why}, and links are not followed; copy the array {key} into the file."
     )
 
@@ -142,7 +144,7 @@ def _read(file: h5py.File, path: Path, max_episode_steps: int) -> Dataset:
         timeouts = _horizon_timeouts(terminals, max_episode_steps)
     rows = np.flatnonzero(~timeouts[:-1])
     if rows.size == 0:
-        raise RefusedFile(
+        raise UnsupportedFileError(
             f"{path} holds no transition to learn from: all but the last of its {len(timeouts)} "
             "rows are timeouts, whose next observation is not known; use another file."
         )
@@ -175,7 +177,7 @@ def _check_layout(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
     arrays = {key: array for key, array in found.items() if array is not None}
     missing = [key for key in REQUIRED_KEYS if key not in arrays]
     if missing:
-        raise RefusedFile(
+        raise UnsupportedFileError(
             f"{path} lacks {', '.join(missing)}: a file in D4RL's layout holds "
             f"{', '.join(REQUIRED_KEYS)} (and timeouts)."
         )
@@ -184,17 +186,21 @@ def _check_layout(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
     for key, array in arrays.items():
         shape, dtype = shapes[key], array.dtype
         if dtype.kind not in "biuf":
-            raise RefusedFile(f"{path}: {key} holds {dtype}; store real numbers or booleans there.")
+            raise UnsupportedFileError(
+                f"{path}: {key} holds {dtype}; store real numbers or booleans there."
+            )
         matrix = key in ("observations", "actions")
         fits = len(shape) == 2 and shape[1] > 0 if matrix else shape in ((rows,), (rows, 1))
         if not fits or shape[0] != rows:
             needed = f"({rows}, its size)" if matrix else f"({rows},)"
-            raise RefusedFile(
+            raise UnsupportedFileError(
                 f"{path}: {key} has shape {shape}, which does not fit {rows} observations; store "
                 f"it as {needed}."
             )
     if rows < 2:
-        raise RefusedFile(f"{path} holds {rows} rows; at least 2 are needed, so use another file.")
+        raise UnsupportedFileError(
+            f"{path} holds {rows} rows; at least 2 are needed, so use another file."
+        )
     _check_sizes(arrays, path)
     return arrays
 
@@ -207,7 +213,7 @@ def _check_sizes(arrays: dict[str, h5py.Dataset], path: Path) -> None:
         size = array.dtype.itemsize * max(array.size, math.prod(array.chunks or (0,)))
         stored = array.id.get_storage_size()
         if size > max(_SMALL, _MAX_COMPRESSION * stored):
-            raise RefusedFile(
+            raise UnsupportedFileError(
                 f"{path}: {key} declares {size / 1e9:.3g} GB (shape {array.shape}) but only "
                 f"{stored} bytes of it are stored; the file is unfinished or damaged, so make or "
                 "download it again."
@@ -215,7 +221,7 @@ def _check_sizes(arrays: dict[str, h5py.Dataset], path: Path) -> None:
         # observations are taken twice, as float32
         needed += size + 4.0 * array.size * (2 if key == "observations" else 1)
     if needed > physical_memory():
-        raise RefusedFile(
+        raise UnsupportedFileError(
             f"{path} needs {needed / 1e9:.3g} GB of memory, this machine has "
             f"{physical_memory() / 1e9:.3g} GB: use a smaller file or a larger machine."
         )
@@ -233,7 +239,7 @@ def _check_finite(array: np.ndarray, key: str, path: Path, first_row: int) -> No
         return
     bad = np.argwhere(~np.isfinite(array))[0]
     bad[0] += first_row
-    raise RefusedFile(
+    raise UnsupportedFileError(
         f"{path}: {key}{bad.tolist()} is not finite in float32; repair or drop that row."
     )
 

@@ -21,7 +21,7 @@ Steps: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bo
 
 
 @contextmanager
-def side_by_side(
+def step_in_parallel(
     envs: Sequence[gymnasium.Env], processes: int
 ) -> Iterator[Callable[[NDArray[np.int_], NDArray[np.float32]], Steps]]:
     """Share environments, which have been reset, between this process and forks of it.
@@ -44,7 +44,7 @@ def side_by_side(
         >>> envs = [make_env("hopper-medium-v2") for _ in range(3)]
         >>> for env in envs:
         ...     _ = env.reset(seed=0)
-        >>> with side_by_side(envs, processes=2) as step:
+        >>> with step_in_parallel(envs, processes=2) as step:
         ...     observations, rewards, over = step(np.array([0, 2]), np.zeros((2, 3), np.float32))
         >>> observations.shape, rewards.shape, over.tolist()
         ((2, 11), (2,), [False, False])

@@ -13,7 +13,7 @@ from pogo_torchrl.experiments.config import EnvConfig, option, option_lines, opt
 from pogo_torchrl.experiments.console import exit_with_error
 from pogo_torchrl.experiments.film import check_film, film
 from pogo_torchrl.experiments.overrides import parse_options, wants_help
-from pogo_torchrl.export import load_actors, trained_for
+from pogo_torchrl.export import load_actors, policy_environment
 from pogo_torchrl.modules import TransportActor
 
 
@@ -50,7 +50,7 @@ def evaluate(arguments: Sequence[str]) -> list[Evaluation]:
     if cfg.policy is None:
         raise ValueError("policy is missing: write pogo evaluate POLICY.safetensors.")
     actors = load_actors(cfg.policy)
-    stored = trained_for(cfg.policy)
+    stored = policy_environment(cfg.policy)
     if cfg.task in (None, stored.get("task")):
         cfg = parse_options(arguments, _defaults(stored), "policy")
     if cfg.task is None:

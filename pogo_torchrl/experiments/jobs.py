@@ -5,7 +5,7 @@ runs that :meth:`Job.command` trains in one process. A :class:`Worker` carries o
 machine it is called on: it claims the runs' folders, starts the process, waits for it, and keeps
 the reason of a failure in ``failed.json``. An engine decides where and when workers are called::
 
-    def engine(jobs: Sequence[Job], options: DictConfig, screen: Screen) -> list[Outcome]
+    def engine(jobs: Sequence[Job], options: DictConfig, screen: ProgressReporter) -> list[Outcome]
 
 * ``options`` is the :class:`~pogo_torchrl.experiments.config.SweepConfig` of the command line.
 * ``screen.started(runs)`` and ``screen.ended(outcome)`` tell the user; from any thread.
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
-from pogo_torchrl.experiments.run_folder import RunFolder, check_folder
+from pogo_torchrl.experiments.run_folder import RunFolder, check_run_folder
 from pogo_torchrl.experiments.sweep_file import Run
 from pogo_torchrl.files import atomic_write, make_writable
 
@@ -43,7 +43,7 @@ DONE, FAILED, HELD, STOPPED = "done", "failed", "held", "stopped"
 
 
 # A run's state before it is started, beside DONE.
-NEW, CUT, FAILED_BEFORE, OTHER, RUNNING = (
+NEW, INTERRUPTED, FAILED_BEFORE, CONFLICT, RUNNING = (
     "to run",
     "to resume",
     "failed before",
@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
     """Updates made by this job."""
 
 
-class Screen(Protocol):
+class ProgressReporter(Protocol):
     """Where an engine tells what happens."""
 
     def started(self, runs: Sequence[Run]) -> None:
@@ -86,20 +86,20 @@ class Interrupted(BaseException):
     """A signal has ended the sweep; its number is the first argument."""
 
 
-def state(run: Run) -> str:
+def run_state(run: Run) -> str:
     """What is to be done for a run, from its folder alone."""
     folder = run.folder
     try:
-        check_folder(folder, run.cfg)
+        check_run_folder(folder, run.cfg)
     except ValueError:
-        return OTHER
+        return CONFLICT
     if is_done(run):
         return DONE
     if _is_locked(folder.root / ".sweep.lock") or _is_locked(folder.root / ".lock"):
         return RUNNING
-    if failure(folder) is not None:
+    if last_failure(folder) is not None:
         return FAILED_BEFORE
-    return CUT if (folder.training / "config.yaml").exists() else NEW
+    return INTERRUPTED if (folder.training / "config.yaml").exists() else NEW
 
 
 def is_done(run: Run) -> bool:
@@ -108,12 +108,12 @@ def is_done(run: Run) -> bool:
     return found is not None and found.get("total_steps", 0) >= run.cfg.total_steps
 
 
-def failure(folder: RunFolder) -> dict[str, Any] | None:
+def last_failure(folder: RunFolder) -> dict[str, Any] | None:
     """What is known of the failure of the run's last attempt."""
     return _read(folder.root / "failed.json")
 
 
-def updates_made(run: Run) -> int:
+def completed_updates(run: Run) -> int:
     """Updates up to the newest checkpoint."""
     steps = [int(path.name.split("-")[1]) for path in run.folder.checkpoints.glob("step-*[0-9]")]
     return min(max(steps, default=0), run.cfg.total_steps)
@@ -139,7 +139,7 @@ def _is_locked(path: Path) -> bool:
 
 
 @contextmanager
-def _claim(folder: RunFolder) -> Iterator[bool]:
+def _lock_run(folder: RunFolder) -> Iterator[bool]:
     """Try to be the one sweep process that works on a run; true if nobody else does.
 
     The run's own lock is taken by its process, seconds later.
@@ -175,7 +175,7 @@ class Job:
     @classmethod
     def of(cls, *runs: Run) -> Job:
         """A job for these runs."""
-        return cls(runs, tuple(failure(run.folder) for run in runs))
+        return cls(runs, tuple(last_failure(run.folder) for run in runs))
 
     @staticmethod
     def command(runs: Sequence[Run]) -> list[str]:
@@ -227,23 +227,23 @@ class Worker:
             started: called with the runs that the process makes, when it makes any.
         """
         try:
-            return self._carry_out(environment or {}, started)
+            return self._execute(environment or {}, started)
         except OSError as error:  # a folder that cannot be written
             return [Outcome(run, FAILED, str(error)) for run in self.job.runs]
 
-    def _carry_out(
+    def _execute(
         self, environment: Mapping[str, str], started: Callable[[Sequence[Run]], None]
     ) -> list[Outcome]:
         with ExitStack() as claims:
             found = []
             for run, known in zip(self.job.runs, self.job.failures):
-                is_ours = claims.enter_context(_claim(run.folder))
-                found.append(_before(run, is_ours, known))
+                is_ours = claims.enter_context(_lock_run(run.folder))
+                found.append(_outcome_without_work(run, is_ours, known))
             todo = [run for run, outcome in zip(self.job.runs, found) if outcome is None]
-            made = iter(self._make(todo, environment, started) if todo else ())
+            made = iter(self._run_process(todo, environment, started) if todo else ())
             return [outcome or next(made) for outcome in found]
 
-    def _make(
+    def _run_process(
         self,
         runs: Sequence[Run],
         environment: Mapping[str, str],
@@ -253,7 +253,7 @@ class Worker:
         if self._signal is not None:
             return stopped
         started(runs)
-        begun, before = time.monotonic(), [updates_made(run) for run in runs]
+        begun, before = time.monotonic(), [completed_updates(run) for run in runs]
         log = runs[0].folder.root / STDERR
         with log.open("wb") as stderr, self._lock:
             if self._signal is not None:
@@ -262,7 +262,7 @@ class Worker:
             # What it prints stands in train.log. While stdin is open, the process goes on.
             self._process = subprocess.Popen(
                 Job.command(runs),
-                env={**os.environ, **_ALWAYS, **environment},
+                env={**os.environ, **_WORKER_ENVIRONMENT, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -275,14 +275,14 @@ class Worker:
         seconds = time.monotonic() - begun
         outcomes = []
         for run, steps in zip(runs, before):
-            updates = max(updates_made(run) - steps, 0)
+            updates = max(completed_updates(run) - steps, 0)
             if is_done(run):
                 status, error = DONE, ""
                 (run.folder.root / "failed.json").unlink(missing_ok=True)
             elif self._signal is not None:
                 status, error = STOPPED, ""
             else:
-                status, error = FAILED, _sentence(code, log, run)
+                status, error = FAILED, _failure_reason(code, log, run)
                 _record(run.folder, error, code)
             outcomes.append(Outcome(run, status, error, seconds, updates))
         if all(outcome.status != FAILED for outcome in outcomes):
@@ -291,20 +291,20 @@ class Worker:
 
 
 # Faults and Python's errors leave their trace in stderr.
-_ALWAYS = {"PYTHONFAULTHANDLER": "1", "HYDRA_FULL_ERROR": "1"}
+_WORKER_ENVIRONMENT = {"PYTHONFAULTHANDLER": "1", "HYDRA_FULL_ERROR": "1"}
 
 
-def _before(run: Run, is_ours: bool, known: dict[str, Any] | None) -> Outcome | None:
+def _outcome_without_work(run: Run, is_ours: bool, known: dict[str, Any] | None) -> Outcome | None:
     """The outcome of a run that is not to be started."""
     if not is_ours:
         return Outcome(run, HELD)
     try:
-        check_folder(run.folder, run.cfg)
+        check_run_folder(run.folder, run.cfg)
     except ValueError as error:
         return Outcome(run, FAILED, str(error))  # not of the run in that folder: nothing is kept
     if is_done(run):
         return Outcome(run, DONE)
-    found = failure(run.folder)
+    found = last_failure(run.folder)
     if found is not None and found != known:
         return Outcome(run, FAILED, found["error"])
     return None
@@ -315,7 +315,7 @@ def _record(folder: RunFolder, error: str, code: int) -> None:
         json.dump({"error": error, "exit_code": code, "time": time.time()}, file)
 
 
-def _sentence(code: int, log: Path, run: Run) -> str:
+def _failure_reason(code: int, log: Path, run: Run) -> str:
     """Why a process has not brought a run to its end."""
     if code < 0:
         name = signal.Signals(-code).name

@@ -12,18 +12,20 @@ from queue import SimpleQueue
 import torch
 from omegaconf import DictConfig
 
-from pogo_torchrl.experiments.jobs import Interrupted, Job, Outcome, Screen, Worker
+from pogo_torchrl.experiments.jobs import Interrupted, Job, Outcome, ProgressReporter, Worker
 from pogo_torchrl.experiments.signals import on_signals
 
 
-def run_locally(jobs: Sequence[Job], options: DictConfig, screen: Screen) -> list[Outcome]:
+def run_locally(
+    jobs: Sequence[Job], options: DictConfig, screen: ProgressReporter
+) -> list[Outcome]:
     """The engine ``local``: a bounded number of processes on this machine.
 
     A signal is passed on to all of them, each of which saves and stops; a second one stops them at
     once.
     """
     environments: SimpleQueue[dict[str, str]] = SimpleQueue()
-    for environment in slots(options.jobs, jobs):
+    for environment in process_environments(options.jobs, jobs):
         environments.put(environment)
     workers = [Worker(job) for job in jobs]
     outcomes: list[Outcome] = []
@@ -54,7 +56,7 @@ def run_locally(jobs: Sequence[Job], options: DictConfig, screen: Screen) -> lis
     return outcomes
 
 
-def slots(most: int | None, jobs: Sequence[Job]) -> list[dict[str, str]]:
+def process_environments(most: int | None, jobs: Sequence[Job]) -> list[dict[str, str]]:
     """The environment of each of the processes that run at once: its threads, and its GPU.
 
     Args:

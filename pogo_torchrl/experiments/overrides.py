@@ -138,7 +138,7 @@ def parse_options(arguments: Sequence[str], defaults: Any, positional: str = "")
 
 def _wrong_value(name: str, text: str, hint: Any, default: Any) -> str:
     example = f", e.g. {to_text(default)}" if default is not None else ""
-    return f"{name}={text} must be {_in_words(hint)}{example}."
+    return f"{name}={text} must be {_describe_type(hint)}{example}."
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -291,7 +291,7 @@ def _check_override(override: Override, schema: type, several: bool) -> None:
             raise ValueError(_wrong_value(key, text, *known[key])) from error
 
 
-def _in_words(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     """What a value of this type is called."""
     words = {
         int: "an integer",

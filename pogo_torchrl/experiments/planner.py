@@ -28,9 +28,9 @@ from pogo_torchrl.experiments.build import (
 )
 from pogo_torchrl.experiments.jobs import (
     Job,
-    updates_made,
+    completed_updates,
 )
-from pogo_torchrl.experiments.local import slots
+from pogo_torchrl.experiments.local import process_environments
 from pogo_torchrl.experiments.sweep_file import Run
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.objectives.chain_loss import Params
@@ -73,7 +73,7 @@ class Cost(NamedTuple):
         return _CHECKPOINTS * self.checkpoint + cfg.save_model * self.policy + _ROW * rows + _REST
 
 
-def measure(cfg: DictConfig, seconds: float = 0.5) -> Cost:
+def measure_cost(cfg: DictConfig, seconds: float = 0.5) -> Cost:
     """Measure a run of this configuration on this machine, in about three times ``seconds``.
 
     Updates are those of training, on noise of the task's dimensions; evaluations those of the
@@ -164,7 +164,7 @@ class Plan:
         self.errors: list[str] = []
         if not jobs:
             return
-        places = slots(options.jobs, jobs)
+        places = process_environments(options.jobs, jobs)
         self.at_once = len(places)
         torch.set_num_threads(int(places[0]["OMP_NUM_THREADS"]))
         for run in self.runs:
@@ -176,14 +176,14 @@ class Plan:
 
     def _measure(self, run: Run) -> Cost | None:
         try:
-            return measure(run.cfg)
+            return measure_cost(run.cfg)
         except Exception as error:  # the run itself reports it, and the others still run
             self.errors.append(f"No estimate for runs like {run.name}: {error}")
             return None
 
     def text(self, total: int) -> str:
         """The plan below its table."""
-        updates = sum(map(updates_left, self.runs))
+        updates = sum(map(remaining_updates, self.runs))
         count = f"{len(self.runs)} of {total} runs" if len(self.runs) < total else f"{total} runs"
         lines = [f"To do: {count}, {updates:,} updates"]
         if any(self.costs.values()):
@@ -218,7 +218,7 @@ class Plan:
         """Time of updates and start-up, and time of evaluations."""
         updating = evaluating = 0.0
         for run, cost in self._costs():
-            updates = updates_left(run)
+            updates = remaining_updates(run)
             updating += _START
             if cost is not None:
                 updating += updates * cost.update
@@ -238,8 +238,8 @@ class Plan:
         return [(run, self.costs[_kind(run.cfg)]) for run in self.runs]
 
 
-def updates_left(run: Run) -> int:
-    return run.cfg.total_steps - updates_made(run)
+def remaining_updates(run: Run) -> int:
+    return run.cfg.total_steps - completed_updates(run)
 
 
 def _kind(cfg: DictConfig) -> tuple:

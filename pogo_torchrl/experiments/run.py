@@ -27,7 +27,12 @@ from pogo_torchrl.experiments.build import (
 from pogo_torchrl.experiments.console import LOGGER, ConsoleHandler, TrainLogHandler, log_to
 from pogo_torchrl.experiments.csv_log import CSVSink, LoggerSink, check_logger, make_logger
 from pogo_torchrl.experiments.overrides import check_options
-from pogo_torchrl.experiments.run_folder import RunFolder, check_folder, claim, fingerprint
+from pogo_torchrl.experiments.run_folder import (
+    RunFolder,
+    check_run_folder,
+    fingerprint,
+    lock_run_folder,
+)
 from pogo_torchrl.experiments.signals import Stopped, stop_on_signals
 from pogo_torchrl.export import on_raw_observations, save_actors
 from pogo_torchrl.files import atomic_write, cannot_write
@@ -51,7 +56,7 @@ def run(cfg: DictConfig) -> list[Evaluation]:
         FileExistsError: when the run's folder holds a run and ``resume`` is off.
     """
     one = RunInProgress(cfg)
-    with claim(one.folder), deterministic(cfg.deterministic), log_to(ConsoleHandler()):
+    with lock_run_folder(one.folder), deterministic(cfg.deterministic), log_to(ConsoleHandler()):
         one.read_data()
         with one.opened():
             if one.settings["compile"]:
@@ -75,7 +80,7 @@ def run_stack(cfgs: Sequence[DictConfig]) -> list[Exception | None]:
     """
     errors: list[Exception | None] = [None] * len(cfgs)
     runs: dict[int, RunInProgress] = {}
-    streams = [_Stream() for _ in cfgs]
+    streams = [_RandomStream() for _ in cfgs]
 
     @contextmanager
     def guarded(place: int) -> Iterator[None]:
@@ -91,7 +96,7 @@ def run_stack(cfgs: Sequence[DictConfig]) -> list[Exception | None]:
         for place, cfg in enumerate(cfgs):
             with guarded(place):
                 one = RunInProgress(cfg, stacked=True)
-                held.enter_context(claim(one.folder))
+                held.enter_context(lock_run_folder(one.folder))
                 one.read_data(replay_buffer)
                 replay_buffer = one.replay_buffer
                 with one.opened():
@@ -114,7 +119,7 @@ def run_stack(cfgs: Sequence[DictConfig]) -> list[Exception | None]:
 
 
 def _train_stack(
-    runs: Sequence[RunInProgress], streams: Sequence[_Stream]
+    runs: Sequence[RunInProgress], streams: Sequence[_RandomStream]
 ) -> list[Exception | None]:
     cfg = runs[0].cfg
 
@@ -132,7 +137,7 @@ def _train_stack(
     return stack.train()
 
 
-class _Stream(AbstractContextManager):
+class _RandomStream(AbstractContextManager):
     """A context in which the global random state is a run's own."""
 
     def __init__(self) -> None:
@@ -200,7 +205,7 @@ class RunInProgress:
             ValueError: for data that do not fit, or a checkpoint of another run.
         """
         cfg = self.cfg
-        check_folder(self.folder, cfg)
+        check_run_folder(self.folder, cfg)
         LOGGER.info(
             "POGO on %s, %d updates; run folder %s", cfg.task, cfg.total_steps, self.folder.root
         )

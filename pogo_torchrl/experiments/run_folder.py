@@ -17,7 +17,7 @@ from pogo_torchrl.experiments import config
 from pogo_torchrl.files import make_writable
 
 # What may change between a run and its continuation; everything else shapes the training.
-_FREE_ON_RESUME = {
+_MAY_CHANGE_ON_RESUME = {
     "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
     "resume", "device", "compile", "log_dir", "checkpoint_dir", "save_model", "logger",
     "progress_bar", "env",
@@ -51,7 +51,7 @@ class RunFolder(NamedTuple):
 
 
 @contextmanager
-def claim(folder: RunFolder) -> Iterator[None]:
+def lock_run_folder(folder: RunFolder) -> Iterator[None]:
     """Hold a run's folder: no second process may write there; nothing stays if nothing is written.
 
     The lock is one of the operating system: it goes with the process, however that ends.
@@ -78,7 +78,7 @@ def claim(folder: RunFolder) -> Iterator[None]:
                 path.rmdir()
 
 
-def check_folder(folder: RunFolder, cfg: DictConfig) -> None:
+def check_run_folder(folder: RunFolder, cfg: DictConfig) -> None:
     """Never mix two runs in one folder.
 
     Raises:
@@ -103,7 +103,7 @@ def check_folder(folder: RunFolder, cfg: DictConfig) -> None:
         )
     # An option that the release of then did not have had its default.
     defaults = OmegaConf.structured(config.RunConfig)
-    free = _FREE_ON_RESUME if _constant_lr(cfg) else _FREE_ON_RESUME - {"total_steps"}
+    free = _MAY_CHANGE_ON_RESUME if _constant_lr(cfg) else _MAY_CHANGE_ON_RESUME - {"total_steps"}
     changed = [
         f"{key}: {before.get(key, defaults[key])} -> {cfg[key]}"
         for key in config.top_level_options()
@@ -121,7 +121,7 @@ def fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[str
     settings = {
         key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key]
         for key in config.top_level_options()
-        if key not in _FREE_ON_RESUME
+        if key not in _MAY_CHANGE_ON_RESUME
     }
     if not _constant_lr(cfg):
         settings["total_steps"] = cfg.total_steps

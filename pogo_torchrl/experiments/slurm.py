@@ -39,11 +39,11 @@ from pogo_torchrl.experiments.jobs import (
     Interrupted,
     Job,
     Outcome,
-    Screen,
-    failure,
+    ProgressReporter,
+    completed_updates,
     is_done,
-    state,
-    updates_made,
+    last_failure,
+    run_state,
 )
 from pogo_torchrl.experiments.local import run_locally
 from pogo_torchrl.experiments.signals import on_signals
@@ -57,10 +57,10 @@ if TYPE_CHECKING:
 _SIGNAL = {"SUBMITIT_PREEMPT_SIGNAL": "USR1"}
 
 # The longest array that Slurm takes where its administrator has not said otherwise.
-_LONGEST_ARRAY = 1000
+_MAX_ARRAY_SIZE = 1000
 
 # How often a job may run out of time. Only runs that never reach a checkpoint need more.
-_MOST_TIMEOUTS = 1000
+_MAX_TIMEOUTS = 1000
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Batch:
             run_locally(self.jobs, options, _Log())
         except Interrupted as stop:
             number = stop.args[0]
-            if number == signal.SIGUSR1 or (number == signal.SIGTERM and _is_wanted()):
+            if number == signal.SIGUSR1 or (number == signal.SIGTERM and _is_still_scheduled()):
                 requeue(signal.SIGUSR1, None)
             raise
 
@@ -106,7 +106,9 @@ class _Log:
         print(outcome.run.name, outcome.status, outcome.error, flush=True)
 
 
-def run_on_slurm(jobs: Sequence[Job], options: DictConfig, screen: Screen) -> list[Outcome]:
+def run_on_slurm(
+    jobs: Sequence[Job], options: DictConfig, screen: ProgressReporter
+) -> list[Outcome]:
     """The engine ``slurm``: arrays of jobs on a cluster.
 
     A signal ends the waiting, not the jobs; the same command waits for them again.
@@ -119,7 +121,9 @@ def run_on_slurm(jobs: Sequence[Job], options: DictConfig, screen: Screen) -> li
     return _run(_Slurm(jobs, options), jobs, options.slurm.runs_per_job, screen)
 
 
-def run_by_submitit(jobs: Sequence[Job], options: DictConfig, screen: Screen) -> list[Outcome]:
+def run_by_submitit(
+    jobs: Sequence[Job], options: DictConfig, screen: ProgressReporter
+) -> list[Outcome]:
     """The engine ``submitit_local``: what the cluster would do, in processes here, all at once.
 
     A signal is passed on to the jobs, whose runs save and stop.
@@ -130,7 +134,7 @@ def run_by_submitit(jobs: Sequence[Job], options: DictConfig, screen: Screen) ->
 class _Cluster:
     """Where batches go."""
 
-    patience: float
+    poll_seconds: float
     """Seconds between two questions for its states."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
@@ -143,9 +147,9 @@ class _Cluster:
         from submitit.core.utils import FailedJobError
 
         numbers: list[str] = []
-        for i in range(0, len(batches), _LONGEST_ARRAY):
+        for i in range(0, len(batches), _MAX_ARRAY_SIZE):
             try:
-                jobs = self.executor.submit_array(batches[i : i + _LONGEST_ARRAY])
+                jobs = self.executor.submit_array(batches[i : i + _MAX_ARRAY_SIZE])
             except FailedJobError as error:
                 raise ValueError(
                     f"sbatch refuses the job: {error}; see the options slurm.*"
@@ -167,7 +171,7 @@ class _Cluster:
 
 
 class _Slurm(_Cluster):
-    patience = 10.0  # many users ask the same controller
+    poll_seconds = 10.0  # many users ask the same controller
 
     def __init__(self, jobs: Sequence[Job], options: DictConfig) -> None:
         super().__init__(jobs)
@@ -186,7 +190,7 @@ class _Slurm(_Cluster):
             },
             "setup": [f"export {name}={value}" for name, value in _SIGNAL.items()],
         }
-        self.executor = _submitit().SlurmExecutor(self.folder, max_num_timeout=_MOST_TIMEOUTS)
+        self.executor = _submitit().SlurmExecutor(self.folder, max_num_timeout=_MAX_TIMEOUTS)
         self.executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
 
     def states(self) -> dict[str, str] | None:
@@ -198,11 +202,11 @@ class _Slurm(_Cluster):
 
 
 class _Local(_Cluster):
-    patience = 0.5
+    poll_seconds = 0.5
 
     def __init__(self, jobs: Sequence[Job], options: DictConfig) -> None:
         super().__init__(jobs)
-        self.executor = _submitit().LocalExecutor(self.folder, max_num_timeout=_MOST_TIMEOUTS)
+        self.executor = _submitit().LocalExecutor(self.folder, max_num_timeout=_MAX_TIMEOUTS)
         self.executor.update_parameters(
             timeout_min=options.slurm.timeout_min,
             signal_delay_s=options.slurm.signal_delay_s,
@@ -245,20 +249,20 @@ def _states() -> dict[str, str] | None:
     return dict(line.split() for line in answer.stdout.splitlines())
 
 
-def _is_wanted() -> bool:
+def _is_still_scheduled() -> bool:
     """In a job that got SIGTERM: whether Slurm would have it go on, i.e. it is no scancel."""
     return (_states() or {}).get(_submitit().JobEnvironment().job_id) == "RUNNING"
 
 
 def _run(
-    cluster: _Cluster, jobs: Sequence[Job], runs_per_job: int, screen: Screen
+    cluster: _Cluster, jobs: Sequence[Job], runs_per_job: int, screen: ProgressReporter
 ) -> list[Outcome]:
     numbers = _queued(cluster)
     held = [
         run
         for job in jobs
         for run in job.runs
-        if run.name not in numbers and state(run) == RUNNING  # by another kind of sweep
+        if run.name not in numbers and run_state(run) == RUNNING  # by another kind of sweep
     ]
     new = [job for job in jobs if not any(r in held or r.name in numbers for r in job.runs)]
     batches = [Batch(tuple(new[i : i + runs_per_job])) for i in range(0, len(new), runs_per_job)]
@@ -283,15 +287,15 @@ def _queued(cluster: _Cluster) -> dict[str, str]:
     return {name: file.stem for file in files for name in json.loads(file.read_text())}
 
 
-def _wait(waiting: dict[Run, str], cluster: _Cluster, screen: Screen) -> list[Outcome]:
+def _wait(waiting: dict[Run, str], cluster: _Cluster, screen: ProgressReporter) -> list[Outcome]:
     """Tell of runs, given with the numbers of their jobs, as they start and end, until all have."""
     outcomes: list[Outcome] = []
-    made = {run: updates_made(run) for run in waiting}
+    made = {run: completed_updates(run) for run in waiting}
     begun = dict.fromkeys(waiting, time.monotonic())
     before: dict[str, str] = {}
     missed: set[str] = set()
     while waiting:
-        time.sleep(cluster.patience)
+        time.sleep(cluster.poll_seconds)
         states = cluster.states()
         if states is None:
             continue
@@ -301,7 +305,7 @@ def _wait(waiting: dict[Run, str], cluster: _Cluster, screen: Screen) -> list[Ou
                 begun[run] = time.monotonic()
             # Files made elsewhere may show late: a job must be missed twice.
             if is_done(run) or (number not in states and number in missed):
-                seconds, updates = time.monotonic() - begun[run], updates_made(run) - made[run]
+                seconds, updates = time.monotonic() - begun[run], completed_updates(run) - made[run]
                 outcomes.append(_outcome(run, number, cluster.folder, seconds, max(updates, 0)))
                 screen.ended(outcomes[-1])
                 del waiting[run]
@@ -313,9 +317,9 @@ def _outcome(run: Run, number: str, folder: Path, seconds: float, updates: int) 
     """What has become of a run whose job has ended."""
     if is_done(run):
         return Outcome(run, DONE, "", seconds, updates)
-    if state(run) == RUNNING:
+    if run_state(run) == RUNNING:
         return Outcome(run, HELD)
-    found = failure(run.folder)
+    found = last_failure(run.folder)
     error = (
         found["error"]
         if found

@@ -16,27 +16,27 @@ from pogo_torchrl.experiments import config
 from pogo_torchrl.experiments.config import SweepConfig
 from pogo_torchrl.experiments.console import exit_with_error
 from pogo_torchrl.experiments.jobs import (
+    CONFLICT,
     DONE,
     FAILED,
     FAILED_BEFORE,
     HELD,
-    OTHER,
     STOPPED,
     Interrupted,
     Job,
     Outcome,
-    Screen,
-    failure,
-    state,
+    ProgressReporter,
+    last_failure,
+    run_state,
 )
 from pogo_torchrl.experiments.local import run_locally
 from pogo_torchrl.experiments.overrides import from_flags, sweep_options, wants_help
-from pogo_torchrl.experiments.planner import Plan, format_duration, updates_left
+from pogo_torchrl.experiments.planner import Plan, format_duration, remaining_updates
 from pogo_torchrl.experiments.signals import on_signals
 from pogo_torchrl.experiments.slurm import run_by_submitit, run_on_slurm
-from pogo_torchrl.experiments.sweep_file import Run, read_sweep, stacks
+from pogo_torchrl.experiments.sweep_file import Run, group_stackable, read_sweep
 
-ENGINES: dict[str, Callable[[Sequence[Job], DictConfig, Screen], list[Outcome]]] = {
+ENGINES: dict[str, Callable[[Sequence[Job], DictConfig, ProgressReporter], list[Outcome]]] = {
     "local": run_locally,
     "slurm": run_on_slurm,
     "submitit_local": run_by_submitit,
@@ -49,7 +49,7 @@ STACKABLE = ("fast", "exact")
 
 
 # Seconds between two looks at runs that another process holds.
-_PATIENCE = 2.0
+_POLL_SECONDS = 2.0
 
 
 def sweep(arguments: Sequence[str]) -> int:
@@ -74,7 +74,7 @@ def sweep(arguments: Sequence[str]) -> int:
             f"launcher={options.launcher} is unknown; choose one of {', '.join(ENGINES)}."
         )
     runs = read_sweep(options.sweep, overrides)
-    states = {run: state(run) for run in runs}
+    states = {run: run_state(run) for run in runs}
     jobs = make_jobs([run for run in runs if states[run] != DONE], stack=options.stack)
     print(f"Sweep {options.sweep}")
     print(_table(states), flush=True)
@@ -84,7 +84,7 @@ def sweep(arguments: Sequence[str]) -> int:
     if options.dry_run:
         return 0
     screen = Progress([run for job in jobs for run in job.runs])
-    failed = _carry_out(jobs, options, screen)
+    failed = _execute(jobs, options, screen)
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are done.")
     if failed:
         print("Failed, and tried again by the same command:")
@@ -109,10 +109,10 @@ def make_jobs(runs: Sequence[Run], *, stack: bool = False) -> list[Job]:
                 f"stack=true needs w2_backend={' or '.join(STACKABLE)}, {run.name} has "
                 f"{run.cfg.w2_backend}: GeomLoss's schedule depends on the whole batch of a run."
             )
-    return [Job.of(*group) for group in stacks(runs)]
+    return [Job.of(*group) for group in group_stackable(runs)]
 
 
-def _carry_out(jobs: Sequence[Job], options: DictConfig, screen: Progress) -> list[Outcome]:
+def _execute(jobs: Sequence[Job], options: DictConfig, screen: Progress) -> list[Outcome]:
     """All jobs to their end, those that other processes hold at last; the failures."""
     failed: list[Outcome] = []
     while jobs:
@@ -122,7 +122,7 @@ def _carry_out(jobs: Sequence[Job], options: DictConfig, screen: Progress) -> li
         jobs = [job for job in jobs if any(run.name in held for run in job.runs)]
         if jobs:
             screen.waiting(len(held))
-            time.sleep(_PATIENCE)
+            time.sleep(_POLL_SECONDS)
     return failed
 
 
@@ -130,7 +130,7 @@ class Progress:
     """A line as each run starts and ends, with the time that is left."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self._left = {run.name: updates_left(run) for run in runs}
+        self._left = {run.name: remaining_updates(run) for run in runs}
         self._total = len(runs)
         self._made = 0
         self._begun = time.monotonic()
@@ -187,10 +187,10 @@ def _table(states: dict[Run, str]) -> str:
     first, second = (max(len(row[i]) for row in rows) + 2 for i in (0, 1))
     lines = [f"  {task:<{first}}{weights:<{second}}{found}" for task, weights, found in rows]
     for run, what in states.items():
-        earlier = failure(run.folder)
+        earlier = last_failure(run.folder)
         if what == FAILED_BEFORE and earlier is not None:
             lines.append(f"  {run.name} failed before: {earlier['error']}")
-        elif what == OTHER:
+        elif what == CONFLICT:
             lines.append(f"  {run.name} holds a run with other settings and will fail")
     return "\n".join(lines)
 

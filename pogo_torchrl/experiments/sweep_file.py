@@ -44,7 +44,7 @@ _SINKHORN = {"K": "num_samples", "blur": "blur", "backend": "w2_backend"}
 _WEIGHTS = ("w2_weights", "w2_weights_base", "w2_weights_third", "w2_weights_grid")
 
 # What tells the runs apart or keeps them apart is the sweep's to set.
-_OF_THE_SWEEP = {
+_RESERVED = {
     "task": "write it as a key of environments in the sweep file",
     "seed": "write seeds: [0, 1, 2] in the sweep file",
     "resume": "leave it out, a sweep goes on with what is there",
@@ -52,10 +52,10 @@ _OF_THE_SWEEP = {
 }
 
 # More take more memory, and gain nothing on a processor.
-MOST_STACKED = 16
+MAX_STACK_SIZE = 16
 
 # Far beyond any study; a typo in a grid can ask for billions.
-_MOST_RUNS = 10_000
+_MAX_RUNS = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,13 +126,13 @@ def read_sweep(name: str, overrides: Sequence[str] = ()) -> list[Run]:
         key = override.partition("=")[0]
         if key == "w2_weights":
             raise ValueError(f"{override}: the weights tell the runs apart; write them in {name}.")
-        if key in _OF_THE_SWEEP:
-            raise ValueError(f"{override} cannot hold for all runs: {_OF_THE_SWEEP[key]}.")
+        if key in _RESERVED:
+            raise ValueError(f"{override} cannot hold for all runs: {_RESERVED[key]}.")
     path = _find(name)
     content = _load(path)
     try:
         runs = list(_runs(content, overrides))
-        _check_apart(runs)
+        _check_distinct(runs)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return runs
@@ -192,7 +192,7 @@ def _runs(content: dict[str, Any], overrides: Sequence[str]) -> Iterator[Run]:
             if not (key in _WEIGHTS and own.keys() & set(_WEIGHTS))
         }
         try:
-            yield from _of_task(task, {**inherited, **own}, overrides)
+            yield from _task_runs(task, {**inherited, **own}, overrides)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -233,11 +233,11 @@ def _options(section: Any, where: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for given, value in _flat(_section(section, where)):
         key = _ALIASES.get(given, given)
-        if key in _OF_THE_SWEEP:
-            raise ValueError(f"{where}: {key} cannot stand here: {_OF_THE_SWEEP[key]}.")
+        if key in _RESERVED:
+            raise ValueError(f"{where}: {key} cannot stand here: {_RESERVED[key]}.")
         if key not in (*_WEIGHTS, "seeds"):
             try:
-                check_overrides([f"{key}={_word(value)}"])
+                check_overrides([f"{key}={_to_override(value)}"])
             except ValueError as error:
                 raise ValueError(f"{where}.{given}: {error}") from error
         options = _merged(options, {key: value}, where)
@@ -253,12 +253,12 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _word(value: Any) -> str:
+def _to_override(value: Any) -> str:
     """A value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
-        return f"[{','.join(map(_word, value))}]"
+        return f"[{','.join(map(_to_override, value))}]"
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return str(int(value))  # 1e6 updates
     if isinstance(value, str):
@@ -266,21 +266,21 @@ def _word(value: Any) -> str:
     return str(value)
 
 
-def _of_task(task: str, settings: dict[str, Any], overrides: Sequence[str]) -> Iterator[Run]:
+def _task_runs(task: str, settings: dict[str, Any], overrides: Sequence[str]) -> Iterator[Run]:
     seeds = settings.pop("seeds", None)
     if seeds is None:
         raise ValueError("seeds are missing; write seeds: [0, 1, 2], in common for all tasks.")
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
         raise ValueError(f"seeds={seeds} must be a list of integers, e.g. [0, 1, 2].")
     weights = _weights({key: settings.pop(key) for key in _WEIGHTS if key in settings})
-    given = [f"{key}={_word(value)}" for key, value in settings.items()]
+    given = [f"{key}={_to_override(value)}" for key, value in settings.items()]
     given = [f"task={task}", "progress_bar=false", *given]
     cfg = compose([*given, *overrides, "resume=true"])
     for chain, seed in itertools.product(weights or [list(cfg.w2_weights)], seeds):
         own = copy.deepcopy(cfg)
         own.w2_weights, own.seed = chain, seed
         check_options(own)
-        arguments = (*given, f"w2_weights={_word(chain)}", f"seed={seed}", *overrides)
+        arguments = (*given, f"w2_weights={_to_override(chain)}", f"seed={seed}", *overrides)
         yield Run((*arguments, "resume=true"), own)
 
 
@@ -310,8 +310,8 @@ def _weights(given: dict[str, Any]) -> list[list[float]]:
             f"{' and '.join(given)} are no way to give weights: give w2_weights, or "
             "w2_weights_base with w2_weights_third, or w2_weights_grid."
         )
-    if math.prod(map(len, candidates)) > _MOST_RUNS:
-        raise ValueError(f"the weights make more than {_MOST_RUNS} chains; give fewer of them.")
+    if math.prod(map(len, candidates)) > _MAX_RUNS:
+        raise ValueError(f"the weights make more than {_MAX_RUNS} chains; give fewer of them.")
     return [list(chain) for chain in itertools.product(*candidates)]
 
 
@@ -323,10 +323,10 @@ def _are_numbers(values: Any) -> bool:
     )
 
 
-def _check_apart(runs: Sequence[Run]) -> None:
+def _check_distinct(runs: Sequence[Run]) -> None:
     """Every run in a folder of its own, all below one."""
-    if len(runs) > _MOST_RUNS:
-        raise ValueError(f"{len(runs)} runs are more than {_MOST_RUNS}; give fewer of them.")
+    if len(runs) > _MAX_RUNS:
+        raise ValueError(f"{len(runs)} runs are more than {_MAX_RUNS}; give fewer of them.")
     folders: set[Path] = set()
     for run in runs:
         if run.cfg.log_dir != runs[0].cfg.log_dir:
@@ -339,7 +339,7 @@ def _check_apart(runs: Sequence[Run]) -> None:
         folders.add(run.folder.root)
 
 
-def stacks(runs: Sequence[Run]) -> list[list[Run]]:
+def group_stackable(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs that can be trained as one batched computation, together.
 
     They differ in ``seed``, ``w2_weights`` (of one length) and ``alpha`` only.
@@ -349,7 +349,7 @@ def stacks(runs: Sequence[Run]) -> list[list[Run]]:
         shared = {k: v for k, v in run.cfg.items() if k not in ("seed", "w2_weights", "alpha")}
         kind = OmegaConf.to_yaml({**shared, "actors": len(run.cfg.w2_weights)})
         groups = found.setdefault(kind, [[]])
-        if len(groups[-1]) == MOST_STACKED:
+        if len(groups[-1]) == MAX_STACK_SIZE:
             groups.append([])
         groups[-1].append(run)
     return [group for groups in found.values() for group in groups]

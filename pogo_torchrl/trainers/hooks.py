@@ -290,7 +290,7 @@ class StopOnDivergence(TrainerHookBase):
         if broken:
             raise DivergenceError(
                 f"Training has diverged: at update {step}, since the last row of metrics.csv, "
-                f"{', '.join(broken)} became infinite or NaN. {_TRY}"
+                f"{', '.join(broken)} became infinite or NaN. {_ADVICE}"
             )
         value = abs(means.get("pred_value", 0.0))
         if self.largest_return is None or value <= self.largest_return:
@@ -300,10 +300,10 @@ class StopOnDivergence(TrainerHookBase):
             f"beyond {self.largest_return:.3g}"
         )
         if value > self.explosion * self.largest_return:
-            raise DivergenceError(f"Training has diverged: {size}. {_TRY}")
+            raise DivergenceError(f"Training has diverged: {size}. {_ADVICE}")
         if not self._warned:
             self._warned = True
-            self.warn(f"The critics overestimate: {size}. {_TRY}")
+            self.warn(f"The critics overestimate: {size}. {_ADVICE}")
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -313,7 +313,7 @@ class StopOnDivergence(TrainerHookBase):
         """Nothing to load."""
 
 
-_TRY = (
+_ADVICE = (
     "Try larger w2_weights, a smaller alpha, q_normalization=mean_abs, critic_layer_norm=true or "
     "a smaller lr."
 )

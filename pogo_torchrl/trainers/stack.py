@@ -11,7 +11,7 @@ from tensordict import TensorDict
 
 from pogo_torchrl.torchrl_private import count_updates, run_stage
 from pogo_torchrl.trainers.fused.update import Update
-from pogo_torchrl.trainers.trainer import POGOTrainer, Ticks
+from pogo_torchrl.trainers.trainer import OfflineStepIterator, POGOTrainer
 
 _SHARED = ("policy_freq", "tau", "clip_grad_norm", "bf16")
 
@@ -78,7 +78,7 @@ class TrainerStack:
         """Train all to their end; returns what has ended each of them early, if anything."""
         first = self.trainers[0]
         self._each(lambda trainer: run_stage(trainer, "setup"))
-        ticks = Ticks(first.total_frames)
+        ticks = OfflineStepIterator(first.total_frames)
         ticks.step = first.collected_frames
         ticks.intervals = sorted(
             {i for trainer in self.trainers for i in trainer.collector.intervals}
@@ -90,7 +90,7 @@ class TrainerStack:
             for _ in range(tick.numel()):
                 self.update()
             self._each(self._after)
-            if not any(map(self._goes_on, range(len(self.trainers)))):
+            if not any(map(self._is_running, range(len(self.trainers)))):
                 break
         self._each(lambda trainer: run_stage(trainer, "shutdown"))
         return self.errors
@@ -111,7 +111,7 @@ class TrainerStack:
         stacked = self._update(torch.stack(batches), noise, first.lr(), first.with_actors)
         for place, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
             own = stacked.map(itemgetter(place))
-            stepper.record(own, batches[place])
+            stepper.record_metrics(own, batches[place])
             stepper.advance(1)
             run_stage(trainer, "post_optim")
             run_stage(trainer, "post_optim_log", batches[place])
@@ -136,7 +136,7 @@ class TrainerStack:
             compile=self.compile,
         )
         for stepper in self.steppers:
-            stepper.join(self._update)
+            stepper.use_update(self._update)
 
     @staticmethod
     def _after(trainer: POGOTrainer) -> None:
@@ -155,5 +155,5 @@ class TrainerStack:
             except Exception as error:  # it ends this one, whatever it is
                 self.errors[place] = error
 
-    def _goes_on(self, place: int) -> bool:
+    def _is_running(self, place: int) -> bool:
         return self.errors[place] is None and not self.trainers[place].stopping

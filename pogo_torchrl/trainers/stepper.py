@@ -125,7 +125,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         ['qvalue', 'actor_0', 'actor_1']
     """
 
-    longest_graph = 25  # updates in one CUDA graph
+    max_graph_updates = 25  # updates in one CUDA graph
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         """The work of one update on the device; :meth:`advance` counts it."""
         assert self._update is not None
         results = self._update(batch, self.draw_noise(batch), lr, self.with_actors)
-        self.record(results, batch)
+        self.record_metrics(results, batch)
         return results
 
     @property
@@ -239,7 +239,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         """What the next update draws."""
         return self.loss_module.draw_noise(batch, actors=None if self.with_actors else ())
 
-    def record(self, results: Results, batch: TensorDictBase) -> None:
+    def record_metrics(self, results: Results, batch: TensorDictBase) -> None:
         """Keep the scalars of an update, add them to the means, and remember its batch."""
         self.scalars[: self._num_qvalue].copy_(results.qvalue)
         # Updates without the actors repeat their last values: means are over updates.
@@ -290,7 +290,7 @@ class POGOOptimizationStepper(OptimizationStepper):
             return
         if update is None or not update.refresh():
             self.synchronize()
-            self._place()
+            self._match_device()
             self._update = Update(
                 [self.loss_module],
                 [self.optimizers],
@@ -300,7 +300,9 @@ class POGOOptimizationStepper(OptimizationStepper):
                 bf16=self.bf16,
             )
         make = self.graph_maker()
-        self._graphs = UpdateGraphs(self, make, self.longest_graph) if make is not None else None
+        self._graphs = (
+            UpdateGraphs(self, make, self.max_graph_updates) if make is not None else None
+        )
 
     def graph_maker(self) -> Callable[[], DeviceGraph] | None:
         """What makes graphs of updates; ``None`` where there are none."""
@@ -311,7 +313,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         wanted = self.compile and free and device.type == "cuda"
         return partial(CUDAGraph, device) if wanted else None
 
-    def _place(self) -> None:
+    def _match_device(self) -> None:
         """Have the scalars where the loss is."""
         like = self.loss_module.min_action
         self.scalars = self.scalars.to(like)
@@ -320,7 +322,7 @@ class POGOOptimizationStepper(OptimizationStepper):
             mean.to(like)
 
     @contextmanager
-    def undone(self) -> Iterator[None]:
+    def preserve_state(self) -> Iterator[None]:
         """Restore all training state at the end, in place: updates within leave no trace."""
         assert self._update is not None
         memory = [
@@ -338,7 +340,7 @@ class POGOOptimizationStepper(OptimizationStepper):
             for tensor, values in zip(memory, before[0]):
                 tensor.copy_(values)
 
-    def join(self, update: Update) -> None:
+    def use_update(self, update: Update) -> None:
         """Have the updates of this run made by a stack's."""
         self._update = update
 
@@ -359,7 +361,7 @@ class POGOOptimizationStepper(OptimizationStepper):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore them from a checkpoint."""
-        self._place()
+        self._match_device()
         self.steps = state_dict["steps"]
         self.scalars.copy_(state_dict["scalars"])
         for mean, sums in zip(self._means, state_dict["means"]):

@@ -34,28 +34,28 @@ from pogo_torchrl.trainers.stepper import POGOOptimizationStepper
 _LOGGER = logging.getLogger(__name__)
 
 # A tick is the stretch of updates between two looks at hooks, signals and the progress bar.
-_LONGEST_TICK = 25
+_MAX_STEP_LENGTH = 25
 
 # Stages that TorchRL's loop runs at each update: with a hook in any of them, updates are made one
 # by one.
-_AT_EACH_UPDATE = {"process_optim_batch", "post_loss", "post_optim", "post_optim_log"}
+_PER_UPDATE_STAGES = {"process_optim_batch", "post_loss", "post_optim", "post_optim_log"}
 
 # Those that come between the loss and the optimizer's step, which are one here; TorchRL's own
 # trainer leaves them out, without a word, where it has an OptimizationStepper.
-_REFUSED = {
+_UNSUPPORTED_STAGES = {
     "process_loss": "change the loss itself (subclass POGOLoss)",
     "optimizer": "give POGOTrainer the optimizers (qvalue_optimizer, actor_optimizer)",
 }
 
 
-class Ticks:
+class OfflineStepIterator:
     """Stands where an online trainer has its collector: yields stretches of updates.
 
     Each item is an empty tensordict whose batch size is the number of updates until the next
     multiple of any of ``intervals`` (or the end), so that hooks meet their steps exactly.
 
     Example:
-        >>> ticks = Ticks(total=25, intervals=[10])
+        >>> ticks = OfflineStepIterator(total=25, intervals=[10])
         >>> [tick.numel() for tick in ticks]
         [10, 10, 5]
     """
@@ -70,7 +70,7 @@ class Ticks:
     def __iter__(self) -> Iterator[TensorDict]:
         while self.step < self.total:
             ahead = [interval - self.step % interval for interval in self.intervals]
-            length = min(*ahead, self.total - self.step, _LONGEST_TICK)
+            length = min(*ahead, self.total - self.step, _MAX_STEP_LENGTH)
             self.step += length
             yield TensorDict({}, [length])
 
@@ -215,11 +215,11 @@ class POGOTrainer(Trainer):
         soft = target_net_updater if type(target_net_updater) is SoftUpdate else None
         self.fingerprint = dict(fingerprint or {})
         self.stages: dict[str, list[tuple[Callable, dict[str, Any]]]] = {}  # hooks with arguments
-        self._acts_on_each_update = False  # whether any hook does
+        self._has_per_update_hooks = False  # whether any hook does
         self.stopping = False
         self.stop_reason: str | None = None
         self._tick: TensorDictBase | None = None  # that is to be one step
-        ticks, rotation = Ticks(total_steps), None
+        ticks, rotation = OfflineStepIterator(total_steps), None
         if checkpoint_dir is not None:
             ticks.intervals.append(checkpoint_interval)
             rotation = CheckpointRotation(checkpoint_dir, keep_last=keep_checkpoints, prefix="step")
@@ -256,7 +256,7 @@ class POGOTrainer(Trainer):
         self.register_op("shutdown", self.optimization_stepper.synchronize)
         if target_net_updater is not None and soft is None:
             self.register_op("post_optim", target_net_updater.step)
-        self._follow_priorities(replay_buffer)
+        self._register_priority_updates(replay_buffer)
         self.bar = ProgressBar() if progress_bar else None
         for hook in (*hooks, self.bar):
             if hook is not None:
@@ -268,17 +268,18 @@ class POGOTrainer(Trainer):
         Raises:
             ValueError: for the stages between the loss and the step of its optimizer.
         """
-        if dest in _REFUSED:
+        if dest in _UNSUPPORTED_STAGES:
             raise ValueError(
                 f"POGOTrainer has no {dest!r} stage, since losses and steps are one update here: "
-                f"{_REFUSED[dest]}, or write a loop of your own (examples/pogo_in_torchrl.py)."
+                f"{_UNSUPPORTED_STAGES[dest]}, or write your own loop "
+                "(examples/pogo_in_torchrl.py)."
             )
         super().register_op(dest, op, **kwargs)
         self.stages.setdefault(dest, []).append((op, kwargs))
-        if dest in _AT_EACH_UPDATE and op != self._sample:
-            self._acts_on_each_update = True
+        if dest in _PER_UPDATE_STAGES and op != self._sample:
+            self._has_per_update_hooks = True
 
-    def _follow_priorities(self, replay_buffer: ReplayBuffer) -> None:
+    def _register_priority_updates(self, replay_buffer: ReplayBuffer) -> None:
         """Give a prioritised replay buffer the TD errors, and checkpoint its priorities."""
         sampler = getattr(replay_buffer, "sampler", None)
         if not isinstance(sampler, PrioritizedSampler):
@@ -348,7 +349,7 @@ class POGOTrainer(Trainer):
     def optim_steps(self, batch: TensorDictBase) -> None:
         """As many updates as the tick is long, with TorchRL's stages around them."""
         # Without hooks that see single updates the stepper makes all of the tick's in one step.
-        self._tick = None if self._acts_on_each_update else batch
+        self._tick = None if self._has_per_update_hooks else batch
         self.optim_steps_per_batch = batch.numel() if self._tick is None else 1
         try:
             super().optim_steps(batch)

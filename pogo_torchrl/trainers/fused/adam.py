@@ -39,7 +39,8 @@ class FusedAdam:
         params: the same in the memory that is to be changed in place, ``[R, ...]`` for a stack.
 
     Raises:
-        ValueError: for an optimizer that :func:`why_not` refuses, or a stack of different ones.
+        ValueError: for an optimizer that :func:`unsupported_reason` rejects, or a stack of different
+            ones.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.zeros(2))
@@ -65,8 +66,10 @@ class FusedAdam:
             [_state(optimizer, p) for optimizer, p in zip(self.optimizers, runs)]
             for runs in zip(*parameters)
         ]
-        self.exp_avg = [_joined("exp_avg", s, p) for s, p in zip(self._states, self.params)]
-        self.exp_avg_sq = [_joined("exp_avg_sq", s, p) for s, p in zip(self._states, self.params)]
+        self.exp_avg = [_stack_shared("exp_avg", s, p) for s, p in zip(self._states, self.params)]
+        self.exp_avg_sq = [
+            _stack_shared("exp_avg_sq", s, p) for s, p in zip(self._states, self.params)
+        ]
         # float64: 1 - 0.999^t loses digits in float32. A vector: of one number alone torch.compile
         # (2.13) misses the change in place.
         count = float(self._states[0][0]["step"])
@@ -129,7 +132,7 @@ class FusedAdam:
     def _settings(self) -> dict[str, Any]:
         found = []
         for optimizer in self.optimizers:
-            reason = why_not(optimizer)
+            reason = unsupported_reason(optimizer)
             if reason:
                 raise ValueError(reason)
             group = optimizer.param_groups[0]
@@ -149,13 +152,13 @@ class FusedAdam:
         return found[0]
 
 
-def why_not(optimizer: Optimizer) -> str | None:
+def unsupported_reason(optimizer: Optimizer) -> str | None:
     """Why a compiled or stacked update cannot make the steps of an optimizer; ``None``: it can.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.zeros(2))
-        >>> why_not(torch.optim.AdamW([parameter], weight_decay=0.1))
-        >>> why_not(torch.optim.SGD([parameter]))[:40]
+        >>> unsupported_reason(torch.optim.AdamW([parameter], weight_decay=0.1))
+        >>> unsupported_reason(torch.optim.SGD([parameter]))[:40]
         'a compiled or stacked update makes the s'
     """
     name, reason = type(optimizer).__name__, ""
@@ -187,7 +190,7 @@ def _state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def _joined(name: str, states: Sequence[dict[str, Tensor]], like: Tensor) -> Tensor:
+def _stack_shared(name: str, states: Sequence[dict[str, Tensor]], like: Tensor) -> Tensor:
     """A moment of all runs, of the parameter's shape, in memory that the optimizers share."""
     if len(states) == 1:
         return states[0][name].view_as(like)

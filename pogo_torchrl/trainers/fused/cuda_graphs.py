@@ -45,7 +45,7 @@ class Stepper(Protocol):
     def lr(self) -> Tensor:
         """The learning rates of the next update."""
 
-    def undone(self) -> AbstractContextManager[None]:
+    def preserve_state(self) -> AbstractContextManager[None]:
         """Restore all training state at the end, in place."""
 
 
@@ -140,7 +140,11 @@ class UpdateGraphs:
             whole = samples and stepper.with_actors and count >= self.longest
             length = self.longest if whole and not self.failed else 1
             batch = None if samples else batches.sample()
-            found = self._graph(length, batches) if batch is None or self._take_in(batch) else None
+            found = (
+                self._graph(length, batches)
+                if batch is None or self._copy_to_inputs(batch)
+                else None
+            )
             if found is None:
                 stepper.update_on(batches.sample() if batch is None else batch, stepper.lr())
                 stepper.advance(1)
@@ -161,7 +165,7 @@ class UpdateGraphs:
                 self._written[place] = rates
             self.stepper.advance(1)
 
-    def _take_in(self, batch: TensorDictBase) -> bool:
+    def _copy_to_inputs(self, batch: TensorDictBase) -> bool:
         """Copy a batch to where graphs read it, if it is like those before it."""
         if self._inputs is None:
             self.stepper.loss_module.check_batch(batch)
@@ -193,7 +197,7 @@ class UpdateGraphs:
 
         try:
             graph = self.make()
-            with stepper.undone():
+            with stepper.preserve_state():
                 graph.capture(work)
             self._graphs[key] = graph, last[0]
         except Exception as error:  # whatever it is, the updates can be made without

@@ -105,7 +105,7 @@ class Update:
         self._bind()
         if len(losses) > 1:
             for one in losses:
-                _keep_own_part(one)
+                _clone_in_state_dict(one)
         self._coefficients_of: tuple[Any, ...] | None = None
         self._single = compile and not stacked
         self._run = self._update_one if self._single else self._update
@@ -401,7 +401,7 @@ def trained_parameters(loss: POGOLoss, name: str) -> list[nn.Parameter]:
     return loss.actor_params(int(name.removeprefix("actor_")))
 
 
-def _keep_own_part(loss: POGOLoss) -> None:
+def _clone_in_state_dict(loss: POGOLoss) -> None:
     """Have a loss's state be a copy: a file would take the whole stack with a part of it."""
 
     def copied(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
