@@ -1,9 +1,9 @@
-"""The update of this checkout against that of another one, in turns in one run.
+"""Compare the speed of the update in this checkout and in another one, alternating.
 
     git worktree add ../before COMMIT && python benchmarks/against.py ../before [--row ROW ...]
 
-Each checkout's own benchmarks/training.py runs in a process of its own; the rows are those of its
-table. Prints medians of the rounds, also of the ratios within a round.
+Each checkout runs its own benchmarks/training.py in a separate process; the rows are those of its
+table. Prints medians over the rounds of the times, and of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROWS = ("POGO", "POGO, compiled", "POGO, compiled, bfloat16")
 
 
 def serve(checkout: str, row: str, threads: int) -> None:
-    """Make as many updates as each line of stdin says; print the milliseconds of one."""
+    """Read update counts from stdin, run that many updates, and print milliseconds per update."""
     sys.path[:0] = [checkout, f"{checkout}/benchmarks"]
     import torch
     import training
@@ -30,7 +30,7 @@ def serve(checkout: str, row: str, threads: int) -> None:
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # what is compiled is so for the first time
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # empty: the first update really compiles
         data = training.write_rows(Path(folder, "data.hdf5"), training.ROWS)
         update = training.make(row, data, torch.device("cpu"), 3)
         for line in ("1", *sys.stdin):
@@ -40,7 +40,7 @@ def serve(checkout: str, row: str, threads: int) -> None:
 
 
 class Checkout:
-    """A process that makes updates of one checkout."""
+    """A process that runs the updates of one checkout."""
 
     def __init__(self, path: Path, row: str, threads: int) -> None:
         command = [sys.executable, "-W", "ignore", __file__, str(path), "--serve", row]
@@ -64,10 +64,10 @@ class Checkout:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("checkout", type=Path, help="of the version to compare with")
-    parser.add_argument("--row", nargs="+", default=ROWS, help="of the table of training.py")
+    parser.add_argument("checkout", type=Path, help="checkout to compare with")
+    parser.add_argument("--row", nargs="+", default=ROWS, help="rows of the table of training.py")
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--updates", type=int, default=20, help="of a round")
+    parser.add_argument("--updates", type=int, default=20, help="updates per round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -89,7 +89,7 @@ def main() -> None:
             one.process.communicate()
             cells = [f"{statistics.median(one.times):.1f}", f"{one.first:.1f}", f"{one.peak:.0f}"]
             rows.append([row, name, *cells, f"{ratio:.2f}" if name == "now" else ""])
-    print(table(["", "", "milliseconds", "first update, s", "at most, MB", "times as fast"], rows))
+    print(table(["", "", "milliseconds", "first update, s", "peak, MB", "times as fast"], rows))
 
 
 if __name__ == "__main__":

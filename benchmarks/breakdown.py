@@ -1,11 +1,11 @@
-"""Where the time of an update goes: the plain step, ours, and ours compiled, by torch's profiler.
+"""Profile an update by part: the plain step, POGO, and POGO compiled, with torch's profiler.
 
     python benchmarks/breakdown.py [--threads N] [--figure FILE.svg]
 
-Prints a Markdown table, the rounds of median length, and draws docs/figures/update.svg. Summed up
-are the profiler's times of what runs within a part, backward as forward, scaled to the time without
-a profiler, which slows everything down; what they leave of an update without names of parts and
-kernels, which slow launching down, is Python's and that of launching operations.
+Prints a Markdown table of the rounds of median duration and draws docs/figures/update.svg. The time
+of a part is the sum of the profiler's times of all operations within it, forward and backward,
+scaled to the time without the profiler, which slows everything down. The remainder of an update
+without annotations, which slow launching down, is attributed to Python and launching operations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unittest import mock
 
 import matplotlib
 import torch
-import training  # first: it silences warnings
+import training  # first, because it silences warnings
 from common import machine, seconds, table
 from torch._inductor import config as inductor
 from torch.autograd.profiler_util import FunctionEvent
@@ -41,7 +41,7 @@ FIGURE = Path(__file__).parent.parent / "docs/figures/update.svg"
 PRODUCTS, TRANSPORT, ADAM = "matrix products", "optimal transport", "Adam and targets"
 SAMPLING, ELEMENTWISE = "sampling and noise", "activations and other elementwise"
 REST = "Python and launching"
-# Okabe and Ito's colours, in an order that alternates light and dark.
+# Okabe and Ito's palette, alternating light and dark.
 COLOURS = {
     PRODUCTS: "#0072B2",
     TRANSPORT: "#F0E442",
@@ -51,7 +51,7 @@ COLOURS = {
     REST: "#BBBBBB",
 }
 _PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aoti_torch_cpu_bmm_out"}
-# What moves no data, or only asks for memory or for a number.
+# Operations that move no data, or only allocate memory or read a scalar.
 _LAUNCHING = (
     "as_strided detach empty empty_like empty_strided expand linear matmul new_empty select slice "
     "split split_with_sizes squeeze t to transpose unbind unsqueeze view _unsafe_view reshape "
@@ -61,7 +61,7 @@ _NO_WORK = {f"aten::{name}" for name in _LAUNCHING.split()}
 
 
 def part_of(event: FunctionEvent, transport: set[int]) -> str:
-    """The part that an event's own time belongs to."""
+    """The part that the self time of an event belongs to."""
     around: FunctionEvent | None = event
     while around is not None:
         if around.name in COLOURS:
@@ -74,8 +74,8 @@ def part_of(event: FunctionEvent, transport: set[int]) -> str:
     name = event.name
     if name in _PRODUCTS:
         return PRODUCTS
-    if "_cpp_fused" in name:  # a compiled kernel, named by what it fuses
-        if "_exp_" in name:  # nearly all of its time, whatever else it has taken in
+    if "_cpp_fused" in name:  # a compiled kernel, named after the operations it fuses
+        if "_exp_" in name:  # dominates the kernel, whatever else is fused into it
             return TRANSPORT
         return ADAM if "foreach_addcmul" in name else ELEMENTWISE
     if name in ("aten::normal_", "aten::random_", "aten::index"):
@@ -93,14 +93,20 @@ def within(events: list[FunctionEvent], name: str) -> Iterator[FunctionEvent]:
 
 
 def measure(function: training.Updates, named: training.Updates, updates: int) -> dict[str, float]:
-    """Milliseconds of an update, by part; the same updates as they are, and with names."""
+    """Measure milliseconds per update and part.
+
+    Args:
+        function: runs updates without annotations.
+        named: runs the same updates with annotated parts.
+        updates: number of updates.
+    """
     time = seconds(lambda: function(updates), repeats=1, warmup=0)
     with named_parts():
         scale = seconds(lambda: named(updates), repeats=1, warmup=0)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             scale /= seconds(lambda: named(updates), repeats=1, warmup=0)
     events = profiler.events()
-    # An operation and its backward have one number.
+    # An operation and its backward share a sequence number.
     transport = {e.sequence_nr for e in within(events, TRANSPORT) if e.sequence_nr >= 0}
     parts = dict.fromkeys(COLOURS, 0.0)
     for event in events:
@@ -111,7 +117,7 @@ def measure(function: training.Updates, named: training.Updates, updates: int) -
 
 @contextmanager
 def named_parts() -> Iterator[None]:
-    """Name the parts in the profile, in our code as in the plain step."""
+    """Annotate the parts in the profile, in POGO and in the plain step."""
 
     def named(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -121,7 +127,7 @@ def named_parts() -> Iterator[None]:
 
         return call
 
-    places = [
+    targets = [
         (training.Plain, "sample", SAMPLING),
         (training.single_file.POGO, "draw", SAMPLING),
         (training.single_file.POGO, "_move_targets", ADAM),
@@ -132,7 +138,7 @@ def named_parts() -> Iterator[None]:
         (FusedAdam, "step", ADAM),
     ]
     patches = [
-        mock.patch.object(o, name, named(part, getattr(o, name))) for o, name, part in places
+        mock.patch.object(o, name, named(part, getattr(o, name))) for o, name, part in targets
     ]
     for patch in patches:
         patch.start()
@@ -144,7 +150,7 @@ def named_parts() -> Iterator[None]:
 
 
 def median(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """The round of median length."""
+    """The round of median duration."""
     return sorted(rounds, key=lambda parts: sum(parts.values()))[len(rounds) // 2]
 
 
@@ -156,7 +162,7 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
         left = 0.0
         for part, time in parts.items():
             bar = axes.barh(row, time, 0.7, left, color=COLOURS[part], edgecolor="white")
-            if time > 0.035 * longest:  # is wide enough
+            if time > 0.035 * longest:  # wide enough for a label
                 ink = "white" if part in (PRODUCTS, ADAM, ELEMENTWISE) else "black"
                 axes.bar_label(bar, [f"{time:.1f}"], label_type="center", color=ink, fontsize=8)
             left += time
@@ -174,7 +180,7 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--updates", type=int, default=25, help="of a round")
+    parser.add_argument("--updates", type=int, default=25, help="updates per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--figure", type=Path, default=FIGURE)
@@ -190,10 +196,10 @@ def main() -> None:
             named = {name: training.make(name, path, cpu, 3) for name in names}
         for function in candidates.values():
             function(training.STRETCH)
-        with inductor.patch({"cpp.enable_kernel_profile": True}):  # kernels have names then
+        with inductor.patch({"cpp.enable_kernel_profile": True}):  # names the kernels
             for function in named.values():
                 function(training.STRETCH)
-        rounds = [  # in turns, so that what else the machine does meets all alike
+        rounds = [  # alternating, so that other load on the machine affects all alike
             {name: measure(candidates[name], named[name], arguments.updates) for name in names}
             for _ in range(arguments.rounds)
         ]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the clock, the machine, tables."""
+"""Shared helpers of the benchmarks: timing, machine description, tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def seconds(function: Callable[[], object], *, repeats: int, warmup: int = 3) -> float:
-    """Median time of one call."""
+    """Median time of a call, in seconds."""
     for _ in range(warmup):
         function()
     times = []
@@ -28,7 +28,7 @@ def seconds(function: Callable[[], object], *, repeats: int, warmup: int = 3) ->
 
 
 def machine() -> str:
-    """Processor and versions, in a line."""
+    """One line with the processor and the versions."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -42,15 +42,15 @@ def machine() -> str:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has had resident, in MB."""
+    """Peak resident memory of this process, in MB."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage's number may be one of the parent process
+    if status.exists():  # Linux, where getrusage may report the peak of the parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

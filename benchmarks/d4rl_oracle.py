@@ -1,11 +1,11 @@
-"""Compare our environments with D4RL's own, live: `benchmarks/d4rl_oracle.sh` builds what it needs.
+"""Compare our environments with D4RL's own, live; `benchmarks/d4rl_oracle.sh` sets up both.
 
-D4RL's environments are stepped with random actions; every step is replayed in ours from the same
-state. In antmaze the ant is also put next to walls and goals. Prints Markdown.
+D4RL's environments are stepped with random actions, and every step is repeated in ours from the
+same state. In antmaze the ant is also placed next to walls and goals. Prints Markdown.
 
     python benchmarks/d4rl_oracle.py --steps 2000 --resets 1000
-    python benchmarks/d4rl_oracle.py --record FILE.npz      # also keep the transitions
-    python benchmarks/d4rl_oracle.py --compare FILE.npz     # step kept ones, without D4RL
+    python benchmarks/d4rl_oracle.py --record FILE.npz      # also save the transitions
+    python benchmarks/d4rl_oracle.py --compare FILE.npz     # step saved ones, without D4RL
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ TASKS = (
     "antmaze-large-play-v2",
     "antmaze-large-diverse-v2",
 )
-SEGMENT = 50  # steps after which antmaze is put elsewhere
+SEGMENT = 50  # steps after which the ant is placed elsewhere
 
 
 def record(task: str, steps: int, seed: int) -> dict[str, NDArray[Any]]:
-    """Transitions of D4RL's environment under random actions, some of them beyond the bounds."""
+    """Record transitions of D4RL's environment under random actions, some beyond the bounds."""
     env: Any = make_env(task, backend="d4rl")
     rng = np.random.default_rng(seed)
     rows: dict[str, list] = {}
@@ -46,7 +46,7 @@ def record(task: str, steps: int, seed: int) -> dict[str, NDArray[Any]]:
         if task.startswith("antmaze") and i % SEGMENT == 0:
             env.reset()
             if i > 0:
-                put_elsewhere(env, task, rng)
+                place_ant(env, task, rng)
         action = rng.uniform(-1.2, 1.2, env.action_space.shape).astype(np.float32)
         row = {"qpos": env.data.qpos.copy(), "qvel": env.data.qvel.copy(), "action": action}
         if task.startswith("antmaze"):
@@ -66,8 +66,8 @@ def record(task: str, steps: int, seed: int) -> dict[str, NDArray[Any]]:
     return {key: np.array(values) for key, values in rows.items()}
 
 
-def put_elsewhere(env: Any, task: str, rng: np.random.Generator) -> None:
-    """Put the ant anywhere, also into a wall, and every second time its goal near it."""
+def place_ant(env: Any, task: str, rng: np.random.Generator) -> None:
+    """Place the ant anywhere, also inside a wall, and with probability 1/2 the goal near it."""
     maze = MAZES[task.split("-")[1]]
     free = [(r, c) for r, line in enumerate(maze) for c, cell in enumerate(line) if cell != "#"]
     row, column = free[rng.integers(len(free))]
@@ -79,7 +79,7 @@ def put_elsewhere(env: Any, task: str, rng: np.random.Generator) -> None:
 
 
 def starts_and_goals(env: gymnasium.Env, resets: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Observations and goals of `resets` resets under one seed."""
+    """Observations and goals after `resets` resets, seeded once."""
     starts, goals = [], []
     for i in range(resets):
         observation, info = env.reset(seed=0 if i == 0 else None)
@@ -89,7 +89,7 @@ def starts_and_goals(env: gymnasium.Env, resets: int) -> tuple[NDArray[Any], NDA
 
 
 def largest_gap(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Kolmogorov and Smirnov's statistic, the largest over columns."""
+    """The Kolmogorov-Smirnov statistic, maximum over columns."""
     gaps = [0.0]
     for a, b in zip(first.T, second.T):
         points = np.concatenate([a, b])
@@ -98,10 +98,12 @@ def largest_gap(first: NDArray[Any], second: NDArray[Any]) -> float:
     return max(gaps)
 
 
-def whole_episodes(task: str, episodes: int) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """Returns [episodes, 2], D4RL's and ours, largest gap of observations [episodes], and steps.
+def complete_episodes(task: str, episodes: int) -> tuple[NDArray[Any], NDArray[Any], int]:
+    """Play complete episodes of a bundled policy in both environments, with the same seeds.
 
-    The same seeds in both; a bundled linear policy acts.
+    Returns:
+        Returns ``[episodes, 2]`` (D4RL's and ours), the largest difference of observations per
+        episode ``[episodes]``, and the number of steps.
     """
     envs = make_env(task, backend="d4rl"), make_env(task)
     policy = load_policies(task.split("-")[0])["expert"]
@@ -128,11 +130,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="steps per task")
     parser.add_argument("--resets", type=int, default=1000, help="resets per task")
-    parser.add_argument("--episodes", type=int, default=3, help="whole episodes per task")
+    parser.add_argument("--episodes", type=int, default=3, help="complete episodes per task")
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", metavar="FILE", help="also write the transitions, as .npz")
-    parser.add_argument("--compare", metavar="FILE", help="only step such transitions")
+    parser.add_argument("--record", metavar="FILE", help="also save the transitions, as .npz")
+    parser.add_argument("--compare", metavar="FILE", help="only step saved transitions")
     arguments = parser.parse_args()
     if arguments.compare:
         with np.load(arguments.compare) as arrays:
@@ -166,7 +168,7 @@ def print_steps(recorded: dict[str, dict[str, NDArray[Any]]]) -> None:
 
 def print_resets(tasks: Sequence[str], n: int) -> None:
     print(f"\nDistributions over {n} resets: largest gap between the cumulative distributions over")
-    print(f"all coordinates ({1.95 * np.sqrt(2 / n):.3f} is exceeded once in 1,000 coordinates),")
+    print(f"all coordinates ({1.95 * np.sqrt(2 / n):.3f} is exceeded for one coordinate in 1,000),")
     print("steps to truncation, and the score of a return of 1000:\n")
     print(
         "| task | same seed, same start | starts | goals | goal x, D4RL / ours | goal y | steps |"
@@ -193,13 +195,13 @@ def print_resets(tasks: Sequence[str], n: int) -> None:
 
 
 def print_episodes(tasks: Sequence[str], episodes: int) -> None:
-    print(f"\nWhole episodes of a bundled policy, {episodes} per task, from the same seeds:\n")
+    print(f"\nComplete episodes of a bundled policy, {episodes} per task, from the same seeds:\n")
     print(
         "| task | steps | mean return, D4RL / ours | largest gap of an observation, per episode |"
     )
     print("|---|---|---|---|")
     for task in tasks:
-        returns, gaps, steps = whole_episodes(task, episodes)
+        returns, gaps, steps = complete_episodes(task, episodes)
         means = " / ".join(f"{value:.6f}" for value in returns.mean(axis=0))
         print(f"| {task} | {steps} | {means} | {', '.join(f'{gap:.0e}' for gap in gaps)} |")
 

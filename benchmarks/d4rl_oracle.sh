@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# D4RL's own environments beside ours: builds a Python 3.10 environment from packages (once, 5 GB
-# with PyTorch) and prints the comparison as Markdown. MuJoCo 2.1.0 is built at the first import.
+# Compare our environments with D4RL's own: sets up a Python 3.10 environment from packages (once,
+# 5 GB with PyTorch) and prints Markdown. MuJoCo 2.1.0's bindings are built at the first import.
 #
 #   apt-get install libosmesa6-dev libgl1-mesa-dev libglew-dev patchelf gcc python3.10-venv
 #   PYTHON=python3.10 benchmarks/d4rl_oracle.sh [FOLDER] [arguments of d4rl_oracle.py]
@@ -15,7 +15,7 @@ if ! command -v patchelf > /dev/null; then
 fi
 if [ ! -e "$venv/complete" ]; then
     "${PYTHON:-python3.10}" -m venv "$venv"
-    # The pip that comes with Python 3.10 does not find versions that fit together.
+    # The pip shipped with Python 3.10 does not find compatible versions.
     "$venv/bin/pip" install --quiet --upgrade pip
     "$venv/bin/pip" install --quiet --editable "$repository[d4rl]"
     touch "$venv/complete"

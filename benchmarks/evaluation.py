@@ -1,11 +1,11 @@
-"""Evaluation of a chain, beside loops that play one episode after another.
+"""Evaluation of a chain, compared with serial loops over episodes.
 
     python benchmarks/evaluation.py [--quick] [--threads N] [--task TASK ...]
 
 Prints a Markdown table of microseconds per environment step, medians. The Evaluator plays 3 actors
-x 2 modes x 10 episodes, all to their time limit: environments do not end when the body falls. The
-serial loops play one episode for each actor and mode, one observation at a time, with the actor
-called as a TorchRL module or with its bare network. Actors are newly initialised.
+x 2 modes x 10 episodes, all to their time limit: a fall of the robot does not end an episode. The
+serial loops play one episode per actor and mode, one observation at a time, and call the actor
+as a TorchRL module or only its network. Actors are freshly initialised.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def bare(actor: TransportActor, state: torch.Tensor, z: torch.Tensor) -> torch.T
 
 @torch.no_grad()
 def serial(env: gymnasium.Env, policies: list[Policy], action_dim: int) -> int:
-    """An episode of each policy in each mode; returns the steps."""
+    """Play an episode of each policy in each mode; return the number of steps."""
     steps = 0
     for policy in policies:
         for mode in range(MODES):
@@ -62,7 +62,7 @@ def microseconds(play: Callable[[], int]) -> float:
 
 
 def compare(task: str, quick: bool) -> list[object]:
-    """A row of the table."""
+    """Measure one task: a row of the table."""
     falls = task.startswith(("hopper", "walker2d"))
     lasting = {"terminate_when_unhealthy": False} if falls else {}
     horizon = 100 if quick else max_episode_steps(task)
@@ -76,7 +76,7 @@ def compare(task: str, quick: bool) -> list[object]:
         partial(serial, make(), [partial(bare, actor) for actor in chain], dim),
         lambda: sum(int(e.lengths.sum()) for e in evaluator(chain)),
     ]
-    # In turns, so that what else the machine does meets all alike.
+    # Alternating, so that other load on the machine affects all alike.
     rounds = [[microseconds(play) for play in plays] for _ in range(3)]
     module, network, ours = (statistics.median(times) for times in zip(*rounds))
     return [task, *(f"{t:.0f}" for t in (module, network, ours)),

@@ -1,9 +1,9 @@
-"""All tables of speed, one after the other, as Markdown.
+"""Run all speed benchmarks and print their tables as Markdown.
 
     python benchmarks/run.py [--quick]
 
-Quick: the three-actor update, one task of the evaluation and one size of the transport, in about
-two minutes on two cores, most of which compile.
+With --quick, only the three-actor update, one evaluation task and one transport size: about two
+minutes on two cores, mostly compilation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 SCRIPTS = ("training.py", "evaluation.py", "transport.py", "stack.py")
-# The rest is what takes long without trying anything else.
+# One task is enough: the others take longer, but run the same code.
 QUICK = {"evaluation.py": ["--task", "halfcheetah-medium-v2"]}
 
 

@@ -1,9 +1,9 @@
-"""Stacked runs beside single ones: updates a second of all runs together.
+"""Stacked runs, compared with single ones: total updates per second.
 
     python benchmarks/stack.py [--quick] [--threads N] [--device cuda]
 
 Prints a Markdown table: the three-actor chain trained as stacks of R runs (``stack=true`` of a
-sweep), and what each run of a stack costs beside a run alone.
+sweep), and the throughput relative to a single run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pogo_torchrl.trainers import TrainerStack  # noqa: E402
 
 
 def stack(runs: int, data: Path, device: torch.device, *, compile: bool) -> Callable[[], None]:
-    """One update of a stack of runs."""
+    """Make a function that runs one update of a stack of runs."""
     rb, trainers = replay_buffer(data, device), []
     for _ in range(runs):
         loss = POGOLoss(
@@ -63,7 +63,7 @@ def main() -> None:
         for compile in (False,) if arguments.quick else (False, True):
             updates = {runs: stack(runs, data, device, compile=compile) for runs in sizes}
             times = {runs: seconds(update, repeats=5) for runs, update in updates.items()}
-            for _ in range(4):  # in turns, so that what else the machine does meets all alike
+            for _ in range(4):  # alternating, so that other load affects all alike
                 for runs, update in updates.items():
                     times[runs] = min(times[runs], seconds(update, repeats=5, warmup=1))
             for runs in sizes:

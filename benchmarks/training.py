@@ -1,9 +1,9 @@
-"""Training and data, each beside what it is compared with, in one run.
+"""Speed and memory of training and data, compared with baselines in a single run.
 
     python benchmarks/training.py [--quick] [--threads N] [--device cuda]
 
-Prints Markdown tables. The baseline of the update is a plain PyTorch rendering of the original
-code's step: sampling on the host, GeomLoss, one optimizer step and one read number after another.
+Prints Markdown tables. The baseline of the update is the original code's step reimplemented in
+plain PyTorch: host sampling, GeomLoss, separate optimizer steps, and every loss read on the host.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ import pogo_single_file as single_file  # noqa: E402
 
 OBS, ACT, HIDDEN, BATCH, K, ROWS = 17, 6, 256, 256, 4, 100_000
 WEIGHT = 0.2
-STRETCH = 25  # updates at a time, as between two looks at a trainer's hooks
+STRETCH = 25  # updates per call, as between two checks of a trainer's hooks
 
 PLAIN, TD3_BC = "plain PyTorch, as the original", "TorchRL's TD3+BC"
 OURS: dict[str, dict[str, Any]] = {
@@ -59,13 +59,13 @@ OURS: dict[str, dict[str, Any]] = {
     },
     "POGO, compiled, bfloat16": {"w2_backend": "fast", "compile": True, "bf16": True},
 }
-Updates = Callable[[int], None]  # makes so many
+Updates = Callable[[int], None]  # runs the given number of updates
 
 
 class Plain:
-    """The method in plain PyTorch, as the original code: examples/pogo_single_file.py.
+    """The method in plain PyTorch, like the original code: examples/pogo_single_file.py.
 
-    Sampled on the host; one optimizer step and one read number after another.
+    Samples on the host, steps the optimizers one by one and reads every loss.
     """
 
     def __init__(self, actors: int, device: torch.device) -> None:
@@ -95,7 +95,7 @@ def action_spec() -> Bounded:
 
 
 def write_rows(path: Path, rows: int) -> Path:
-    """Random transitions in D4RL's layout."""
+    """Write random transitions in D4RL's layout."""
     rng = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
         file["observations"] = rng.standard_normal((rows, OBS), dtype=np.float32)
@@ -111,7 +111,7 @@ def replay_buffer(path: Path, device: torch.device):
 
 
 def td3_bc(path: Path, device: torch.device) -> Updates:
-    """TorchRL's TD3+BC (one deterministic actor, no transport) in its recommended loop."""
+    """TorchRL's TD3+BC (a single deterministic actor, no transport) in its recommended loop."""
     rb = replay_buffer(path, device)
     spec = action_spec().to(device)
     net = MLP(in_features=OBS, out_features=ACT, num_cells=[HIDDEN] * 2, activation_class=nn.ReLU)
@@ -171,7 +171,7 @@ def make(name: str, path: Path, device: torch.device, actors: int) -> Updates:
 
 
 def flops(name: str, path: Path, actors: int) -> float:
-    """Multiplications and additions of an update's matrix products, from their shapes."""
+    """Floating-point operations of an update's matrix products, computed from their shapes."""
     settings = {**OURS.get(name, {}), "compile": False}
     cpu = torch.device("cpu")
     one = ours(path, cpu, actors, **settings) if name in OURS else make(name, path, cpu, actors)
@@ -192,12 +192,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 100 * 2 * K * BATCH * HIDDEN**2 / seconds(products, repeats=1, warmup=0)
 
 
-def in_turns(
+def time_alternately(
     candidates: dict[str, Updates], device: torch.device, rounds: int
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds of an update, a list over the rounds, and the rate of float32 matrix products.
+    """Measure seconds per update in each round, and the rate of float32 matrix products.
 
-    In turns, so that what else the machine does meets all alike.
+    The candidates alternate, so that other load on the machine affects all alike.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     rates = []
@@ -209,14 +209,14 @@ def in_turns(
 
 
 def print_updates(path: Path, device: torch.device, quick: bool) -> None:
-    """Medians, also of the ratios within a round."""
+    """Print medians over the rounds of the times, and of the ratios within a round."""
     rows, rates = [], []
     for actors in (3,) if quick else (1, 2, 3):
         names = names_of(quick, actors)
         candidates = {name: make(name, path, device, actors) for name in names}
         for function in candidates.values():
             function(STRETCH)
-        times, rate = in_turns(candidates, device, rounds=3 if quick else 15)
+        times, rate = time_alternately(candidates, device, rounds=3 if quick else 15)
         rates.append(rate)
         for name, series in times.items():
             time, work = statistics.median(series), flops(name, path, actors)
@@ -232,13 +232,13 @@ def print_updates(path: Path, device: torch.device, quick: bool) -> None:
 
 
 def names_of(quick: bool, actors: int) -> list[str]:
-    if quick:  # compiling takes most of the time
+    if quick:  # compilation takes most of the time
         return [PLAIN, "POGO", "POGO, compiled"]
     return [PLAIN, *OURS] if actors > 1 else [TD3_BC, PLAIN, *OURS]
 
 
 def print_processes(path: Path, device: torch.device, quick: bool) -> None:
-    """First call and memory, of 3 actors, each in a process of its own."""
+    """Print first-call time and memory for 3 actors, each measured in a separate process."""
 
     def alone(name: str) -> dict[str, float]:
         command = [sys.executable, __file__, "--alone", name, str(path), "--device", str(device),
@@ -252,13 +252,13 @@ def print_processes(path: Path, device: torch.device, quick: bool) -> None:
         cached = f"{alone(name)['first']:.1f}" if again else ""
         memory = f"{first['imports']:.0f}", f"{first['peak']:.0f}"
         rows.append([name, f"{first['first']:.1f}", cached, *memory])
-    print("## A process of its own, 3 actors\n")
-    header = ["", "first update, s", "with the compile cache, s", "imports, MB", "at most, MB"]
+    print("## Separate processes, 3 actors\n")
+    header = ["", "first update, s", "with the compile cache, s", "imports, MB", "peak, MB"]
     print(table(header, rows))
 
 
 def measure_alone(name: str, path: Path, device: torch.device) -> None:
-    """Print what :func:`print_processes` reads."""
+    """Print the measurements that :func:`print_processes` reads."""
     imports = peak_memory()
     function = make(name, path, device, 3)
     first = seconds(partial(function, 1), repeats=1, warmup=0)
@@ -293,7 +293,7 @@ def main() -> None:
         return measure_alone(name, Path(path), device)
     print(f"{machine()}; {arguments.threads} threads\n")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # what is compiled is so for the first time
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # empty: the first update really compiles
         path = write_rows(Path(folder, "data.hdf5"), ROWS)
         print_processes(path, device, arguments.quick)
         print_updates(path, device, arguments.quick)

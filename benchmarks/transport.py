@@ -1,12 +1,12 @@
-"""The transport's backends side by side: time, error of the estimators, worst clouds. Markdown.
+"""Compare the backends of the Sinkhorn divergence: time, bias, worst clouds. Prints Markdown.
 
     python benchmarks/transport.py             # time; about ten minutes
-    python benchmarks/transport.py --quick     # time, the sizes of the defaults; seconds
-    python benchmarks/transport.py --bias      # docs/transport.md's table
-    python benchmarks/transport.py --search    # clouds that bring the fast form nearest underflow
+    python benchmarks/transport.py --quick     # time of the default sizes; seconds
+    python benchmarks/transport.py --bias      # the table of docs/transport.md
+    python benchmarks/transport.py --search    # clouds that bring `fast` closest to underflow
 
-Time is forward and backward of the mean, the median of repetitions that take turns with
-GeomLoss's. Compiling is left out.
+Times are for forward and backward of the mean: medians of repetitions, alternating with GeomLoss,
+without compilation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BLUR = 0.05
 
 
 def backends(d: int, k: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Mean distance of two batches, by GeomLoss and by ours."""
+    """Functions for the mean distance of two batches, by GeomLoss and by each backend."""
     diameter = 2 * d**0.5
     geomloss = SamplesLoss("sinkhorn", p=2, blur=BLUR, backend="tensorized")
 
@@ -51,7 +51,7 @@ def backends(d: int, k: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 
 def times(k: int, batch: int, d: int, repetitions: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each backend, taken in turns."""
+    """Median milliseconds of each backend, measured alternately."""
     torch._dynamo.reset()
     x = (2 * torch.rand(batch, k, d, device=device) - 1).requires_grad_()
     y = 2 * torch.rand(batch, k, d, device=device) - 1
@@ -73,7 +73,7 @@ def times(k: int, batch: int, d: int, repetitions: int, device: str) -> dict[str
 
 
 def print_times(sizes: list, threads: list[int], repetitions: int, device: str) -> None:
-    """A row a size: milliseconds, and in brackets how many times faster than GeomLoss."""
+    """Print one row per size: milliseconds, and in brackets the speed relative to GeomLoss."""
     names = ["GeomLoss", "fast", "fast, compiled", "exact, compiled"]
     print(f"{machine()}, {device}. Milliseconds (times GeomLoss's speed).\n")
     print(f"| threads | B | K | d | {' | '.join(names)} |")
@@ -89,9 +89,10 @@ def print_times(sizes: list, threads: list[int], repetitions: int, device: str) 
 
 
 def stationary_std(k: int, estimator: str, d: int = 6, steps: int = 240) -> float:
-    """Spread of a Gaussian N(0, s^2 I) where the distance to N(0, sigma^2 I) is least, s / sigma.
+    """Find the s / sigma that minimises the estimated distance of N(0, s^2 I) to N(0, sigma^2 I).
 
-    Adam on log s, 128 states a step; sigma = 0.3; the last half of the steps averaged.
+    Adam on log s with 128 states per step and sigma = 0.3, averaged over the second half of the
+    steps.
     """
     sigma = 0.3
     log_s = torch.zeros((), requires_grad=True)
@@ -110,7 +111,7 @@ def stationary_std(k: int, estimator: str, d: int = 6, steps: int = 240) -> floa
 def distance(
     s: Tensor | float, sigma: float, k: int, estimator: str, d: int, states: int
 ) -> Tensor:
-    """Distances of K actions of N(0, s^2 I) to K of N(0, sigma^2 I), a value a state."""
+    """Distances between K actions of N(0, s^2 I) and K of N(0, sigma^2 I), one per state."""
     z = torch.randn(states, k, d)
     other = z if "shared" in estimator else torch.randn(states, k, d)
     backend = "exact" if "exact" in estimator else "fast"
@@ -120,7 +121,7 @@ def distance(
 
 
 def print_bias() -> None:
-    """What each estimator says of equal policies, and where it has its minimum."""
+    """Print the estimated distance of equal policies, and the spread at the minimum."""
     print("| K | estimator | D of equal policies | its std over states | spread at the minimum |")
     print("| ---: | --- | ---: | ---: | ---: |")
     for k in (4, 8, 16, 64):
@@ -135,7 +136,7 @@ def print_bias() -> None:
 
 
 def depth(x: Tensor, y: Tensor, ratio: float, diameter: float) -> Tensor:
-    """How deep the log row means of exp((f + g - c) / eps) fall, in units of ``ratio``; [B]."""
+    """Depth of the smallest log row mean of exp((f + g - c) / eps), in units of ``ratio``, [B]."""
     cost = (x[:, :, None] - y[:, None]).square().sum(-1) / 2
     ladder = [4.0**-i for i in range(math.ceil(math.log2(ratio)))]
     schedule = [diameter**2 * e for e in (1.0, *ladder, ratio**-2, ratio**-2)]
@@ -154,7 +155,7 @@ def depth(x: Tensor, y: Tensor, ratio: float, diameter: float) -> Tensor:
 
 
 def mutate(x: Tensor) -> Tensor:
-    """One or two coordinates of each cloud moved, many of them to the box's faces."""
+    """Move one or two coordinates of each cloud, many of them to a face of the box."""
     chosen = torch.rand_like(x) < 1.5 / (x.shape[1] * x.shape[2])
     face = torch.where(torch.rand_like(x) < 0.5, -1.0, 1.0).to(x)
     moved = (x + 0.3 * torch.randn_like(x)).clamp(-1, 1)
@@ -162,7 +163,7 @@ def mutate(x: Tensor) -> Tensor:
 
 
 def print_search(ratio: float = 100, rounds: int = 200) -> None:
-    """Hill climbing from random clouds of several kinds; transport/fast.py relies on the result."""
+    """Hill climbing from several types of random clouds; ot/fast.py relies on the result."""
     print("| K | K' | d | deepest row / (D / blur) |\n| ---: | ---: | ---: | ---: |")
     torch.manual_seed(0)
     pairs = [(4, 4), (8, 8), (16, 16), (64, 64), (3, 5), (4, 64), (8, 64)]
@@ -189,11 +190,11 @@ def print_search(ratio: float = 100, rounds: int = 200) -> None:
 
 
 def main() -> None:
-    """The table that is asked for."""
+    """Print the requested table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="B=256, d=6, K=4 on one thread")
     parser.add_argument("--bias", action="store_true", help="bias and variance of the estimators")
-    parser.add_argument("--search", action="store_true", help="clouds nearest underflow")
+    parser.add_argument("--search", action="store_true", help="clouds closest to underflow")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])

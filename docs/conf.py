@@ -12,7 +12,7 @@ extensions = [
     "sphinx.ext.mathjax",
 ]
 myst_enable_extensions = ["dollarmath"]
-# Docstrings in Markdown's manner of `code` mean code.
+# Single backticks in docstrings are code, as in Markdown.
 default_role = "code"
 html_theme = "furo"
 exclude_patterns = ["_build"]

@@ -1,10 +1,9 @@
-"""Draws docs/figures/chain.png: the JKO chain on a toy problem with one state.
+"""Draw docs/figures/chain.png: the JKO chain on a toy problem with one state.
 
 python docs/make_figures.py
 
-Everything in the figure is computed by the package: behaviour actions around one mode of a fixed
-Q with a better mode elsewhere, three transport maps trained by the chain's objective, and the
-density of each actor's actions.
+The figure is computed with the package: data around an action away from the peak of a fixed Q,
+three transport maps trained with the chain's objective, and the mean and spread of their actions.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ FIGURES = Path(__file__).parent / "figures"
 
 
 class ToyQ(nn.Module):
-    """Q(a) rises from the data at a = -0.5 to its peak at a = 0.6; there is nothing to learn."""
+    """A fixed Q(a) that rises from the data at a = -0.5 to its peak at a = 0.6."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = nn.Parameter(torch.tensor(0.6))
 
     def reset_parameters(self) -> None:
-        """The peak stays where it is."""
+        """Keep the peak; there is nothing to reset."""
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Q of shape ``[*B, 1]``."""
+        """Return Q of shape ``[*B, 1]``."""
         return 1.0 - (action - self.peak).square()
 
 
 def train(steps: int = 1500, batch: int = 256) -> tuple[POGOLoss, Tensor]:
-    """The chain after training, and the behaviour's actions."""
+    """Train the chain; return its loss and the actions of the data."""
     torch.manual_seed(0)
     spec = Bounded(low=-torch.ones(1), high=torch.ones(1))
     qvalue = ValueOperator(ToyQ(), in_keys=["observation", "action"])
@@ -68,7 +67,7 @@ def train(steps: int = 1500, batch: int = 256) -> tuple[POGOLoss, Tensor]:
 
 
 def main() -> None:
-    """Train and draw."""
+    """Train the chain and draw the figure."""
     loss, data = train()
     grid = np.linspace(-1, 1, 200)
     figure, (left, right) = plt.subplots(

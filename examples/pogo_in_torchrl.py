@@ -1,10 +1,10 @@
-"""POGOLoss in a plain TorchRL loop: any replay buffer, ordinary optimizers, SoftUpdate.
+"""POGOLoss in a plain TorchRL training loop: any replay buffer, torch.optim.Adam, SoftUpdate.
 
 python examples/pogo_in_torchrl.py
 
-The data are random rollouts of Gymnasium's Pendulum, collected by TorchRL itself: nothing here
-knows of our trainer, our data or our environments. The loop is the method's own: the critics, then
-actor 0, 1, ..., each with its optimizer and each after the one before.
+The dataset consists of random rollouts of Gymnasium's Pendulum, collected with TorchRL. The loop
+does not use the trainer, datasets or environments of pogo_torchrl. Each update steps the critics
+and then actors 0, 1, ... in order, each with its own optimizer.
 """
 
 import torch
@@ -18,12 +18,12 @@ from pogo_torchrl import POGOLoss, make_actor, make_qvalue
 
 
 def make_env() -> TransformedEnv:
-    """Pendulum with episodes of 200 steps; its actions lie in [-2, 2]."""
+    """Pendulum with episodes of 200 steps and actions in [-2, 2]."""
     return TransformedEnv(GymEnv("Pendulum-v1"), StepCounter(max_steps=200))
 
 
 def collect(frames: int, batch_size: int) -> TensorDictReplayBuffer:
-    """An offline dataset: transitions of random actions."""
+    """Collect an offline dataset of transitions with random actions."""
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(frames), batch_size=batch_size)
     for batch in Collector(make_env, None, frames_per_batch=1000, total_frames=frames):
         buffer.extend(batch.reshape(-1))
@@ -31,7 +31,7 @@ def collect(frames: int, batch_size: int) -> TensorDictReplayBuffer:
 
 
 def evaluate(actor: torch.nn.Module, episodes: int = 5) -> float:
-    """Mean return of the deterministic policy (z = 0)."""
+    """Return the mean return of the deterministic policy (z = 0)."""
     env = make_env()
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         rollouts = [env.rollout(200, actor) for _ in range(episodes)]
@@ -39,7 +39,7 @@ def evaluate(actor: torch.nn.Module, episodes: int = 5) -> float:
 
 
 def main(steps: int = 1000, frames: int = 20_000, batch_size: int = 256) -> list[float]:
-    """Train a chain of two actors; returns the return of each."""
+    """Train a chain of two actors and return the mean return of each."""
     torch.manual_seed(0)
     buffer = collect(frames, batch_size)
     env = make_env()

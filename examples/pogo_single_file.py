@@ -1,11 +1,11 @@
-"""POGO in one file of plain PyTorch: from a data file to the scores of every actor.
+"""POGO in a single file of plain PyTorch: from a dataset to the scores of all actors.
 
 python examples/pogo_single_file.py                                  # hopper, local data
 python examples/pogo_single_file.py --source hdf5 --path FILE --total_steps 20000
 
-The method as its equations have it, to be read and changed: no compilation, no checkpoints, no
-logs. Of this package it uses the dataset reader and the environments only. The package's own loss
-and trainer are tested against this file.
+A direct implementation of the equations, meant to be read and modified: no compilation, no
+checkpoints, no logging. It uses only the dataset readers and environments of pogo_torchrl, whose
+loss and trainer are tested against this file.
 """
 
 import argparse
@@ -26,22 +26,22 @@ from pogo_torchrl.envs import make_env, score
 class Args:
     task: str = "hopper-medium-v2"
     source: str = "local"  # or d4rl, minari, hdf5
-    path: str | None = None  # of the file, with hdf5
+    path: str | None = None  # path of the file, for source=hdf5
     seed: int = 0
     total_steps: int = 2000
     eval_episodes: int = 10
     device: str = "cpu"
     batch_size: int = 256
     hidden: int = 256
-    w2_weights: tuple[float, ...] = (0.1, 0.5, 0.5)  # w_i, one for each actor of the chain
+    w2_weights: tuple[float, ...] = (0.1, 0.5, 0.5)  # w_i, one per actor of the chain
     alpha: float = 1.0  # weight of the Q term
-    q_normalization: str | None = "mean_abs"  # divide the Q term by mean |Q|, or not (None)
+    q_normalization: str | None = "mean_abs"  # divide the Q term by mean |Q|; None: do not
     num_samples: int = 4  # K, actions per state and policy in the divergence
     blur: float = 0.05
-    policy_noise: float = 0.2  # sigma of the target action's noise, in half action ranges
+    policy_noise: float = 0.2  # sigma of the target noise, in units of half the action range
     noise_clip: float = 0.5
     policy_freq: int = 1  # critic steps per chain of actor steps
-    delay_actor: bool = False  # the Polyak copy of actor 0 acts in the TD target
+    delay_actor: bool = False  # use the target copy of actor 0 in the TD target
     gamma: float = 0.99
     tau: float = 0.005
     lr: float = 3e-4
@@ -53,11 +53,11 @@ def mlp(n_in: int, n_out: int, hidden: int) -> nn.Sequential:
 
 
 class POGO:
-    """The chain, its critics, and their updates.
+    """The chain of actors, the critics, and their updates.
 
-    Batches are tuples (s, a, r, s', terminated). All noise is standard normal and can be given:
-    ``noise["critic"] = (z', n)`` of the TD target, and for actor i
-    ``noise[i] = (z, z_own, z_reference)``, the last two ``[B, K, d]``.
+    Batches are tuples (s, a, r, s', terminated). All noise is standard normal. It may be passed in:
+    ``noise["critic"] = (z', n)`` for the TD target, and ``noise[i] = (z, z_own, z_reference)`` for
+    actor i, where the last two have shape ``[B, K, d]``.
     """
 
     def __init__(self, observation_dim: int, low: Tensor, high: Tensor, args: Args) -> None:
@@ -77,16 +77,16 @@ class POGO:
         self.steps = 0
 
     def act(self, actor: nn.Module, s: Tensor, z: Tensor) -> Tensor:
-        """The action T(s, z)."""
+        """Compute the action T(s, z)."""
         middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
         return middle + half * torch.tanh(actor(torch.cat([s, z], -1)))
 
     def value(self, critic: nn.Module, s: Tensor, a: Tensor) -> Tensor:
-        """Q(s, a)."""
+        """Compute Q(s, a)."""
         return critic(torch.cat([s, a], -1)).squeeze(-1)
 
     def unit(self, a: Tensor) -> Tensor:
-        """Actions mapped linearly to [-1, 1]."""
+        """Map actions linearly to [-1, 1]."""
         return (2 * a - (self.high + self.low)) / (self.high - self.low)
 
     def draw(self, size: int, samples: int | None = None) -> Tensor:
@@ -116,9 +116,9 @@ class POGO:
         scale = self.args.alpha
         if self.args.q_normalization == "mean_abs":
             scale = scale / q.abs().mean().detach()
-        if i == 0:  # from the data: W2 to a point mass is the L2 distance
+        if i == 0:  # distance to the data: W2 to a point mass is the L2 distance
             distance = ((self.unit(action) - self.unit(a)) ** 2).mean()
-        else:  # from the actor before, which is fixed
+        else:  # distance to the previous actor, which is fixed
             states = s[:, None].expand(-1, k, -1)
             own = self.unit(self.act(self.actors[i], states, z_own))
             with torch.no_grad():
@@ -127,13 +127,13 @@ class POGO:
         return -scale * q.mean() + self.args.w2_weights[i] * distance
 
     def update(self, batch, noise=None) -> dict[str, float]:
-        """Critics, then actors 0, 1, ..., each after the one before; then the targets."""
+        """Update the critics, then actors 0, 1, ... in order, then the targets."""
         noise = noise or {}
         losses = {"qvalue": self.qvalue_loss(batch, noise.get("critic"))}
         self._step(self.critic_optimizer, losses["qvalue"])
         if self.steps % self.args.policy_freq == 0:
             for i, optimizer in enumerate(self.actor_optimizers):
-                # The gradient that this leaves in the critics is dropped at their next step.
+                # The gradient that this adds to the critics is zeroed before their next step.
                 losses[f"actor_{i}"] = self.actor_loss(batch, i, noise.get(i))
                 self._step(optimizer, losses[f"actor_{i}"])
         self.steps += 1
@@ -155,7 +155,7 @@ class POGO:
 
 
 def evaluate(pogo: POGO, i: int, normalization, env: gymnasium.Env, args: Args) -> float:
-    """Mean D4RL score of actor i with z = 0."""
+    """Return the mean D4RL score of actor i with z = 0."""
     (mean, std), returns = normalization, []
     for episode in range(args.eval_episodes):
         observation, _ = env.reset(seed=args.seed * 1000 + episode)
@@ -173,7 +173,7 @@ def evaluate(pogo: POGO, i: int, normalization, env: gymnasium.Env, args: Args) 
 def main(args: Args) -> list[float]:
     torch.manual_seed(args.seed)
     data = make_replay_buffer(args.task, source=args.source, path=args.path, device=args.device)
-    rows, env = data[:], make_env(args.task)  # observations are normalised
+    rows, env = data[:], make_env(args.task)  # the observations in data are normalised
     s, a, s2 = rows["observation"], rows["action"], rows["next", "observation"]
     columns = [s, a, rows["next", "reward"][:, 0], s2, rows["next", "terminated"][:, 0].float()]
     space = env.action_space

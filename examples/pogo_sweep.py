@@ -1,4 +1,4 @@
-"""Many runs, from a sweep file to a table; the same command goes on with what is missing.
+"""Run the sweep of a sweep file and tabulate its results; run it again to complete missing runs.
 
 python examples/pogo_sweep.py sweep=FILE
 python examples/pogo_sweep.py sweep=locomotion data.source=local total_steps=20000 dry_run=true

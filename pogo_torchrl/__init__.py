@@ -1,4 +1,4 @@
-"""POGO: policy optimization as a gradient flow in offline RL, as a TorchRL-native plugin."""
+"""POGO (policy optimization as a gradient flow in offline RL) as a TorchRL plugin."""
 
 from pogo_torchrl.export import load_actors
 from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue

@@ -1,4 +1,4 @@
-"""``python -m pogo_torchrl``: the command ``pogo``."""
+"""Entry point of ``python -m pogo_torchrl``, the same as the command ``pogo``."""
 
 from pogo_torchrl.cli import main
 

@@ -1,4 +1,4 @@
-"""The command ``pogo``, also ``python -m pogo_torchrl``: training, sweeps, evaluation, reports."""
+"""Command ``pogo`` (or ``python -m pogo_torchrl``): training, sweeps, evaluation and reports."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# Each command imports what it needs when it is called: reports need no Hydra of a run, and so on.
+# Commands import their dependencies when called, so that e.g. --version does not load Hydra.
 
 _HELP = """\
 POGO: policy optimization as a gradient flow in offline RL.
 
   pogo train                              train a chain on hopper-medium, in minutes on a laptop
-  pogo train task=walker2d-medium-v2      another task; `pogo train --help` lists all
+  pogo train task=walker2d-medium-v2      train on another task; `pogo train --help` lists all
   pogo train data.source=hdf5 data.path=FILE
-                                          your own data, in D4RL's layout
-  pogo evaluate POLICY.safetensors        score a trained chain; video=FILE.mp4 films it
-  pogo sweep sweep=FILE                   many runs: tasks, weights and seeds, here or on Slurm
+                                          train on your own data, in D4RL's layout
+  pogo evaluate POLICY.safetensors        score a trained chain; video=FILE.mp4 records a video
+  pogo sweep sweep=FILE                   many tasks, weights and seeds, locally or on Slurm
   pogo report                             tables and figures over all runs in logs/
-  pogo check-dataset FILE.hdf5            compare a dataset with the environments' physics
+  pogo check-dataset FILE.hdf5            check a dataset against the physics of the environment
 
-Options are written option=value or --option value. `pogo COMMAND --help` lists those of a command,
-`pogo --version` prints versions and devices.
+Write options as option=value or --option value. `pogo COMMAND --help` lists the options of a
+command, `pogo --version` prints versions and devices.
 """
 
 
@@ -54,11 +54,11 @@ def _report(arguments: Sequence[str]) -> None:
 
     @dataclass
     class ReportConfig:
-        log_dir: str = option("logs", "folder that the runs were written to")
-        results_dir: str = option("results", "folder to write to")
+        log_dir: str = option("logs", "folder that contains the runs")
+        results_dir: str = option("results", "folder to write the report to")
 
     if wants_help(arguments):
-        print("Write tables, figures and a summary of all runs, also of unfinished ones.\n")
+        print("Write tables, figures and a summary of all runs, finished or not.\n")
         print("  pogo report [log_dir=FOLDER] [results_dir=FOLDER]\n\nOptions:")
         print("\n".join(option_lines(options(ReportConfig))))
         return
@@ -77,12 +77,14 @@ def _check_dataset(arguments: Sequence[str]) -> None:
 
     @dataclass
     class CheckConfig:
-        file: str | None = option(None, "HDF5 in D4RL's layout, with infos/qpos; may stand alone")
-        task: str | None = option(None, "a D4RL task name; null: found from the file")
-        limit: int = option(DEFAULT_LIMIT, "rows to check, spread evenly over the file")
+        file: str | None = option(
+            None, "HDF5 file in D4RL's layout with infos/qpos; `file=` may be omitted"
+        )
+        task: str | None = option(None, "D4RL task name; null: inferred from the file")
+        limit: int = option(DEFAULT_LIMIT, "number of rows to check, evenly spaced over the file")
 
     if wants_help(arguments):
-        print("Step recorded actions from recorded states, and compare with the rows that follow.")
+        print("Step the recorded actions from the recorded states and compare with the next rows.")
         print("Exit code: 0 if they match, 1 if not, 2 if the file cannot be checked.\n")
         print("  pogo check-dataset FILE [option=value ...]\n\nOptions:")
         print("\n".join(option_lines(options(CheckConfig))))
@@ -108,12 +110,12 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line.
+    """Run a command of the command line.
+
+    Exits with the command's exit code, or with 2 if the command is unknown.
 
     Args:
-        arguments: the name of a command and its arguments. Defaults to those of the process.
-
-    Exit codes are those of the commands; 2 for an unknown command.
+        arguments: name of the command, followed by its arguments. Defaults to ``sys.argv[1:]``.
     """
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help", "help"):
@@ -132,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def versions() -> str:
-    """Versions of the package and of what it is built on, and the devices that torch sees."""
+    """Versions of the package and its dependencies, and the devices available to torch."""
     import torch
 
     names = ("pogo_torchrl", "torch", "torchrl", "tensordict", "geomloss", "gymnasium", "mujoco")

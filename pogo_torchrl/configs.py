@@ -1,4 +1,4 @@
-"""POGO in TorchRL's Hydra config groups: an alias of :mod:`pogo_torchrl.experiments.config`."""
+"""Options and Hydra config groups of POGO, re-exported from :mod:`pogo_torchrl.experiments`."""
 
 from pogo_torchrl.experiments.config import (
     DataConfig,

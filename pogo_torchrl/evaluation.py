@@ -1,4 +1,4 @@
-"""Rollouts of all actors of a chain at once, reproducible to the bit."""
+"""Bitwise reproducible evaluation of all actors of a chain at once."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.trainers.hooks import Evaluation, EvaluationInterrupted
 
 MODES = ("deterministic", "stochastic")
-"""How an actor acts: with z = 0, or with z ~ N(0, I)."""
+"""Evaluation modes: z = 0 (deterministic) or z ~ N(0, I) (stochastic)."""
 
-
-# Keeps the streams of evaluations apart from those of other uses of the same seed.
+# Separates the random streams of evaluations from other uses of the same seed.
 _STREAM = 0xE7A1
 
-# The least that is worth another process: a step of fewer takes less than the way there and back.
+# For fewer environments per process, communication takes longer than stepping.
 _ENVS_PER_PROCESS = 8
 
 
 class Evaluator:
-    """Evaluates chains of actors on a task.
+    """Evaluate chains of actors on a task.
 
-    Every actor acts in both modes in the same ``episodes`` episodes: episode e has its own start
-    state and, for the stochastic mode, its own noise, both derived from ``seed`` and e alone. Two
-    evaluations of the same weights therefore agree, actors are compared on equal terms, and no
-    global random state is read or written. Each actor sees its episodes as one batch. The package's
-    own environments step in as many processes as PyTorch has threads, others in this one, all with
-    the same results.
+    All actors are evaluated in both modes on the same ``episodes`` episodes. The start state of
+    episode e and its noise in the stochastic mode depend on ``seed`` and e only. Evaluations of the
+    same weights are therefore identical, actors are compared under equal conditions, and the global
+    random state is neither read nor changed. The episodes of an actor are evaluated as one batch.
+    The package's own environments are stepped in as many processes as PyTorch has threads, other
+    environments in the current process; the results are the same.
 
     Args:
-        task: a D4RL task name.
-        episodes: episodes per actor and mode. Defaults to ``10``.
-        seed: seed of start states and noise. Defaults to ``0``.
-        env_fn: makes an environment, whose returns are scored as the task's. Defaults to
-            :func:`~pogo_torchrl.envs.make_env` of ``task``.
+        task: name of a D4RL task.
+        episodes: number of episodes per actor and mode. Defaults to ``10``.
+        seed: seed of the start states and the noise. Defaults to ``0``.
+        env_fn: function that creates an environment, whose returns are normalised with the
+            reference returns of ``task``. Defaults to :func:`~pogo_torchrl.envs.make_env` with
+            ``task``.
 
     Raises:
-        ValueError: for an unknown task, less than one episode, or an environment whose
-            observations or actions are not vectors.
+        ValueError: if the task is unknown, ``episodes`` is less than 1, or the observations or
+            actions of the environment are not vectors.
 
     Example:
         >>> import torch
@@ -83,8 +83,8 @@ class Evaluator:
         for name, space in (("observations", observations), ("actions", actions)):
             if not isinstance(space, Box) or len(space.shape) != 1:
                 raise ValueError(
-                    f"{self._envs[0]} has {name} in {space}, vectors (Box of one dimension) are "
-                    "needed: choose another task or env.id."
+                    f"{self._envs[0]} has {name} in {space}, but vectors (a one-dimensional Box) "
+                    "are required: choose another task or env.id."
                 )
         assert isinstance(observations, Box)
         assert isinstance(actions, Box)
@@ -103,11 +103,19 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, actors: Sequence[TransportActor]) -> list[Evaluation]:
-        """Roll out ``actors``, which take raw observations; actor by actor, mode by mode.
+        """Roll out a chain of actors.
+
+        Args:
+            actors: actors on raw observations, see
+                :func:`~pogo_torchrl.export.on_raw_observations`.
+
+        Returns:
+            One :class:`~pogo_torchrl.trainers.hooks.Evaluation` per actor and mode: actor 0
+            deterministic, actor 0 stochastic, actor 1 deterministic, and so on.
 
         Raises:
-            FloatingPointError: when an actor returns an action that is not finite.
-            EvaluationInterrupted: after :meth:`interrupt`.
+            FloatingPointError: if an actor returns an action that is not finite.
+            EvaluationInterrupted: after a call of :meth:`interrupt`.
         """
         shape = (len(actors), len(MODES), self.episodes)
         slots = list(np.ndindex(shape))
@@ -143,31 +151,34 @@ class Evaluator:
         ]
 
     def start_seed(self, episode: int) -> int:
-        """The seed that an environment is reset with for an episode."""
+        """Return the seed with which the environment is reset for an episode."""
         return self._seeds(episode)[0]
 
     def _seeds(self, episode: int) -> tuple[int, np.random.SeedSequence]:
-        """The seed of an episode's start state, and that of its noise."""
+        """Return the seeds of the start state and of the noise of an episode."""
         start, noise = np.random.SeedSequence(self.seed, spawn_key=(_STREAM, episode)).spawn(2)
         return int(start.generate_state(1)[0]), noise
 
     def interrupt(self) -> None:
-        """End an evaluation at its next step, and all later ones; for signal handlers."""
+        """Stop the current evaluation at its next step, and all later ones.
+
+        May be called from a signal handler.
+        """
         self._interrupted = True
 
     def _processes(self, envs: int) -> int:
-        """How many processes step: as many as PyTorch would use threads, where it pays.
+        """Return the number of processes for stepping, at most the number of PyTorch threads.
 
-        Only for the package's own environments: others, and wrappers, may hold what does not
-        survive a fork, or keep what would be lost with it.
+        Only the package's own environments are stepped in parallel. Other environments and
+        wrappers may hold resources that do not survive a fork, or state that would be lost in it.
         """
         env = self._envs[0]
         if (
             type(env) is not TimeLimit
             or type(env.env) not in ENVIRONMENTS.values()
             or not sys.platform.startswith("linux")
-            or torch.cuda.is_initialized()  # nor does CUDA's state survive it
-            or multiprocessing.current_process().daemon  # such a process may have no children
+            or torch.cuda.is_initialized()  # CUDA does not survive a fork
+            or multiprocessing.current_process().daemon  # daemonic processes cannot have children
         ):
             return 1
         return max(1, min(torch.get_num_threads(), envs // _ENVS_PER_PROCESS))
@@ -198,7 +209,7 @@ class Evaluator:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Batches are tiny here, and PyTorch's idle threads spin on the cores of the environments."""
+    """Use one thread: batches are small, and idle PyTorch threads would slow the environments."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -208,7 +219,10 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def format_evaluation(evaluations: Sequence[Evaluation]) -> str:
-    """The evaluation as it stands on the screen.
+    """Format the mean return and D4RL score of each actor and mode for the console.
+
+    Args:
+        evaluations: the result of an :class:`Evaluator`.
 
     Example:
         >>> import numpy as np

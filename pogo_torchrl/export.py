@@ -1,7 +1,7 @@
-"""Trained chains on disk: small safetensors files that act without the training's config.
+"""Export of trained chains to safetensors files, which need no training config to be loaded.
 
-The header is JSON and tells how the chain is built; the rest are the numbers. Nothing in such a
-file can run, and no more memory is taken than the file is long.
+The JSON header describes the architecture of the chain; the tensors are its weights. Reading such
+a file executes no code and allocates no more memory than the size of the file.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from pogo_torchrl.files import atomic_write
 from pogo_torchrl.modules import Normalized, TransportActor, make_transport_net
 
 _FORMAT = "pogo_torchrl.actors"
-_VERSION = 2  # 1 was written by torch.save
+_VERSION = 2  # version 1 used torch.save
 
 
 def on_raw_observations(
     actor: TransportActor, mean: torch.Tensor, std: torch.Tensor
 ) -> TransportActor:
-    """The same policy, sharing its parameters, for observations that are not normalised.
+    """Return a policy on raw observations that shares the parameters of an actor.
 
     Args:
         actor: an actor trained on ``(observation - mean) / std``.
-        mean: the dataset's normalisation, shape ``[obs]``.
-        std: the dataset's normalisation, shape ``[obs]``.
+        mean: mean of the observations in the dataset, of shape ``[n]``.
+        std: standard deviation of the observations in the dataset, of shape ``[n]``.
+
+    Returns:
+        The policy, on the device of ``mean``.
 
     Example:
         >>> import torch
@@ -59,22 +62,25 @@ def save_actors(
     hidden_sizes: Sequence[int] = (256, 256),
     environment: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write actors on raw observations, built by :func:`~pogo_torchrl.make_actor`, to one file.
+    """Save a trained chain to one file, which :func:`load_actors` loads.
 
     Args:
-        path: the file; it appears whole or not at all.
-        actors: the chain, from :func:`on_raw_observations`.
-        hidden_sizes: widths of their hidden layers. Defaults to ``(256, 256)``.
-        environment: where they were evaluated, for :func:`policy_environment`; anything that JSON
-            can hold. Defaults to ``None``.
+        path: the file, which is written atomically.
+        actors: the chain, actor 0 first: actors of :func:`~pogo_torchrl.make_actor`, passed
+            through :func:`on_raw_observations`.
+        hidden_sizes: widths of the hidden layers of the actors. Defaults to ``(256, 256)``.
+        environment: a JSON-serialisable description of the environment, which
+            :func:`policy_environment` returns. Defaults to ``None``.
 
     Raises:
-        ValueError: when the actors are not such, or have other hidden layers.
-        OSError: when the file cannot be written.
+        ValueError: if ``actors`` is empty, or does not match the description above.
+        OSError: if the file cannot be written.
     """
     path = Path(path)
     if not actors or not all(isinstance(actor.module, Normalized) for actor in actors):
-        raise ValueError("actors must hold one actor or more, each from on_raw_observations(...).")
+        raise ValueError(
+            "actors must be a non-empty list of actors, each from on_raw_observations(...)."
+        )
     space = actors[0].action_spec.space
     bounds = {"low": space.low, "high": space.high}
     states = {f"actor_{i}": actor.module.state_dict() for i, actor in enumerate(actors)}
@@ -83,8 +89,8 @@ def save_actors(
             _make_actor(state, bounds, hidden_sizes)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"hidden_sizes={list(hidden_sizes)} are not those of the actors ({_one_line(error)}): "
-            "give the widths that make_actor got."
+            f"hidden_sizes={list(hidden_sizes)} does not match the actors ({_one_line(error)}): "
+            "pass the hidden_sizes given to make_actor."
         ) from error
     tensors = {
         f"{owner}.{name}": values.detach().cpu().contiguous().clone()
@@ -96,46 +102,65 @@ def save_actors(
         "version": str(_VERSION),
         "hidden_sizes": json.dumps(list(hidden_sizes)),
         "num_actors": str(len(actors)),
-        "environment": json.dumps(environment or {}, sort_keys=True),
     }
+    if environment is not None:
+        header["environment"] = json.dumps(dict(environment), sort_keys=True)
     content = safetensors.torch.save(tensors, header)
     with atomic_write(path) as file:
         file.write(content)
 
 
 def load_actors(path: str | Path, *, device: torch.device | str = "cpu") -> list[TransportActor]:
-    """Load a trained chain for inference; nothing else of the run is needed.
+    """Load a trained chain for inference, without the config or data of its training run.
 
-    The file is safetensors with a JSON header: reading it runs no code of its author's.
+    The file is in the safetensors format with a JSON header; reading it executes no code.
 
     Args:
-        path: a ``policy.safetensors`` that a run has written to its ``checkpoints`` folder.
-        device: where the actors shall live. Defaults to ``"cpu"``.
+        path: the ``checkpoints/policy.safetensors`` of a run, or a file of
+            :func:`~pogo_torchrl.export.save_actors`.
+        device: device of the actors. Defaults to ``"cpu"``.
 
     Returns:
-        The chain, actor 0 first. Each takes raw observations: the dataset's normalisation is part
-        of it. ``chain[-1]`` is the policy that POGO trains for.
+        The actors of the chain, actor 0 first, without gradients. Each maps raw observations of
+        shape ``[*B, n]`` to actions of shape ``[*B, d]`` in the environment's units; the
+        observation normalisation is built in. ``chain[-1]`` is the policy to deploy. Actions are
+        deterministic (z = 0) unless the exploration type is ``RANDOM``; see
+        :class:`~pogo_torchrl.TransportActor`.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when the file is none of ours, is damaged or of a newer version.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file was not written by pogo_torchrl, is damaged, or has another format
+            version.
 
     Example:
-        >>> chain = load_actors("policy.safetensors")  # doctest: +SKIP
-        >>> action = chain[-1](observation=torch.zeros(11))  # doctest: +SKIP
+        >>> import tempfile
+        >>> import torch
+        >>> from torchrl.data import Bounded
+        >>> from pogo_torchrl import load_actors, make_actor
+        >>> from pogo_torchrl.export import on_raw_observations, save_actors
+        >>> spec = Bounded(low=-torch.ones(3), high=torch.ones(3))
+        >>> actor = on_raw_observations(make_actor(11, spec), torch.zeros(11), torch.ones(11))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_actors(f"{folder}/policy.safetensors", [actor])
+        ...     chain = load_actors(f"{folder}/policy.safetensors")
+        >>> chain[-1](observation=torch.zeros(5, 11)).shape
+        torch.Size([5, 3])
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not a file; a run writes checkpoints/policy.safetensors."
+            f"{path} is not a file: pass the checkpoints/policy.safetensors of a run."
         )
     header, tensors = _read(path)
     if header.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no policy of pogo_torchrl (checkpoints/policy.safetensors).")
+        raise ValueError(
+            f"{path} is not a policy written by pogo_torchrl: pass the "
+            "checkpoints/policy.safetensors of a run."
+        )
     if header.get("version") != str(_VERSION):
         raise ValueError(
-            f"{path} has format version {header.get('version')}, this release reads {_VERSION}: "
-            "update pogo_torchrl, or load it with the release that wrote it."
+            f"{path} has format version {header.get('version')}, but this release reads version "
+            f"{_VERSION}: update pogo_torchrl, or load it with the release that wrote it."
         )
     try:
         bounds, *states = _by_owner(tensors, int(header["num_actors"]))
@@ -149,10 +174,13 @@ def load_actors(path: str | Path, *, device: torch.device | str = "cpu") -> list
 
 
 def policy_environment(path: str | Path) -> dict[str, Any]:
-    """The environment that :func:`save_actors` was given; empty where it was given none.
+    """Return the ``environment`` passed to :func:`save_actors`, or an empty dictionary.
 
     Args:
-        path: a file of :func:`save_actors`, which :func:`load_actors` can load.
+        path: a file of :func:`save_actors`.
+
+    Raises:
+        ValueError: if the file is damaged or is not a safetensors file.
     """
     header, _ = _read(Path(path))
     try:
@@ -163,47 +191,47 @@ def policy_environment(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The header and the tensors of a safetensors file."""
+    """Read the header and the tensors of a safetensors file."""
     with path.open("rb") as file:
         start = file.read(2)
-    if start in (b"PK", b"\x80\x02"):  # how torch.save's files begin: they are pickles
+    if start in (b"PK", b"\x80\x02"):  # zip archives and pickles, as written by torch.save
         raise ValueError(
-            f"{path} was written by torch.save and is not opened, because such files can run code: "
-            "give a safetensors file (checkpoints/policy.safetensors)."
+            f"{path} was written by torch.save and is not opened, because such files can execute "
+            "code: pass a safetensors file (checkpoints/policy.safetensors)."
         )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            # Clones: the file may change while the policy acts.
+            # Cloned, because the file may change while the policy is in use.
             return header, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"{path} is damaged or no safetensors file ({_one_line(error)}): export the policy "
+            f"{path} is damaged or not a safetensors file ({_one_line(error)}): export the policy "
             "again."
         ) from error
 
 
 def _by_owner(tensors: dict[str, Tensor], num_actors: int) -> list[dict[str, Tensor]]:
-    """The tensors named ``bounds.*``, ``actor_0.*``, ``actor_1.*``, ..., checked."""
+    """Validate the tensors and group them into ``bounds.*``, ``actor_0.*``, ``actor_1.*``, ..."""
     owners: dict[str, dict[str, Tensor]] = {}
     for key, values in sorted(tensors.items()):
         owner, _, name = key.partition(".")
         owners.setdefault(owner, {})[name] = values
         if values.dtype != next(iter(tensors.values())).dtype or not values.isfinite().all():
-            raise ValueError(f"{key} is not finite or of another dtype than the others")
+            raise ValueError(f"{key} is not finite or differs in dtype from the other tensors")
     if num_actors < 1 or len(owners) != 1 + num_actors:
-        raise ValueError(f"it should hold num_actors={num_actors} and bounds, not {list(owners)}")
+        raise ValueError(f"expected num_actors={num_actors} and bounds, found {list(owners)}")
     return [owners["bounds"], *(owners[f"actor_{i}"] for i in range(num_actors))]
 
 
 def _make_actor(
     state: dict[str, Tensor], bounds: dict[str, Tensor], hidden_sizes: Sequence[int]
 ) -> TransportActor:
-    """An actor of these tensors; sizes are compared before any memory is taken."""
+    """Build an actor from its tensors, whose sizes are checked before memory is allocated."""
     spec = Bounded(low=bounds["low"], high=bounds["high"])
     size = len(state["mean"])
     if len(state) != 2 * len(hidden_sizes) + 4:
-        raise ValueError(f"{len(state)} tensors do not make {len(hidden_sizes)} hidden layers")
+        raise ValueError(f"{len(state)} tensors do not match {len(hidden_sizes)} hidden layers")
     with torch.device("meta"):
         net = make_transport_net(size, spec.shape[-1], hidden_sizes)
         module = Normalized(net, torch.empty(size), torch.empty(size))

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the folder that downloads and generated data are kept in."""
+"""Atomic writes, checksums, and the cache folder of downloads and generated data."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str = "xb", **options: Any) -> Iterator[IO[Any]]:
-    """Open a file for writing that appears under its name only when all of it is on the disk.
+def atomic_write(path: Path, mode: Literal["xb", "x"] = "xb", **options: Any) -> Iterator[IO[Any]]:
+    """Open a file for writing; it replaces ``path`` once it is complete and flushed to disk.
 
     Args:
-        path: the file, new or to be replaced; its folder must exist.
-        mode: ``"xb"`` (bytes, the default) or ``"x"`` (text).
-        options: passed on to :func:`open`.
+        path: the file, which may already exist; its folder must exist.
+        mode: ``"xb"`` (bytes) or ``"x"`` (text). Defaults to ``"xb"``.
+        **options: passed to :func:`open`.
 
     Raises:
-        OSError: when it cannot be written; what stood under the name before still does.
+        OSError: if the file cannot be written; an existing file is then unchanged.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder, "a.txt")
         ...     with atomic_write(path, "x") as file:
-        ...         _ = file.write("whole")
+        ...         _ = file.write("complete")
         ...         path.exists()
         ...     path.read_text(), len(list(Path(folder).iterdir()))
         False
-        ('whole', 1)
+        ('complete', 1)
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -46,7 +46,7 @@ def atomic_write(path: Path, mode: str = "xb", **options: Any) -> Iterator[IO[An
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,7 +55,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file.
+    """Return the hexadecimal SHA-256 checksum of a file.
 
     Example:
         >>> import tempfile
@@ -73,18 +73,23 @@ def sha256(path: Path) -> str:
 
 
 def digests(folder: Path, *, without: str | None = None) -> dict[str, str]:
-    """SHA-256 of all files below a folder, by their relative paths.
+    """Return the SHA-256 checksums of all files below a folder, by relative path.
 
     Args:
         folder: the folder.
-        without: name of a file to leave out, e.g. of that which holds the digests.
+        without: name of a file to leave out, e.g. the one that stores the checksums. Defaults to
+            ``None``.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != without)
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder given, or ``$XDG_CACHE_HOME/pogo_torchrl``, or ``~/.cache/pogo_torchrl``.
+    """Return the cache folder.
+
+    Args:
+        cache_dir: the folder. Defaults to ``$XDG_CACHE_HOME/pogo_torchrl`` or, if that variable is
+            not set, ``~/.cache/pogo_torchrl``.
 
     Example:
         >>> cache_folder("data").name
@@ -92,13 +97,13 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
-    # As the XDG specification asks for, an empty variable counts as an unset one.
+    # As the XDG specification requires, an empty variable counts as unset.
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "pogo_torchrl"
 
 
 def physical_memory() -> float:
-    """Bytes of memory that the machine has; infinite where the system does not tell.
+    """Return the machine's memory in bytes, or infinity if the system does not report it.
 
     Example:
         >>> physical_memory() > 1e6
@@ -111,14 +116,14 @@ def physical_memory() -> float:
 
 
 def make_writable(folder: Path, option: str) -> None:
-    """Make a folder, so that what will be written there does not fail after the work.
+    """Create a folder and check that it is writable, before a long computation writes to it.
 
     Args:
         folder: the folder.
-        option: the option that chooses it, for the message.
+        option: name of the option that sets the folder, for the message.
 
     Raises:
-        OSError: saying that ``folder`` cannot be written, and what to do.
+        OSError: if the folder cannot be created or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,8 +134,14 @@ def make_writable(folder: Path, option: str) -> None:
 
 
 def cannot_write(folder: Path, option: str, error: OSError) -> OSError:
-    """The error to raise when something cannot be kept in ``folder``."""
+    """Return the error to raise if a file cannot be written to ``folder``.
+
+    Args:
+        folder: the folder.
+        option: name of the option that sets the folder, for the message.
+        error: the original error.
+    """
     return OSError(
-        f"cannot write to {folder} ({error.strerror or error}); free some space there or choose "
-        f"another folder with {option}."
+        f"cannot write to {folder} ({error.strerror or error}): free disk space, or choose another "
+        f"folder with {option}."
     )

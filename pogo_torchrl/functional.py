@@ -1,11 +1,14 @@
-"""The pure maths of POGO: tensors in, tensors out, one equation a function.
+"""The equations of POGO as pure functions of tensors, one equation per function.
 
-Nothing here knows of TensorDicts, networks or devices. Leading dimensions ``*B`` are free;
-the last dimension is the action's. Source: "Policy Optimization as a Gradient Flow in Offline
-Reinforcement Learning" (POGO); the critic's target is TD3's (Fujimoto et al., 2018, section 5.3).
+The functions are independent of tensordicts, networks and devices. Leading dimensions ``*B`` are
+arbitrary; the last dimension is the action dimension ``d``. Sources: *Policy Optimization as a
+Gradient Flow in Offline Reinforcement Learning* (POGO); for the target of the critics, Fujimoto et
+al., *Addressing Function Approximation Error in Actor-Critic Methods*, 2018, arXiv:1802.09477.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor
 
@@ -16,22 +19,25 @@ Q_NORMALIZATIONS = ("mean_abs", None)
 def smoothed_target_action(
     action: Tensor, noise: Tensor, low: Tensor, high: Tensor, *, sigma: float, clip: float
 ) -> Tensor:
-    r"""Target-policy smoothing of TD3, the noise in units of half the action range.
+    r"""Target-policy smoothing of TD3, with the noise in units of half the action range.
 
     .. math::
         a' = \mathrm{clip}\big(\pi_0(s', z') +
              \tfrac{high - low}{2}\,\mathrm{clip}(\sigma n, -c, c),\; low,\; high\big)
 
+    Source: Fujimoto et al., *Addressing Function Approximation Error in Actor-Critic Methods*,
+    2018, arXiv:1802.09477, section 5.3.
+
     Args:
-        action: :math:`\pi_0(s', z')`, shape ``[*B, d]``.
-        noise: standard normal draws :math:`n`, shape ``[*B, d]``.
+        action: :math:`\pi_0(s', z')`, of shape ``[*B, d]``.
+        noise: standard normal draws :math:`n`, of shape ``[*B, d]``.
         low: lower action bound, broadcastable to ``[d]``.
         high: upper action bound, broadcastable to ``[d]``.
-        sigma: standard deviation of the smoothing noise.
-        clip: :math:`c`, the largest magnitude of the noise.
+        sigma: standard deviation of the noise, in units of half the action range.
+        clip: :math:`c`, the maximal magnitude of the noise, in the same units.
 
     Returns:
-        The smoothed action, shape ``[*B, d]``, inside the bounds.
+        The smoothed action within the bounds, of shape ``[*B, d]``.
 
     Example:
         >>> import torch
@@ -48,18 +54,18 @@ def smoothed_target_action(
 def td_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: float) -> Tensor:
     r"""One-step target :math:`y = r + \gamma\,(1 - terminated)\,\min(Q_1, Q_2)(s', a')`.
 
-    A time-out is not a terminal state: it must not be marked in ``terminated``.
-    :class:`~pogo_torchrl.POGOLoss` computes this through TorchRL's value estimators, of which the
-    default, TD(0), equals this function; it stands here as the reference.
+    A time-out is not a terminal state and must not be marked in ``terminated``. This function is a
+    reference: :class:`~pogo_torchrl.POGOLoss` uses TorchRL's value estimators, whose default TD(0)
+    gives the same target.
 
     Args:
-        reward: shape ``[*B]``.
-        terminated: boolean, shape ``[*B]``.
-        next_value: the smaller of the target critics' values, shape ``[*B]``.
+        reward: rewards, of shape ``[*B]``.
+        terminated: boolean terminal flags, of shape ``[*B]``.
+        next_value: minimum of the target critics, of shape ``[*B]``.
         gamma: discount factor per step.
 
     Returns:
-        Targets, shape ``[*B]``.
+        The targets, of shape ``[*B]``.
 
     Example:
         >>> import torch
@@ -73,8 +79,16 @@ def td_target(reward: Tensor, terminated: Tensor, next_value: Tensor, gamma: flo
 def to_unit_box(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Map actions linearly from their bounds to [-1, 1] (the identity for D4RL's tasks).
 
-    Distances between policies are computed there, so that ``w2_weights`` and ``blur`` mean the
-    same for every action space.
+    Distances between policies are computed on mapped actions, so that ``w2_weights`` and ``blur``
+    have the same meaning for every action space.
+
+    Args:
+        action: actions, of shape ``[*B, d]``.
+        low: lower action bound, broadcastable to ``[d]``.
+        high: upper action bound, broadcastable to ``[d]``.
+
+    Returns:
+        The mapped actions, of shape ``[*B, d]``.
 
     Example:
         >>> import torch
@@ -88,15 +102,15 @@ def to_unit_box(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def l2_distance(action: Tensor, data_action: Tensor) -> Tensor:
     r"""Distance of actor 0 to the data: :math:`D_0(s) = \frac1d \sum_k (\pi_0(s,z) - a)_k^2`.
 
-    The Wasserstein-2 distance to a point mass is the L2 distance; the mean over action dimensions
-    (not the sum) is the scale that the published ``w2_weights`` are tuned to.
+    The Wasserstein-2 distance to a point mass is the L2 distance. The published ``w2_weights`` are
+    tuned to the mean, not the sum, over the action dimensions.
 
     Args:
-        action: :math:`\pi_0(s, z)` in the unit box, shape ``[*B, d]``.
-        data_action: the dataset's action in the unit box, shape ``[*B, d]``.
+        action: :math:`\pi_0(s, z)` mapped to [-1, 1], of shape ``[*B, d]``.
+        data_action: the action of the dataset mapped to [-1, 1], of shape ``[*B, d]``.
 
     Returns:
-        One distance per state, shape ``[*B]``.
+        One distance per state, of shape ``[*B]``.
 
     Example:
         >>> import torch
@@ -106,17 +120,22 @@ def l2_distance(action: Tensor, data_action: Tensor) -> Tensor:
     return (action - data_action).square().mean(-1)
 
 
-def q_scale(q: Tensor, alpha: float | Tensor, q_normalization: str | None = "mean_abs") -> Tensor:
-    r"""The weight :math:`\lambda` of the Q term, detached from the graph.
+def q_scale(
+    q: Tensor, alpha: float | Tensor, q_normalization: Literal["mean_abs"] | None = "mean_abs"
+) -> Tensor:
+    r"""Weight :math:`\lambda` of the Q term, detached from the graph.
 
-    :math:`\lambda = \alpha / \mathrm{mean}\,|Q_1(s, \pi_i(s,z))|` with ``"mean_abs"`` (TD3+BC's
-    normalisation; keeps the two terms of the objective on one scale whatever the rewards are), and
-    :math:`\lambda = \alpha` with ``None`` (the original code, which diverges on small datasets).
+    With ``"mean_abs"``, :math:`\lambda = \alpha / \mathrm{mean}\,|Q_1(s, \pi_i(s,z))|`, the
+    normalisation of TD3+BC, which makes the trade-off independent of the scale of the rewards. With
+    ``None``, :math:`\lambda = \alpha`, as in the original code, which diverges on small datasets.
+
+    Source: Fujimoto & Gu, *A Minimalist Approach to Offline Reinforcement Learning*, 2021,
+    arXiv:2106.06860.
 
     Args:
-        q: :math:`Q_1(s, \pi_i(s, z))`, any shape.
-        alpha: the trade-off, dimensionless.
-        q_normalization: ``"mean_abs"`` or ``None``.
+        q: :math:`Q_1(s, \pi_i(s, z))`, of any shape.
+        alpha: weight of the Q term, dimensionless.
+        q_normalization: ``"mean_abs"`` or ``None``. Defaults to ``"mean_abs"``.
 
     Returns:
         A scalar tensor without gradient.
@@ -130,22 +149,22 @@ def q_scale(q: Tensor, alpha: float | Tensor, q_normalization: str | None = "mea
     """
     if q_normalization is None:
         return q.new_ones(()) * alpha
-    # The floor only matters while every Q is exactly 0, e.g. in a freshly zeroed network.
+    # The floor only matters if every Q value is 0, e.g. for a network with zero weights.
     return alpha / q.detach().abs().mean().clamp_min(1e-8)
 
 
 def jko_loss(q: Tensor, distance: Tensor, *, scale: Tensor, weight: float | Tensor) -> Tensor:
-    r"""One JKO step's objective per state: :math:`-\lambda\,Q_1(s, \pi_i(s,z)) + w_i\,D_i(s)`.
+    r"""Objective of a JKO step per state: :math:`-\lambda\,Q_1(s, \pi_i(s,z)) + w_i\,D_i(s)`.
 
     Args:
-        q: shape ``[*B]``.
-        distance: :math:`D_i(s)`, shape ``[*B]``: :func:`l2_distance` for actor 0, the Sinkhorn
-            divergence of :mod:`pogo_torchrl.ot` to the previous actor for the others.
+        q: :math:`Q_1(s, \pi_i(s, z))`, of shape ``[*B]``.
+        distance: :math:`D_i(s)`, of shape ``[*B]``: :func:`l2_distance` for actor 0, and the
+            :func:`~pogo_torchrl.sinkhorn_divergence` to the previous actor for later actors.
         scale: :math:`\lambda`, see :func:`q_scale`.
         weight: :math:`w_i`, the actor's entry of ``w2_weights``.
 
     Returns:
-        The loss per state, shape ``[*B]``.
+        The loss per state, of shape ``[*B]``.
 
     Example:
         >>> import torch

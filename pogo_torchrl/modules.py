@@ -1,4 +1,4 @@
-"""Networks: the transport map that acts, the critic, and copies of either."""
+"""Networks: transport-map actors, critics, and reinitialised copies of both."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ from torchrl.modules import MLP, ValueOperator
 
 
 class TransportActor(TensorDictModule):
-    r"""A stochastic policy as a transport map: :math:`a = T(s, z)`, :math:`z \sim N(0, I)`.
+    r"""Stochastic policy given by a transport map :math:`a = T(s, z)`, :math:`z \sim N(0, I)`.
 
     .. math::
         T(s, z) = \tfrac{high + low}{2} + \tfrac{high - low}{2} \tanh f(s, z),
         \qquad \dim z = \dim a
 
-    The noise z is read from the tensordict where it stands there under ``noise_key``. Otherwise it
-    is drawn according to the exploration type: z = 0 under ``DETERMINISTIC``, ``MEAN`` and
-    ``MODE`` (and where none is set, as in TorchRL's probabilistic modules), z ~ N(0, I) under
-    ``RANDOM``.
+    If the tensordict contains ``noise_key``, its value is used as z. Otherwise z depends on the
+    exploration type: z ~ N(0, I) for ``RANDOM``, and z = 0 for ``DETERMINISTIC``, ``MEAN`` and
+    ``MODE``. If no exploration type is set, z = 0, as in TorchRL's probabilistic modules.
 
-    Source: POGO, section on transport-map policies.
+    Source: *Policy Optimization as a Gradient Flow in Offline Reinforcement Learning* (POGO).
 
     Args:
-        module: the network f, called as ``module(observation, z)``, with ``[*B, d]`` out.
-        action_spec: a :class:`~torchrl.data.Bounded` spec of shape ``[d]`` (or a ``Composite``
-            that holds it under the action's key); bounds may differ in each dimension and need not
-            be symmetric.
-        in_keys: the observation's key. Defaults to ``["observation"]``.
-        out_keys: the action's key. Defaults to ``["action"]``.
-        noise_key: where an explicit z is looked for. Defaults to ``"noise"``.
+        module: the network f, which maps ``(observation, z)`` to a tensor of shape ``[*B, d]``.
+        action_spec: a :class:`~torchrl.data.Bounded` spec of shape ``[d]``, or a ``Composite`` that
+            contains it under the action key. Bounds are in the environment's units, may differ
+            between dimensions and need not be symmetric.
+        in_keys: key of the observation. Defaults to ``["observation"]``.
+        out_keys: key of the action. Defaults to ``["action"]``.
+        noise_key: key of an optional z of shape ``[*B, d]``. Defaults to ``"noise"``.
 
     Raises:
-        ValueError: when the action spec is not bounded, or its bounds are not finite or empty; on a
-            call, when z is not of the action's size.
-        KeyError: on a call without the observation.
+        ValueError: if the action spec is not a ``Bounded`` spec with finite bounds; when called, if
+            z does not have the shape of the action.
+        KeyError: when called, if the observation is missing.
 
     Example:
         >>> import torch
@@ -79,7 +78,7 @@ class TransportActor(TensorDictModule):
 
     @property
     def noise_dim(self) -> int:
-        """Dimension of z: that of the action."""
+        """Dimension of z, equal to the action dimension."""
         return self.action_spec.shape[-1]
 
     @property
@@ -88,20 +87,32 @@ class TransportActor(TensorDictModule):
 
     @dispatch(source="_dispatch_keys", auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the action for the observation (and noise) in ``tensordict``."""
+        """Write the action for the observation (and noise) of ``tensordict`` to it.
+
+        Args:
+            tensordict: holds the observation, of shape ``[*B, n]``, and optionally the noise, of
+                shape ``[*B, d]``.
+
+        Returns:
+            The same tensordict with the action, of shape ``[*B, d]``.
+
+        Raises:
+            KeyError: if the observation is missing.
+            ValueError: if the noise does not have the shape of the action.
+        """
         observation = tensordict.get(self.in_keys[0])
         noise = tensordict.get(self.noise_key, None)
         if observation is None:
             raise KeyError(
-                f"TransportActor needs the key {self.in_keys[0]!r}, the tensordict has "
-                f"{list(tensordict.keys())}: set it, or give in_keys."
+                f"TransportActor needs the key {self.in_keys[0]!r}, but the tensordict has "
+                f"{list(tensordict.keys())}: add it, or pass in_keys to TransportActor."
             )
         if noise is None:
             noise = self._draw(observation)
         elif noise.shape != (*observation.shape[:-1], self.noise_dim):
             raise ValueError(
-                f"{self.noise_key!r} has shape {tuple(noise.shape)}, it must be "
-                f"{(*observation.shape[:-1], self.noise_dim)}: one z of the action's size for each "
+                f"{self.noise_key!r} has shape {tuple(noise.shape)}, but must be "
+                f"{(*observation.shape[:-1], self.noise_dim)}: one z of the action's size per "
                 "observation."
             )
         action = self.action_loc + self.action_scale * self.module(observation, noise).tanh()
@@ -116,25 +127,25 @@ class TransportActor(TensorDictModule):
 
 
 class QValueOperator(ValueOperator):
-    """A TorchRL ``ValueOperator`` that writes what its network gives as it is.
+    """A TorchRL ``ValueOperator`` that writes the network's output without conversion.
 
-    ``ValueOperator`` itself asks at each call whether the value could be a pandas table, and for
-    that whether pandas is installed (tensordict 0.14): a tenth of the time of an eager update.
+    In every call, ``ValueOperator`` itself checks whether pandas is installed and the value is one
+    of its tables (tensordict 0.14), which takes a tenth of the time of an eager update.
     """
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the value of the state and action in ``tensordict``."""
+        """Write the value, of shape ``[*B, 1]``, of the state and action to ``tensordict``."""
         inputs = [tensordict.get(key) for key in self.in_keys]
         return tensordict.set(self.out_keys[0], self.module(*inputs))
 
 
 class TransportNet(nn.Module):
-    """An MLP on the concatenation ``[s, z]``: the network f inside a :class:`TransportActor`.
+    """MLP on the concatenation ``[s, z]``: the network f of a :class:`TransportActor`.
 
     Args:
-        mlp: from ``[*B, n + d]`` to ``[*B, d]``.
-        observation_dim: n, to check observations by. Defaults to ``None``: they are not checked.
+        mlp: network from ``[*B, n + d]`` to ``[*B, d]``.
+        observation_dim: n, used to validate observations. Defaults to ``None`` (no validation).
     """
 
     def __init__(self, mlp: nn.Module, observation_dim: int | None = None) -> None:
@@ -143,11 +154,18 @@ class TransportNet(nn.Module):
         self.observation_dim = observation_dim
 
     def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
-        """``f(s, z)`` of shape ``[*B, d]`` for ``s`` of ``[*B, n]`` and ``z`` of ``[*B, d]``.
+        """Compute ``f(s, z)``.
+
+        Args:
+            observation: s, of shape ``[*B, n]``.
+            noise: z, of shape ``[*B, d]``.
+
+        Returns:
+            A tensor of shape ``[*B, d]``.
 
         Raises:
-            ValueError: when the observations are not of size n, or integers, or doubles where the
-                network is not.
+            ValueError: if the observations do not have size n, are integers, or are float64 while
+                the network is not.
         """
         if self.observation_dim is not None:
             self._check(observation)
@@ -156,25 +174,30 @@ class TransportNet(nn.Module):
     def _check(self, observation: Tensor) -> None:
         if observation.shape[-1:] != (self.observation_dim,):
             raise ValueError(
-                f"observations have shape {tuple(observation.shape)}, this network takes "
-                f"[*B, {self.observation_dim}]: give observations of the environment it is for."
+                f"observations have shape {tuple(observation.shape)}, but this network expects "
+                f"[*B, {self.observation_dim}]: pass observations of its environment."
             )
-        # There is none while a loss has put its own parameters in place; it checks its batches.
+        # None while a loss calls the network with its own parameters; losses validate batches.
         parameter = next(self.mlp.parameters(), None)
         if parameter is None:
             return
         wide = observation.dtype == torch.float64 != parameter.dtype
         if wide or not observation.is_floating_point():
             raise ValueError(
-                f"observations are {observation.dtype}, this network takes {parameter.dtype}: "
-                f"convert them with .to({parameter.dtype})."
+                f"observations are {observation.dtype}, but this network expects "
+                f"{parameter.dtype}: convert them with .to({parameter.dtype})."
             )
 
 
 class Normalized(nn.Module):
-    """A network f(s, z) that takes raw observations: ``f((s - mean) / std, z)``.
+    """A network f(s, z) on raw observations: ``f((s - mean) / std, z)``.
 
-    It carries the dataset's normalisation inside an actor that leaves training.
+    It stores the observation normalisation of the dataset inside an exported actor.
+
+    Args:
+        module: the network f on normalised observations.
+        mean: mean of the observations, of shape ``[n]``.
+        std: standard deviation of the observations, of shape ``[n]``.
     """
 
     mean: Tensor
@@ -187,14 +210,23 @@ class Normalized(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
-        """``f`` of the normalised observation."""
+        """Compute ``f`` on the normalised observation."""
         return self.module((observation - self.mean) / self.std, noise)
 
 
 def make_transport_net(
     observation_dim: int, action_dim: int, hidden_sizes: Sequence[int] = (256, 256)
 ) -> TransportNet:
-    """The default f(s, z): an MLP on ``[s, z]`` with ReLU, and z of the action's dimension."""
+    """Create the default network f(s, z): an MLP on ``[s, z]`` with ReLU activations.
+
+    Args:
+        observation_dim: n, the size of the observation.
+        action_dim: d, the size of the action and of z.
+        hidden_sizes: widths of the hidden layers. Defaults to ``(256, 256)``.
+
+    Raises:
+        ValueError: if a size is not an integer >= 1.
+    """
     _check_sizes(observation_dim, action_dim, hidden_sizes)
     return TransportNet(
         MLP(
@@ -210,18 +242,24 @@ def make_transport_net(
 def make_actor(
     observation_dim: int, action_spec: TensorSpec, hidden_sizes: Sequence[int] = (256, 256)
 ) -> TransportActor:
-    """A transport-map actor with the default network, freshly initialised.
+    r"""Create a transport-map actor :math:`T(s, z)` with the default network.
+
+    The network is an MLP on the concatenation ``[s, z]`` with ReLU activations; see
+    :class:`TransportActor` for the map and for how z is drawn.
 
     Args:
-        observation_dim: size of ``observation``.
-        action_spec: bounded spec of shape ``[d]``, see :class:`TransportActor`.
+        observation_dim: n, the size of ``observation``.
+        action_spec: bounded spec of shape ``[d]``, or a ``Composite`` that contains it under
+            ``"action"``, in the environment's units.
         hidden_sizes: widths of the hidden layers. Defaults to ``(256, 256)``.
 
     Returns:
-        A :class:`TransportActor` from ``observation`` (and ``noise``) to ``action``.
+        A :class:`TransportActor` that reads ``observation`` of shape ``[*B, n]`` (and optionally
+        ``noise`` of shape ``[*B, d]``) and writes ``action`` of shape ``[*B, d]``.
 
     Raises:
-        ValueError: when the action spec is not bounded, or a size is no integer >= 1.
+        ValueError: if the action spec is not a ``Bounded`` spec with finite bounds, or a size is
+            not an integer >= 1.
 
     Example:
         >>> import torch
@@ -240,18 +278,23 @@ def make_qvalue(
     hidden_sizes: Sequence[int] = (256, 256),
     layer_norm: bool = False,
 ) -> ValueOperator:
-    """A critic Q(s, a): an MLP on ``[s, a]`` with ReLU.
+    """Create a critic Q(s, a): an MLP on the concatenation ``[s, a]`` with ReLU activations.
 
     Args:
-        observation_dim: size of ``observation``.
-        action_dim: size of ``action``.
+        observation_dim: n, the size of ``observation``.
+        action_dim: d, the size of ``action``.
         hidden_sizes: widths of the hidden layers. Defaults to ``(256, 256)``.
-        layer_norm: put a LayerNorm after each hidden layer, which keeps Q from running away on
-            actions that the data do not hold (Ball et al., 2023). Defaults to ``False``.
+        layer_norm: apply LayerNorm after each hidden layer, which limits the extrapolation of Q to
+            actions outside the dataset (Ball et al., *Efficient Online Reinforcement Learning with
+            Offline Data*, 2023, arXiv:2302.02948). Defaults to ``False``.
 
     Returns:
-        A :class:`QValueOperator`, which is a TorchRL ``ValueOperator``, from ``observation``,
-        ``action`` to ``state_action_value`` of shape ``[*B, 1]``.
+        A :class:`QValueOperator` (a TorchRL ``ValueOperator``) that reads ``observation`` of shape
+        ``[*B, n]`` and ``action`` of shape ``[*B, d]`` and writes ``state_action_value`` of shape
+        ``[*B, 1]``.
+
+    Raises:
+        ValueError: if a size is not an integer >= 1.
 
     Example:
         >>> import torch
@@ -278,31 +321,35 @@ def _check_sizes(observation_dim: int, action_dim: int, hidden_sizes: Sequence[i
     sizes = list(hidden_sizes) if isinstance(hidden_sizes, Sequence) else []
     if not sizes or not all(map(is_count, sizes)):
         raise ValueError(
-            f"hidden_sizes={hidden_sizes!r} must hold one integer >= 1 or more, the widths of the "
-            "hidden layers, e.g. (256, 256)."
+            f"hidden_sizes={hidden_sizes!r} must be a non-empty sequence of integers >= 1, the "
+            "widths of the hidden layers, e.g. (256, 256)."
         )
 
 
 def is_count(value: object) -> bool:
-    """Whether a value is an integer of at least 1."""
+    """Return whether a value is an integer >= 1."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def bounded_action_spec(action_spec: TensorSpec, action_key: NestedKey) -> Bounded:
-    """The ``Bounded`` spec of shape ``[d]`` of one action, taken out of whatever holds it.
+    """Return the ``Bounded`` spec of a single action, of shape ``[d]``.
+
+    Args:
+        action_spec: the spec itself, or a ``Composite`` that contains it.
+        action_key: key of the action in a ``Composite``.
 
     Raises:
-        ValueError: when there is none, or its bounds are not finite or empty.
+        ValueError: if the spec is not ``Bounded``, or its bounds are not finite and increasing.
     """
     if isinstance(action_spec, Composite):
         leading = action_spec.ndim
         action_spec = action_spec[action_key]
-        # an environment's batch dimensions are no part of one action
+        # drop the batch dimensions of the environment
         action_spec = action_spec[(0,) * leading] if leading else action_spec
     if not isinstance(action_spec, Bounded):
         raise ValueError(
-            f"action_spec must be a Bounded spec, got {type(action_spec).__name__}: POGO moves "
-            "continuous actions inside finite bounds. Pass Bounded(low=..., high=...)."
+            f"action_spec must be a Bounded spec, got {type(action_spec).__name__}: POGO supports "
+            "continuous actions with finite bounds. Pass Bounded(low=..., high=...)."
         )
     low, high = action_spec.space.low, action_spec.space.high
     if low.dim() == 0 or not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
@@ -312,17 +359,22 @@ def bounded_action_spec(action_spec: TensorSpec, action_key: NestedKey) -> Bound
         )
     if not bool((low < high).all()):
         raise ValueError(
-            "action_spec has a lower bound that is not below the upper bound: "
+            "action_spec has a lower bound that is not below its upper bound: "
             f"low={low.tolist()}, high={high.tolist()}."
         )
     return action_spec
 
 
 def fresh_copies(module: nn.Module, count: int, name: str) -> list[nn.Module]:
-    """The module itself and ``count - 1`` copies with newly drawn parameters.
+    """Return the module itself and ``count - 1`` copies with reinitialised parameters.
+
+    Args:
+        module: the module to copy.
+        count: number of modules returned.
+        name: name of the module, for messages.
 
     Raises:
-        ValueError: when a submodule owns parameters and cannot redraw them.
+        ValueError: if a submodule owns parameters but has no ``reset_parameters`` method.
     """
     copies = [module]
     for _ in range(count - 1):
@@ -336,7 +388,7 @@ def redraw_parameters(module: nn.Module, name: str) -> None:
     """Call ``reset_parameters`` of every submodule that owns parameters.
 
     Raises:
-        ValueError: when a submodule owns parameters and has no such method.
+        ValueError: if a submodule owns parameters but has no such method.
     """
     for submodule in module.modules():
         if next(submodule.parameters(recurse=False), None) is None:
@@ -344,7 +396,7 @@ def redraw_parameters(module: nn.Module, name: str) -> None:
         reset = getattr(submodule, "reset_parameters", None)
         if reset is None:
             raise ValueError(
-                f"{name} cannot be copied with new parameters: {type(submodule).__name__} owns "
-                f"parameters but has no reset_parameters(). Pass a list of {name}s instead."
+                f"{name} cannot be copied with reinitialised parameters: its submodule "
+                f"{type(submodule).__name__} has no reset_parameters(). Pass a list of {name}s."
             )
         reset()

@@ -1,23 +1,25 @@
-"""Every private interface of TorchRL, tensordict and torch that the package uses.
+"""All uses of private interfaces of TorchRL, tensordict and torch.
 
-No other module touches a name of theirs that starts with an underscore; a test checks it. Each
-entry says why it is needed, since when TorchRL has it, and what would replace it. Where a release
-lacks one, the package warns once and falls back to code of its own.
+No other module uses a name of these libraries that starts with an underscore, which a test
+enforces. For each name, the list below states the TorchRL version that introduced it, why it is
+needed, and which public interface could replace it. If a release lacks a name, the package warns
+once and uses a fallback.
 
-* ``Trainer._{stage}_hook`` and ``Trainer._post_optim_log``, since TorchRL 0.0.4: an optimization
-  stepper and a stack of trainers run single stages. Replaced by a public call that runs a stage.
-* ``Trainer._optim_count``, since 0.0.4: one call of our stepper makes many updates. Replaced by a
-  public counter.
-* ``LossModule._forward_value_estimator_keys``, since 0.1: ``set_keys`` calls it. Replaced by a
+* ``Trainer._{stage}_hook`` and ``Trainer._post_optim_log``, since TorchRL 0.0.4: the optimization
+  stepper and the stack of trainers run single stages. Replaceable by a public method that runs a
+  stage.
+* ``Trainer._optim_count``, since 0.0.4: one call of the stepper may run many updates. Replaceable
+  by a public counter.
+* ``LossModule._forward_value_estimator_keys``, since 0.1: ``set_keys`` calls it. Replaceable by a
   public callback.
-* ``LossModule._make_vmap``, since 0.4: setting ``vmap_randomness`` calls it. Replaced by a public
-  callback.
-* ``LossModule._value_estimator``, since 0.1: its public counterpart makes an estimator where there
-  is none. Replaced by a public test.
+* ``LossModule._make_vmap``, since 0.4: setting ``vmap_randomness`` calls it. Replaceable by a
+  public callback.
+* ``LossModule._value_estimator``, since 0.1: its public counterpart creates an estimator if there
+  is none. Replaceable by a public check.
 * ``LossModule._reduce_loss``, since 0.14: reduction with masks of padded steps and priority
-  weights. Replaced by a public function.
+  weights. Replaceable by a public function.
 * ``LossModule._clear_weakrefs``, since 0.6: ``torch.compile`` cannot return weak references.
-  Replaced by weak references that compile.
+  Replaceable by weak references that can be compiled.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ _STAGES = {
 @cache
 def _warn_once(name: str, fallback: str) -> None:
     warnings.warn(
-        f"the installed TorchRL has no {name}: {fallback}. Versions that pogo_torchrl is tested "
-        "with are listed in its pyproject.toml.",
+        f"the installed TorchRL has no {name}: {fallback}. See pyproject.toml for the versions "
+        "that pogo_torchrl is tested with.",
         stacklevel=3,
     )
 
@@ -54,16 +56,16 @@ def _warn_once(name: str, fallback: str) -> None:
 def run_stage(trainer: Any, stage: str, *args: Any) -> Any:
     """Run the hooks of one stage of a trainer, as TorchRL's loop does.
 
-    Needed by an optimization stepper, for ``post_loss``, and by a stack of trainers, which
-    interleaves the loops of several. TorchRL offers the loop as a whole only.
+    The optimization stepper needs this for ``post_loss``, and a stack of trainers to interleave
+    their loops. TorchRL only provides the loop as a whole.
 
     Args:
         trainer: a :class:`~pogo_torchrl.POGOTrainer`.
-        stage: the stage, as ``register_op`` names it.
-        *args: the batch, for stages whose hooks take one.
+        stage: name of the stage as in ``register_op``.
+        *args: the batch, for stages whose hooks accept one.
 
     Returns:
-        The batch as the hooks leave it, for stages whose hooks may replace it; else ``None``.
+        The batch returned by the hooks, for stages whose hooks may replace it; otherwise ``None``.
     """
     runner = getattr(trainer, _STAGES[stage], None)
     if runner is not None:
@@ -79,7 +81,12 @@ def run_stage(trainer: Any, stage: str, *args: Any) -> Any:
 def count_updates(trainer: Any, count: int) -> None:
     """Add updates to the counter that TorchRL's hooks and checkpoints read.
 
-    Its loop counts one for each call of the optimization stepper, which may make several updates.
+    TorchRL's loop counts each call of the optimization stepper as one update, but a call may run
+    several.
+
+    Args:
+        trainer: a :class:`~pogo_torchrl.POGOTrainer`.
+        count: number of updates to add.
     """
     if hasattr(trainer, "_optim_count"):
         trainer._optim_count += count
@@ -88,14 +95,14 @@ def count_updates(trainer: Any, count: int) -> None:
 
 
 class ProtectedLossModule(LossModule):
-    """A loss module with public names for what TorchRL's losses call and override in private."""
+    """Loss module with public names for private methods that TorchRL's losses call or override."""
 
     def keys_changed(self) -> None:
-        """Called by :meth:`set_keys`: read the tensordict keys again."""
+        """Read the tensordict keys again; called by :meth:`set_keys`."""
         raise NotImplementedError
 
     def randomness_changed(self) -> None:
-        """Called where ``vmap_randomness`` is set."""
+        """React to a change of ``vmap_randomness``; called when it is set."""
         raise NotImplementedError
 
     def _forward_value_estimator_keys(self, **kwargs) -> None:
@@ -106,11 +113,19 @@ class ProtectedLossModule(LossModule):
 
     @property
     def has_value_estimator(self) -> bool:
-        """Whether an estimator has been made; reading ``value_estimator`` makes the default one."""
+        """Whether an estimator exists; reading ``value_estimator`` would create the default one."""
         return getattr(self, "_value_estimator", None) is not None
 
     def reduce(self, loss: Tensor, batch: TensorDictBase) -> Tensor:
-        """Reduce a loss ``[*B]`` by ``reduction``, with the batch's priority weights and masks."""
+        """Reduce a loss by ``reduction``, with the priority weights and masks of the batch.
+
+        Args:
+            loss: loss of each sample, ``[*B]``.
+            batch: batch of transitions, which may contain priority weights and masks.
+
+        Returns:
+            A scalar, or ``[*B]`` if ``reduction`` is ``"none"``.
+        """
         weights = None
         if self.use_prioritized_weights in (True, "auto"):
             weights = batch.get(self.tensor_keys.priority_weight, None)
@@ -126,6 +141,6 @@ class ProtectedLossModule(LossModule):
         return loss.mean() if weights is None else loss.sum() / weights.sum()
 
     def release(self, *tensordicts: Any) -> None:
-        """Drop weak references, which ``torch.compile`` cannot return from a compiled loss."""
+        """Clear weak references, which ``torch.compile`` cannot return from a compiled loss."""
         if hasattr(self, "_clear_weakrefs"):
             self._clear_weakrefs(*tensordicts)

@@ -1,11 +1,11 @@
-"""Fixtures that several test files share."""
+"""Fixtures shared by several test files."""
 
 from __future__ import annotations
 
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Before torch is imported: processes that share cores wait for each other's threads.
+    # Must be set before torch is imported: parallel workers must not compete for cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -21,7 +21,7 @@ def pytest_configure(config):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """What ``-n auto`` means: each takes half a gigabyte and compiles on a core of its own."""
+    """Number of workers for ``-n auto``; each needs half a gigabyte and a core to compile on."""
     return min(os.cpu_count() or 1, 4)
 
 
@@ -52,7 +52,9 @@ def wide_spec():
 
 @pytest.fixture
 def make_batch(unit_spec):
-    """Factory of offline batches: 3 observations; every second row is done, every fourth ends."""
+    """Factory of offline batches with 3 observations; every second row is done, every fourth
+    terminated.
+    """
 
     def make(*batch_size: int, spec: Bounded = unit_spec, dtype=torch.float32) -> TensorDict:
         batch_size = batch_size or (8,)
@@ -76,7 +78,7 @@ def make_batch(unit_spec):
 
 @pytest.fixture
 def make_loss(unit_spec):
-    """Factory of small losses on the batches of ``make_batch``: two actors unless told."""
+    """Factory of small losses for the batches of ``make_batch``; two actors by default."""
 
     def make(spec: Bounded = unit_spec, **kwargs) -> POGOLoss:
         kwargs.setdefault("w2_weights", (0.2, 0.5))
@@ -88,7 +90,7 @@ def make_loss(unit_spec):
 
 @pytest.fixture
 def make_buffer(make_batch):
-    """Factory of replay buffers over such batches."""
+    """Factory of replay buffers filled with batches of ``make_batch``."""
 
     def make(rows: int = 64, batch_size: int = 16) -> TensorDictReplayBuffer:
         buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(rows), batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""Small runs of the command line in processes of their own, for the tests that cut them short."""
+"""Helpers of the tests: small runs of the command line in separate processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLOCKS = ("seconds", "updates_per_second")
 
 
 def example(name: str) -> ModuleType:
-    """One of the examples as a module."""
+    """Import one of the examples as a module."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLE.with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -32,7 +32,7 @@ def example(name: str) -> ModuleType:
 
 
 class Rows:
-    """A sink of a trainer's hooks that remembers."""
+    """Sink of trainer hooks that stores all rows."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict]] = []
@@ -45,12 +45,12 @@ class Rows:
         return [step for step, _ in self.rows]
 
     def numbers(self) -> list[tuple[int, dict]]:
-        """The rows without what a clock has measured."""
+        """Rows without measured times."""
         return [(s, {k: v for k, v in row.items() if k not in CLOCKS}) for s, row in self.rows]
 
 
 def spoil_at(trainer, step: int) -> None:
-    """Have the critics of a trainer hold NaN from an update on."""
+    """Fill a critic of a trainer with NaN after an update."""
 
     def spoil() -> None:
         if trainer.collected_frames == step:
@@ -74,13 +74,13 @@ def run_folder(folder: Path, task: str = "hopper-medium-v2") -> Path:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, without what a clock has measured."""
+    """Rows of a CSV file, without measured times."""
     with path.open(newline="") as file:
         return [{k: v for k, v in r.items() if k not in CLOCKS} for r in csv.DictReader(file)]
 
 
 def state(folder: Path) -> dict[str, object]:
-    """All that a run has computed: its numbers, and its newest checkpoint to the last bit."""
+    """Results of a run: its metrics and evaluations, and its newest checkpoint."""
     newest = max((folder / "checkpoints").glob("step-*"))
     found: dict[str, object] = {
         f"{newest.name}/{path.parent.name}": torch.load(path, weights_only=True)
@@ -92,7 +92,7 @@ def state(folder: Path) -> dict[str, object]:
 
 
 def assert_same(left: object, right: object, where: str = "") -> None:
-    """Equality of nested states, bit for bit."""
+    """Assert that nested states are bitwise identical."""
     assert type(left) is type(right), where
     if isinstance(left, dict):
         assert left.keys() == right.keys(), where

@@ -1,7 +1,7 @@
-"""Bad input: tables of wrong options, files and tensors, and random ones; each ends in a sentence.
+"""Invalid options, files and tensors, from tables and random: each gives a clear one-line error.
 
-A new way to go wrong is a new row of a table. Checkpoints of another run, task or chain length,
-full disks and damaged checkpoints are in ``test_faults.py``; they need runs in processes.
+New cases are added as rows of the tables. Checkpoints of another run, task or chain length, full
+disks and damaged checkpoints are tested in ``test_faults.py``, because they need real processes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ few = settings(
 
 # ------------------------------------------------------------------------------------ options
 
-# (arguments of the command line, what the sentence says besides the first one's key and value)
+# (command-line arguments, text of the error in addition to key and value of the first argument)
 OPTIONS: list[tuple[str, str]] = [
     # names and syntax
     ("total_step=1", "did you mean total_steps"),
@@ -72,13 +72,14 @@ OPTIONS: list[tuple[str, str]] = [
     ("lr=", "a number"),
     ("lr=[1]", "a number"),
     ("resume=perhaps", "true or false"),
+    ("resume=7", "true or false"),
     ("device=[cpu]", "text"),
     ("env.max_episode_steps=long", "an integer or null"),
     ("data.path=[a]", "text or null"),
     ("lr=${nothing}", "nothing"),
     ("lr=${task}", "lr cannot be read"),
     ("lr=???", "lr cannot be read"),
-    # numbers that are not finite, or out of range
+    # values that are not finite, or out of range
     *[
         (f"{name}=nan", "must be finite")
         for name, _, hint, _ in config.iter_options()
@@ -96,7 +97,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("eval_episodes=1000000", "from 1 to 10000"),
     ("data.size=1000000000000", "from 1 to 100000000"),
     ("w2_weights=[]", "give 1 to 32"),
-    (f"w2_weights=[{','.join(['0.5'] * 33)}]", "33 numbers"),
+    (f"w2_weights=[{','.join(['0.5'] * 33)}]", "33 values"),
     ("w2_weights=[0.1,-0.5]", ">= 0"),
     ("w2_weights=[0.1,nan]", "finite"),
     ("hidden_sizes=[]", "give 1 to 32"),
@@ -125,7 +126,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("blur=-0.05", "> 0"),
     ("policy_noise=-1", ">= 0"),
     ("noise_clip=-1", ">= 0"),
-    # names of things
+    # unknown choices
     ("device=gpu", "auto, cpu, cuda"),
     ("device=cuda:7", "CUDA_VISIBLE_DEVICES"),
     ("compile=maybe", "auto, true, false"),
@@ -138,7 +139,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("env.id=Blackjack-v1", "vectors"),
     ("env.id=CartPole-v1", "vectors"),
     ("data.source=csv", "local, d4rl, minari, hdf5"),
-    # things that do not go together
+    # incompatible options
     ("data.source=hdf5", "data.path=FILE"),
     ("data.source=minari", "data.path=ID"),
     ("data.path=a.hdf5", "data.source=hdf5"),
@@ -164,54 +165,54 @@ SMALL = ("data.size=50", "batch_size=8", "hidden_sizes=[4]", "total_steps=1", "p
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """An empty working folder, but for a file and a folder; no run may get to its training."""
-    place = tmp_path / "work"
-    place.mkdir()
-    (place / "file").write_text("no data")
-    (place / "folder").mkdir()
-    monkeypatch.chdir(place)
+def working_folder(tmp_path, monkeypatch):
+    """Working folder with one file and one folder; fails if a run starts to train or writes."""
+    path = tmp_path / "work"
+    path.mkdir()
+    (path / "file").write_text("no data")
+    (path / "folder").mkdir()
+    monkeypatch.chdir(path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
 
     def train(self):
-        raise AssertionError("the training has begun")
+        raise AssertionError("training has started")
 
     monkeypatch.setattr("pogo_torchrl.experiments.run.POGOTrainer.train", train)
-    yield place
-    assert sorted(p.name for p in place.rglob("*")) == ["file", "folder"], "half-written"
+    yield path
+    assert sorted(p.name for p in path.rglob("*")) == ["file", "folder"], "partial output"
 
 
-def refusal(arguments: list[str], monkeypatch, capsys) -> str:
-    """What the command line says, after it has ended as it should for bad input."""
+def error_of(arguments: list[str], monkeypatch, capsys) -> str:
+    """Run `pogo train` with invalid arguments; returns its error after checking the format."""
     names = [argument.partition("=")[0] for argument in arguments]
     small = [s for s in SMALL if s.partition("=")[0] not in names]
-    monkeypatch.setattr(sys, "argv", ["pogo"])  # the command sets what Hydra reads
-    GlobalHydra.instance().clear()  # a process of its own begins without
+    monkeypatch.setattr(sys, "argv", ["pogo"])  # restored afterwards; the command sets it
+    GlobalHydra.instance().clear()  # as in a new process
     with pytest.raises(SystemExit) as end:
         main(["train", *small, *arguments])
     lines = capsys.readouterr().err.splitlines(keepends=True)
-    said = "".join(line for line in lines if "Generating" not in line).lstrip(
+    message = "".join(line for line in lines if "Generating" not in line).lstrip(
         "\r"
     )  # a progress bar
-    assert end.value.code == 2, said
-    assert said.startswith("pogo: "), said
-    assert said.count("\n") == 1, said
-    return said
+    assert end.value.code == 2, message
+    assert message.startswith("pogo: "), message
+    assert message.count("\n") == 1, message
+    return message
 
 
 @pytest.mark.parametrize(("line", "named"), OPTIONS, ids=[line for line, _ in OPTIONS])
-def test_options(line, named, workplace, monkeypatch, capsys):
+def test_options(line, named, working_folder, monkeypatch, capsys):
     arguments = re.split(r" (?=[\w.]+=)", line)
-    said = refusal(arguments, monkeypatch, capsys)
-    assert named in said
+    message = error_of(arguments, monkeypatch, capsys)
+    assert named in message
     key, _, value = arguments[0].lstrip("~+").partition("=")
-    assert key.partition("@")[0].split(".")[-1] in said
+    assert key.partition("@")[0].split(".")[-1] in message
     if key in config.options() and len(arguments) == 1 and value[:1] not in ("$", "?"):
-        assert re.split(r"[,{}]", value.strip("'{}"))[0] in said
+        assert re.split(r"[,{}]", value.strip("'{}"))[0] in message
 
 
-def test_a_refused_process_leaves_the_lock_to_its_owner(tmp_path):
+def test_rejected_process_does_not_release_the_lock(tmp_path):
     root = tmp_path / "logs" / "run"
     folder = RunFolder(root / "training", root / "checkpoints")
     with lock_run_folder(folder):
@@ -225,8 +226,8 @@ def test_a_refused_process_leaves_the_lock_to_its_owner(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# Per type: values that no option of that type may have.
-WRONG = {
+# Values that are invalid for every option of a type.
+INVALID = {
     int: st.sampled_from(["x", "1.5", "[1]", "null", "-3", "nan", "1e3", "{a:1}"]),
     float: st.sampled_from(["x", "[1.0]", "null", "nan", "inf", "-.inf", "{a:1}", "'1 2'"]),
     bool: st.sampled_from(["perhaps", "7", "1.0", "[true]", "null", "nan"]),
@@ -239,8 +240,8 @@ WRONG = {
 }
 
 
-def right(name, entry, hint, default):
-    """Values that the checks of types and ranges let pass."""
+def valid_values(name, entry, hint, default):
+    """Strategy of values that pass the checks of types and ranges."""
     lowest, highest = entry.metadata["lowest"], entry.metadata["highest"]
     if hint in (int, int | None):
         return st.integers(lowest, highest or 10**9).map(str)
@@ -262,19 +263,19 @@ ENTRIES = [entry for entry in config.iter_options() if entry[0] != "task"]
 
 @st.composite
 def overrides(draw):
-    """Right values for some options, and for at most one a wrong one; and the name of that one."""
+    """Values of some options, at most one of them invalid, and the name of that option if any."""
     chosen = draw(
         st.lists(st.sampled_from(ENTRIES), min_size=1, max_size=5, unique_by=lambda e: e[0])
     )
-    lines = [f"{entry[0]}={draw(right(*entry))}" for entry in chosen]
+    lines = [f"{entry[0]}={draw(valid_values(*entry))}" for entry in chosen]
     if draw(st.booleans()):
         name, _, hint, _ = chosen[0]
-        return [f"{name}={draw(WRONG[hint])}", *lines[1:]], name
+        return [f"{name}={draw(INVALID[hint])}", *lines[1:]], name
     return lines, None
 
 
 def checked(lines: list[str]) -> None:
-    """The checks of types and ranges, on a config as Hydra makes it, in a hundredth of the time."""
+    """Apply the checks of types and ranges to a config, without the time Hydra takes."""
     check_overrides(lines)
     cfg = OmegaConf.structured(config.RunConfig)
     for override in OverridesParser.create().parse_overrides(lines):
@@ -296,13 +297,13 @@ def test_random_options_pass_or_are_named(drawn):
 
 @few
 @given(st.text(st.characters(codec="ascii", exclude_characters="\0"), min_size=1, max_size=12))
-def test_random_words_are_refused_in_a_line(word):
-    """No word without a key is an option; none brings anything down."""
+def test_random_words_give_a_one_line_error(word):
+    """Words that are not of the form key=value give a clear error."""
     if word.startswith("-"):
         return
-    with pytest.raises(ValueError, match="--help") as refused:
+    with pytest.raises(ValueError, match="--help") as caught:
         check_overrides([word.replace("=", "") + "x"])
-    assert refused.type is ValueError
+    assert caught.type is ValueError
 
 
 # ----------------------------------------------------------------------------------- datasets
@@ -326,7 +327,7 @@ def good_rows(seed: int = 0, dtype: str = "f8", timeouts: bool = True) -> dict[s
     return {key: values.astype(dtype) for key, values in rows.items()}
 
 
-def put(file: h5py.File, rows: dict[str, np.ndarray]) -> None:
+def write_rows(file: h5py.File, rows: dict[str, np.ndarray]) -> None:
     for key, values in rows.items():
         file[key] = values
 
@@ -340,7 +341,7 @@ MATRICES, COLUMNS = ("observations", "actions"), ("rewards", "terminals", "timeo
 KEYS = (*MATRICES, *COLUMNS)
 REQUIRED = KEYS[:-1]
 
-# name: (keys it applies to, what it does to the file at this key)
+# name: (keys it applies to, function that damages the file at a key)
 DEFECTS = {
     "missing": (REQUIRED, lambda f, k: f.pop(k)),
     "a group": (KEYS, lambda f, k: (f.pop(k), f.create_group(k))),
@@ -367,7 +368,7 @@ DEFECTS = {
     "ragged": (KEYS, lambda f, k: f.pop(k) and f.create_dataset(k, (ROWS,), h5py.vlen_dtype("f4"))),
     "references": (KEYS, lambda f, k: f.pop(k) and f.create_dataset(k, (ROWS,), h5py.ref_dtype)),
     **{
-        name: (KEYS, lambda f, k, v=value: f[k].write_direct(spoilt(f[k], v)))
+        name: (KEYS, lambda f, k, v=value: f[k].write_direct(corrupted(f[k], v)))
         for name, value in {
             "nan": math.nan,
             "inf": math.inf,
@@ -378,7 +379,7 @@ DEFECTS = {
 }
 
 
-def spoilt(array: h5py.Dataset, value: float) -> np.ndarray:
+def corrupted(array: h5py.Dataset, value: float) -> np.ndarray:
     values = array[()]
     values.reshape(-1)[np.random.default_rng(0).integers(values.size)] = value
     return values
@@ -389,24 +390,27 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-def said_of(path: Path) -> str:
-    with pytest.raises(ValueError, match=re.escape(str(path))) as refused:
+def read_error(path: Path) -> str:
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         read_hdf5(path)
-    assert refused.type is UnsupportedFileError
-    said = str(refused.value)
-    assert "\n" not in said
-    return said
+    assert caught.type is UnsupportedFileError
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_defects_of_files(folder, defect):
-    keys, spoil = DEFECTS[defect]
+def test_defective_files(folder, defect):
+    keys, damage = DEFECTS[defect]
     for key in keys:
         with h5py.File(folder / "bad.hdf5", "w") as file:
-            put(file, good_rows())
-            spoil(file, key)
-        said = said_of(folder / "bad.hdf5")
-        assert key in said or (key == "observations" and "does not fit" in said), (key, said)
+            write_rows(file, good_rows())
+            damage(file, key)
+        message = read_error(folder / "bad.hdf5")
+        assert key in message or (key == "observations" and "does not match" in message), (
+            key,
+            message,
+        )
 
 
 @few
@@ -416,14 +420,14 @@ def test_defects_of_files(folder, defect):
     st.booleans(),
     st.booleans(),
 )
-def test_good_files_of_any_type_are_d4rl_s_rows(folder, seed, dtype, timeouts, chunked):
+def test_valid_files_of_any_dtype_give_the_rows_of_d4rl(folder, seed, dtype, timeouts, chunked):
     rows = good_rows(seed, dtype, timeouts)
     expected = qlearning_dataset(rows, 5)
     with h5py.File(folder / "good.hdf5", "w") as file:
         for key, values in rows.items():
             file.create_dataset(key, data=values, compression="gzip" if chunked else None)
     if len(expected["reward"]) == 0:
-        assert "no transition" in said_of(folder / "good.hdf5")
+        assert "no transition" in read_error(folder / "good.hdf5")
         return
     found = read_hdf5(folder / "good.hdf5", max_episode_steps=5).transitions
     for key, name in {
@@ -437,23 +441,23 @@ def test_good_files_of_any_type_are_d4rl_s_rows(folder, seed, dtype, timeouts, c
 @few
 @given(st.data())
 def test_random_layouts_with_one_defect(folder, data):
-    keys, spoil = DEFECTS[data.draw(st.sampled_from(sorted(DEFECTS)))]
+    keys, damage = DEFECTS[data.draw(st.sampled_from(sorted(DEFECTS)))]
     key = data.draw(st.sampled_from(keys))
     rows = good_rows(data.draw(st.integers(0, 99)), data.draw(st.sampled_from(["f4", "f8"])))
     with h5py.File(folder / "bad.hdf5", "w") as file:
-        put(file, rows)
+        write_rows(file, rows)
         file["more/arrays"] = np.zeros(3)  # as D4RL's files have
-        if rows[key].dtype == "f4" and spoil is DEFECTS["huge"][1]:
-            spoil = DEFECTS["inf"][1]
-        spoil(file, key)
-    said_of(folder / "bad.hdf5")
+        if rows[key].dtype == "f4" and damage is DEFECTS["huge"][1]:
+            damage = DEFECTS["inf"][1]
+        damage(file, key)
+    read_error(folder / "bad.hdf5")
 
 
 @few
 @given(st.data())
-def test_flipped_bytes_are_read_or_refused(folder, data):
+def test_flipped_bytes_are_read_or_rejected(folder, data):
     with h5py.File(folder / "whole.hdf5", "w") as file:
-        put(file, good_rows())
+        write_rows(file, good_rows())
     content = bytearray((folder / "whole.hdf5").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -466,11 +470,11 @@ def test_flipped_bytes_are_read_or_refused(folder, data):
 
 @pytest.mark.parametrize(
     ("rows", "named"),
-    [(0, "holds 0 rows"), (1, "holds 1 rows"), (2, "batch_size=8 is more than the data's 1")],
+    [(0, "has 0 rows"), (1, "has 1 rows"), (2, "batch_size=8 exceeds the 1 transitions")],
 )
 def test_too_few_rows(folder, rows, named):
     with h5py.File(folder / "short.hdf5", "w") as file:
-        put(file, {key: values[:rows] for key, values in good_rows(timeouts=False).items()})
+        write_rows(file, {key: values[:rows] for key, values in good_rows(timeouts=False).items()})
     with pytest.raises(ValueError, match=named):
         make_replay_buffer(
             "hopper-medium-v2", source="hdf5", path=folder / "short.hdf5", batch_size=8
@@ -483,22 +487,24 @@ HOPPER = (11, 3)
 @pytest.mark.parametrize(
     ("shape", "scale", "named"),
     [
-        ((11, 2), 1.0, "size (11, 2), task=hopper-medium-v2 has (11, 3)"),
-        ((17, 6), 1.0, "size (17, 6), task=hopper-medium-v2 has (11, 3)"),
+        ((11, 2), 1.0, "size (11, 2), but task=hopper-medium-v2 has (11, 3)"),
+        ((17, 6), 1.0, "size (17, 6), but task=hopper-medium-v2 has (11, 3)"),
         (HOPPER, 2.0, "actions up to 1 beyond the bounds of task=hopper-medium-v2 (-1 to 1)"),
     ],
 )
-def test_data_of_another_environment(shape, scale, named, folder, workplace, monkeypatch, capsys):
+def test_data_of_another_environment(
+    shape, scale, named, folder, working_folder, monkeypatch, capsys
+):
     path = folder / "other.hdf5"
     with h5py.File(path, "w") as file:
         rows = {
             "observations": np.zeros((20, shape[0])),
             "actions": np.ones((20, shape[1])) * scale,
         }
-        put(file, rows | {"rewards": np.zeros(20), "terminals": np.zeros(20)})
-    said = refusal(["data.source=hdf5", f"data.path={path}"], monkeypatch, capsys)
-    assert f"data.path={path}" in said
-    assert named in said
+        write_rows(file, rows | {"rewards": np.zeros(20), "terminals": np.zeros(20)})
+    message = error_of(["data.source=hdf5", f"data.path={path}"], monkeypatch, capsys)
+    assert f"data.path={path}" in message
+    assert named in message
 
 
 # ------------------------------------------------------------------------------------ tensors
@@ -511,19 +517,19 @@ def f(*shape: int, dtype=torch.float32) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-# (key, value or None to drop it, what the error must say)
+# (key, value or None to remove the key, expected text of the error)
 BATCHES = [
     ("observation", None, "needs the key 'observation'"),
     ("action", None, "needs the key 'action'"),
     ((NEXT, "observation"), None, "needs the key ('next', 'observation')"),
     ((NEXT, "reward"), None, "needs the key ('next', 'reward')"),
-    ("observation", f(8, OBS, dtype=torch.float64), "torch.float64 where the networks are"),
-    ("action", f(8, ACT, dtype=torch.float64), "torch.float64 where the networks are"),
-    ((NEXT, "reward"), f(8, 1, dtype=torch.float64), "torch.float64 where the networks are"),
-    ("observation", f(8, OBS + 1), "this network takes [*B, 3]"),
-    ((NEXT, "observation"), f(8, OBS + 1), "this network takes [*B, 3]"),
-    ("action", f(8, 1), "act in [*B, 2]"),  # would pass by broadcasting
-    ("action", f(8, ACT + 1), "act in [*B, 2]"),
+    ("observation", f(8, OBS, dtype=torch.float64), "torch.float64, but the networks are"),
+    ("action", f(8, ACT, dtype=torch.float64), "torch.float64, but the networks are"),
+    ((NEXT, "reward"), f(8, 1, dtype=torch.float64), "torch.float64, but the networks are"),
+    ("observation", f(8, OBS + 1), "this network expects [*B, 3]"),
+    ((NEXT, "observation"), f(8, OBS + 1), "this network expects [*B, 3]"),
+    ("action", f(8, 1), "actions of shape [*B, 2]"),  # would broadcast silently
+    ("action", f(8, ACT + 1), "actions of shape [*B, 2]"),
     ((NEXT, "reward"), f(8), "must be (8, 1)"),
     ((NEXT, "reward"), f(8, 2), "must be (8, 1)"),
     ((NEXT, "terminated"), f(8, dtype=torch.bool), "must be (8, 1)"),
@@ -542,8 +548,8 @@ def test_batches(make_batch, make_loss, key, value, named):
 
 CALLS = {
     "no observation": (lambda a: a(TensorDict({"obs": f(4, OBS)}, [4])), "needs the key"),
-    "observations too wide": (lambda a: a(observation=f(4, OBS + 1)), "takes [*B, 3]"),
-    "a scalar": (lambda a: a(observation=f()), "takes [*B, 3]"),
+    "observations too wide": (lambda a: a(observation=f(4, OBS + 1)), "expects [*B, 3]"),
+    "a scalar": (lambda a: a(observation=f()), "expects [*B, 3]"),
     "doubles": (lambda a: a(observation=f(4, OBS, dtype=torch.float64)), "torch.float64"),
     "integers": (lambda a: a(observation=f(4, OBS, dtype=torch.int64)), "torch.int64"),
     "noise too wide": (lambda a: a(observation=f(4, OBS), noise=f(4, ACT + 1)), "'noise'"),
@@ -552,7 +558,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_calls_of_an_actor(name):
+def test_actor_inputs(name):
     call, named = CALLS[name]
     with pytest.raises((KeyError, ValueError), match=re.escape(named)):
         call(make_actor(OBS, SPEC, (4,)))
@@ -604,7 +610,7 @@ def test_arguments(name):
     *[st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool])] * 2,
     st.sampled_from(["tensorized", "fast", "exact"]),
 )  # fmt: skip
-def test_clouds_are_measured_or_refused(x, y, x_dtype, y_dtype, backend):
+def test_point_clouds_are_measured_or_rejected(x, y, x_dtype, y_dtype, backend):
     fits = (
         len(x) >= 2 and len(x) == len(y) and x[:-2] == y[:-2] and x[-1] == y[-1] > 0
         and x_dtype == y_dtype and x_dtype.is_floating_point and min(x[-2], y[-2]) > 0
@@ -618,6 +624,6 @@ def test_clouds_are_measured_or_refused(x, y, x_dtype, y_dtype, backend):
         sinkhorn_divergence(*clouds, backend=backend)
 
 
-def test_the_tables_hold_nothing_twice_and_every_type():
+def test_tables_have_no_duplicates_and_cover_every_type():
     assert len({line for line, _ in OPTIONS}) == len(OPTIONS)
-    assert {hint for _, _, hint, _ in config.iter_options()} == set(WRONG)
+    assert {hint for _, _, hint, _ in config.iter_options()} == set(INVALID)

@@ -25,13 +25,13 @@ COMMANDS = ("train", "evaluate", "sweep", "report", "check-dataset")
 
 
 def module(*arguments: str, **options) -> subprocess.CompletedProcess:
-    """``python -m pogo_torchrl``."""
+    """Run ``python -m pogo_torchrl``."""
     command = [sys.executable, "-m", "pogo_torchrl", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def policy(folder, observation_dim: int = 11, action_dim: int = 3, **kwargs):
-    """A policy file of two actors that nobody has trained."""
+    """Write a policy file of two untrained actors; returns its path and the actors."""
     spec = Bounded(low=-torch.ones(action_dim), high=torch.ones(action_dim))
     actors = [
         on_raw_observations(
@@ -53,14 +53,14 @@ def exit_code(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
-def test_help_says_what_to_type(arguments, capsys):
+def test_help_lists_all_commands(arguments, capsys):
     main(arguments)
     out = capsys.readouterr().out
     assert all(f"  pogo {command}" in out for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS[1:])
-def test_each_command_lists_its_options(command, capsys):
+def test_help_of_each_command_lists_its_options(command, capsys):
     main([command, "--help"])
     out = capsys.readouterr().out
     assert f"  pogo {command}" in out
@@ -82,7 +82,7 @@ def test_versions(capsys):
         ("seed=1", "did you mean pogo train seed=1?"),
     ],
 )
-def test_an_unknown_command(word, answer, capsys):
+def test_unknown_command(word, answer, capsys):
     assert exit_code(word) == 2
     err = capsys.readouterr().err
     assert answer in err
@@ -116,12 +116,12 @@ def test_options_in_either_style(given, meant):
         (["--seed", "lr=1"], "--seed needs a value"),
     ],
 )
-def test_flags_that_are_none(given, answer):
+def test_invalid_flags(given, answer):
     with pytest.raises(ValueError, match=answer):
         from_flags(given)
 
 
-def test_evaluate_repeats_the_last_evaluation_of_a_run(tmp_path, capsys):
+def test_evaluate_reproduces_the_last_evaluation_of_a_run(tmp_path, capsys):
     run = module("train", *SMALL, "data.cache_dir=cache", "--total-steps", "6", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     folder = run_folder(tmp_path)
@@ -138,7 +138,7 @@ def test_evaluate_repeats_the_last_evaluation_of_a_run(tmp_path, capsys):
     assert out.count("deterministic") == out.count("stochastic") == 2
 
 
-def test_a_policy_is_evaluated_where_it_was_trained_unless_told(tmp_path):
+def test_policy_is_evaluated_in_its_training_environment_by_default(tmp_path):
     short = {"task": "hopper-medium-v2", "id": None, "max_episode_steps": 5, "backend": "mujoco"}
     path, _ = policy(tmp_path, environment=short)
     lengths = [e.lengths.max() for e in evaluate([str(path), "episodes=2"])]
@@ -149,7 +149,7 @@ def test_a_policy_is_evaluated_where_it_was_trained_unless_told(tmp_path):
     assert one.lengths.max() > 5
 
 
-def test_evaluate_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+def test_errors_of_evaluate(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path, _ = policy(tmp_path)
 
@@ -161,7 +161,7 @@ def test_evaluate_says_what_is_wrong(tmp_path, monkeypatch, capsys):
 
     assert "policy is missing" in message()
     assert "gone.safetensors is not a file" in message("gone.safetensors")
-    assert "does not say its task" in message(str(path))
+    assert "does not contain its task" in message(str(path))
     assert "unknown option 'episode'" in message(str(path), "episode=3")
     assert "episodes=0 must be an integer" in message(str(path), "episodes=0")
     assert "episodes=many must be an integer" in message(str(path), "--episodes", "many")
@@ -176,13 +176,13 @@ def test_evaluate_says_what_is_wrong(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("gymnasium.envs.mujoco.MujocoEnv.render", no_gl)
     error = message(*hopper, "video=film.mp4")
-    assert "video=film.mp4 needs OpenGL to draw the frames" in error
+    assert "video=film.mp4 needs OpenGL to render the frames" in error
     assert "glGetError" in error
     assert "MUJOCO_GL" in error
     assert not list(tmp_path.glob("*.mp4"))
 
 
-def test_a_film_shows_all_actors_side_by_side(tmp_path):
+def test_video_shows_all_actors(tmp_path):
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     make = env_fn("hopper-medium-v2", EnvConfig(max_episode_steps=20), render_mode="rgb_array")
     path, (_, actors) = tmp_path / "film.mp4", policy(tmp_path)
@@ -200,7 +200,7 @@ def test_a_film_shows_all_actors_side_by_side(tmp_path):
     assert [p.name for p in tmp_path.glob("*.mp4")] == ["film.mp4"]
 
 
-def test_an_actor_whose_episode_is_over_stands_still():
+def test_actor_freezes_after_its_episode_has_ended():
     import numpy as np
 
     def frames(values):

@@ -1,4 +1,4 @@
-"""Updates compiled with Inductor against eager ones. Stacks: tests/test_stack.py."""
+"""Updates compiled with Inductor against eager updates. For stacks see tests/test_stack.py."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def trained(make_loss, make_buffer):
     return trained
 
 
-def test_default_settings_and_an_exact_resume(trained, make_loss, make_buffer, tmp_path):
+def test_default_settings_and_bitwise_identical_resume(trained, make_loss, make_buffer, tmp_path):
     loss, buffer = make_loss(w2_backend="fast"), make_buffer()
     eager, compiled = (trained(loss, buffer, compile=c) for c in (False, True))
     assert_close(state(compiled), state(eager), rtol=1e-4, atol=1e-5)
-    # a loss that has moved is followed without compiling again
+    # an update follows a loss that was moved, without recompiling
     trainer = POGOTrainer(copy.deepcopy(loss), buffer, STEPS, progress_bar=False, compile=True)
     torch.manual_seed(1)
     trainer.optim_steps(TensorDict({}, [4]))
@@ -57,14 +57,14 @@ def test_default_settings_and_an_exact_resume(trained, make_loss, make_buffer, t
     with torch.compiler.set_stance("fail_on_recompile"):
         trainer.optim_steps(TensorDict({}, [STEPS - 4]))
     assert_close(state(trainer), state(compiled), rtol=0, atol=0)
-    # within a mode, a resumed run is exact
+    # within one mode (eager or compiled), resuming is bitwise identical
     trained(loss, buffer, 4, compile=True, checkpoint_dir=tmp_path)
     resumed = trained(loss, buffer, compile=True, checkpoint_dir=tmp_path)
     assert_close(state(resumed), state(compiled), rtol=0, atol=0)
 
 
 def test_other_settings(trained, make_loss, make_batch, make_buffer, wide_spec):
-    """Delayed actor, sparse actor updates, odd bounds, part of the states, decay, clipping."""
+    """Delayed actor, policy_freq, asymmetric bounds, w2_fraction, weight decay, clipping."""
     loss = make_loss(
         wide_spec, w2_backend="fast", delay_actor=True, q_normalization=None, alpha=0.1,
         w2_fraction=0.5, shared_noise=True, num_qvalue_nets=3,
@@ -95,7 +95,7 @@ def test_bfloat16(trained, make_loss, make_buffer):
         for found in (loss.state_dict(), *map(state, trainers.values()))
     )
     assert compiled.dtype == torch.float32
-    # Each rounds in places of its own: as far from each other as from float32, and not the same.
+    # They round differently: as far from each other as from float32, but not identical.
     moved = (full - start).abs().mean()
     for one, other in ((eager, full), (compiled, eager), (compiled, full)):
         assert 0 < (one - other).abs().mean() < 0.2 * moved

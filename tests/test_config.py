@@ -41,12 +41,12 @@ def composed(*overrides):
         return compose("config", overrides=list(overrides))
 
 
-def test_the_fifteen_tasks_have_presets():
+def test_all_fifteen_tasks_have_presets():
     assert configs.tasks() == sorted(PUBLISHED)
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
-def test_presets_hold_the_published_weights_the_second_repeated(task):
+def test_presets_repeat_the_second_published_weight(task):
     cfg = composed(f"task={task}")
     first, second = PUBLISHED[task]
     assert cfg.task == task
@@ -59,32 +59,32 @@ def test_presets_hold_the_published_weights_the_second_repeated(task):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("task", PUBLISHED)
-def test_what_was_tuned_on_local_data_goes_with_them_only(task, source):
+def test_alpha_tuned_on_local_data_applies_to_local_data_only(task, source):
     cfg = configs.compose([f"task={task}", f"data.source={source}"])
     tuned = {("hopper-medium-v2", "local"): 0.03}
     assert cfg.alpha == tuned.get((task, source), 1.0)
-    # ... and nothing else depends on the source
+    # Nothing else depends on the source.
     local = configs.compose([f"task={task}"])
     differ = {key for key in cfg if cfg[key] != local[key]}
     assert differ <= {"data", "alpha"}
     assert configs.compose([f"task={task}", f"data.source={source}", "alpha=2"]).alpha == 2
 
 
-def test_the_sweep_of_locomotion_has_the_method_s_alpha():
+def test_locomotion_sweep_uses_the_default_alpha():
     runs = read_sweep("locomotion")
     assert {run.cfg.alpha for run in runs} == {1.0}
     assert {run.cfg.data.source for run in runs} == {"d4rl"}
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
-def test_presets_name_the_task_s_own_environment_and_horizon(task):
+def test_presets_set_the_environment_and_horizon_of_the_task(task):
     env = composed(f"task={task}").env
     assert gymnasium.spec(env.id).max_episode_steps == env.max_episode_steps
     assert env.id == f"pogo_torchrl/{task}"
     assert env.max_episode_steps == max_episode_steps(task)
 
 
-def test_the_command_line_overrides_a_preset():
+def test_command_line_overrides_presets():
     cfg = composed("task=hopper-medium-v2", "w2_weights=[1,2]", "data.source=hdf5", "lr=1e-4")
     assert (list(cfg.w2_weights), cfg.data.source, cfg.lr) == ([1.0, 2.0], "hdf5", 1e-4)
 
@@ -93,7 +93,7 @@ def test_the_command_line_overrides_a_preset():
     ("override", "named"),
     [("total_steps=many", "total_steps"), ("resume=perhaps", "resume"), ("w2_weights=[a]", "w2")],
 )
-def test_wrong_types_are_refused_by_key(override, named):
+def test_wrong_types_are_rejected_naming_the_key(override, named):
     with pytest.raises(Exception, match=named) as error:
         composed(override)
     assert named in f"{error.value} {error.value.__cause__}"
@@ -110,37 +110,39 @@ def test_wrong_types_are_refused_by_key(override, named):
         ("env.backened=d4rl", "env.backend"),
     ],
 )
-def test_typos_are_answered_with_the_nearest_names(argument, answer):
+def test_typos_give_suggestions(argument, answer):
     with pytest.raises(ValueError, match=answer):
         configs.check_overrides([argument])
 
 
-def test_known_options_and_hydra_flags_pass():
+def test_known_options_and_hydra_flags_are_accepted():
     configs.check_overrides(
         ["--help", "seed=1", "data.path=x", "hydra.verbose=true", "task=hopper-medium-v2"]
     )
 
 
-def test_options_default_to_the_loss_s_defaults():
+def test_defaults_equal_those_of_the_loss():
     signature = inspect.signature(POGOLoss.__init__).parameters
     for schema in (configs.RunConfig(), configs.POGOLossConfig()):
         for name, parameter in signature.items():
             if name == "w2_backend" and isinstance(schema, configs.RunConfig):
-                continue  # the command line takes the fast one
+                continue  # the command line defaults to the fast backend
             if hasattr(schema, name) and parameter.default is not inspect.Parameter.empty:
                 default = parameter.default
                 expected = list(default) if isinstance(default, tuple) else default
                 assert getattr(schema, name) == expected, name
 
 
-def test_torchrl_s_groups_hold_pogo():
+def test_pogo_is_registered_in_torchrl_s_groups():
     store = ConfigStore.instance().repo
     assert "pogo.yaml" in store["loss"]
-    assert "td3_bc.yaml" in store["loss"] or "td3.yaml" in store["loss"]  # beside TorchRL's own
+    assert (
+        "td3_bc.yaml" in store["loss"] or "td3.yaml" in store["loss"]
+    )  # TorchRL's own are still there
     assert "pogo.yaml" in store["trainer"]
 
 
-def test_the_groups_instantiate(make_buffer):
+def test_group_configs_instantiate(make_buffer):
     spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
     loss = instantiate(
         configs.POGOLossConfig(w2_weights=[0.1, 0.2]),
@@ -159,5 +161,5 @@ def test_the_groups_instantiate(make_buffer):
     assert trainer.collected_frames == 2
 
 
-def test_sources_are_named_in_the_help():
+def test_help_lists_all_sources():
     assert all(source in configs.options()["data.source"] for source in SOURCES)

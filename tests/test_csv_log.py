@@ -1,4 +1,4 @@
-"""CSV files that survive a resume, and the way to TorchRL's loggers."""
+"""CSV files across resumes, and TorchRL's loggers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_header_and_rows(path):
     assert path.read_text() == 'step,loss,name\n5,0.5,"a,b"\n10,1e-09,c\n10,2.0,d\n'
 
 
-def test_a_new_run_begins_anew(path):
+def test_new_run_replaces_the_file(path):
     path.write_text("step,loss\n1,2\n")
     CSVSink(path).write(3, [{"score": 4}])
     assert path.read_text() == "step,score\n3,4\n"
@@ -31,9 +31,9 @@ def test_a_new_run_begins_anew(path):
 @pytest.mark.parametrize(
     "tail",
     ["", "20,3.0\n30,4.0\n", "20,3.0\n3", "20", "20,3.0\n\x00\x00,1\n"],
-    ids=["whole", "later", "torn step", "torn row", "rubbish"],
+    ids=["complete", "later", "truncated step", "truncated row", "garbage"],
 )
-def test_resume_drops_later_and_torn_rows(path, tail):
+def test_resume_drops_later_and_truncated_rows(path, tail):
     path.write_text("step,loss\n5,1.0\n10,2.0\n" + tail)
     CSVSink(path, resume_step=10).write(15, [{"loss": 9.0}])
     assert path.read_text() == "step,loss\n5,1.0\n10,2.0\n15,9.0\n"
@@ -49,7 +49,7 @@ def test_resume_without_rows(path, content):
 
 
 @pytest.mark.parametrize("resumed", [True, False])
-def test_other_columns_are_an_error(path, resumed):
+def test_different_columns_are_rejected(path, resumed):
     sink = CSVSink(path)
     sink.write(5, [{"loss": 1.0}])
     if resumed:
@@ -81,18 +81,18 @@ def test_names_of_scalars():
 
 
 @pytest.mark.parametrize("name", LOGGERS)
-def test_a_missing_package_is_named_with_its_remedy(monkeypatch, tmp_path, name):
+def test_missing_package_error_tells_how_to_install_it(monkeypatch, tmp_path, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *args: None)
     with pytest.raises(ImportError, match=rf'pip install "pogo_torchrl\[{name}\]"'):
         make_logger(name, tmp_path, "run")
 
 
-def test_an_unknown_logger_is_named(tmp_path):
+def test_unknown_logger(tmp_path):
     with pytest.raises(ValueError, match=r"logger\.backend='mlflow'.*tensorboard, wandb or null"):
         make_logger("mlflow", tmp_path, "run")
 
 
-def test_a_row_that_a_full_disk_cuts_off_is_dropped_on_resume(tmp_path):
+def test_row_truncated_by_a_full_disk_is_dropped_on_resume(tmp_path):
     resource = pytest.importorskip("resource")
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

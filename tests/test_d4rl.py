@@ -1,4 +1,4 @@
-"""D4RL's datasets: downloads that go wrong, and the rows that come out, from a local server."""
+"""Tests of D4RL's datasets with a local server: faulty downloads and the resulting rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = 60
 
 
 def d4rl_file(path: Path, *, dtype=np.float32, flag_dtype=bool, seed=0) -> dict[str, np.ndarray]:
-    """A small file as D4RL's: with next observations, infos and metadata."""
+    """Write a small file like D4RL's, with next observations, infos and metadata."""
     rng = np.random.default_rng(seed)
     rows = {
         "observations": rng.normal(size=(ROWS, 11)).astype(dtype),
@@ -39,7 +39,7 @@ def d4rl_file(path: Path, *, dtype=np.float32, flag_dtype=bool, seed=0) -> dict[
         "infos/qpos": rng.normal(size=(ROWS, 6)).astype(dtype),
         "metadata/policy/fc0/bias": rng.normal(size=256).astype(dtype),
     }
-    rows["terminals"][ROWS - 2] = True  # its next observation is the row that d4rl drops
+    rows["terminals"][ROWS - 2] = True  # its next observation is in the row that d4rl drops
     rows["timeouts"][ROWS - 2 :] = False
     with h5py.File(path, "w") as file:
         for key, array in rows.items():
@@ -48,7 +48,7 @@ def d4rl_file(path: Path, *, dtype=np.float32, flag_dtype=bool, seed=0) -> dict[
 
 
 def expected_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """``d4rl.qlearning_dataset``, restated."""
+    """Reference implementation of ``d4rl.qlearning_dataset``."""
     kept = [i for i in range(len(rows["rewards"]) - 1) if not rows["timeouts"][i]]
     following = [i + 1 for i in kept]
     return {
@@ -70,7 +70,7 @@ def assert_rows(buffer, rows: dict[str, np.ndarray]) -> None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``files`` (path -> bytes); ``faults`` are spent one per request, before that."""
+    """Serves ``files`` (path -> bytes); each request first consumes one of ``faults``."""
 
     daemon_threads = True
 
@@ -126,7 +126,7 @@ def rows(tmp_path) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def official(server, rows, tmp_path, monkeypatch) -> Server:
-    """The server in the place of D4RL's own."""
+    """The server, replacing D4RL's own."""
     monkeypatch.setitem(D4RL_DATASETS, TASK, f"{server.url}/gym_mujoco_v2/{FILE}")
     server.files[f"/gym_mujoco_v2/{FILE}"] = (tmp_path / FILE).read_bytes()
     return server
@@ -138,13 +138,13 @@ def replay(tmp_path, **kwargs) -> D4RLReplay:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("flag_dtype", [bool, np.uint8, np.float32])
-def test_rows_are_those_of_qlearning_dataset(tmp_path, official, dtype, flag_dtype):
+def test_rows_match_qlearning_dataset(tmp_path, official, dtype, flag_dtype):
     rows = d4rl_file(tmp_path / FILE, dtype=dtype, flag_dtype=flag_dtype, seed=1)
     official.files[f"/gym_mujoco_v2/{FILE}"] = (tmp_path / FILE).read_bytes()
     buffer = replay(tmp_path)
     assert isinstance(buffer, D4RLExperienceReplay)
     assert_rows(buffer, rows)
-    assert_rows(replay(tmp_path), rows)  # kept
+    assert_rows(replay(tmp_path), rows)  # from the cache
     assert official.requests == [f"/gym_mujoco_v2/{FILE}"]  # downloaded once
     assert buffer.sample().shape == (256,)
 
@@ -157,7 +157,7 @@ def test_make_replay_buffer(tmp_path, official, rows):
     np.testing.assert_allclose(again[:]["next", "reward"], raw[:]["next", "reward"] - 1)
     np.testing.assert_allclose(again[:]["observation"].mean(0), torch.zeros(11), atol=1e-5)
     np.testing.assert_array_equal(again.episode_returns, raw.episode_returns)
-    assert_rows(replay(tmp_path), rows)  # neither changed what is kept
+    assert_rows(replay(tmp_path), rows)  # neither modified the cache
     ends = np.flatnonzero(rows["terminals"] | rows["timeouts"])
     first = rows["rewards"][: ends[0] + 1].astype(np.float64).sum()
     assert raw.episode_returns[0] == pytest.approx(first)
@@ -165,14 +165,16 @@ def test_make_replay_buffer(tmp_path, official, rows):
     assert raw.sample()["action"].shape == (8, 3)
 
 
-def test_horizon_of_the_task_where_a_file_has_no_timeouts(tmp_path, official):
+def test_task_horizon_is_used_for_files_without_timeouts(tmp_path, official):
     rows = d4rl_file(tmp_path / FILE)
     with h5py.File(tmp_path / FILE, "w") as file:
         for key in ("observations", "actions", "rewards"):
             file[key] = np.concatenate([rows[key]] * 40)
         file["terminals"] = np.zeros(ROWS * 40, dtype=bool)
     official.files[f"/gym_mujoco_v2/{FILE}"] = (tmp_path / FILE).read_bytes()
-    assert len(replay(tmp_path)) == ROWS * 40 - 1 - 2  # the last row, and two ends of 1000 steps
+    assert (
+        len(replay(tmp_path)) == ROWS * 40 - 1 - 2
+    )  # the last row, and two time-outs after 1000 steps
 
 
 @pytest.mark.parametrize("folder", ["", "/gym_mujoco_v2"])
@@ -186,17 +188,17 @@ def test_mirror_folder(tmp_path, folder):
     (tmp_path / "copy" / folder).mkdir(parents=True)
     rows = d4rl_file(tmp_path / "copy" / folder / FILE)
     assert_rows(replay(tmp_path, mirror=tmp_path / "copy"), rows)
-    rows = d4rl_file(tmp_path / "copy" / folder / FILE, seed=5)  # another file is noticed
+    rows = d4rl_file(tmp_path / "copy" / folder / FILE, seed=5)  # a different file is detected
     assert_rows(replay(tmp_path, mirror=tmp_path / "copy"), rows)
 
 
 def test_mirror_folder_without_the_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"data.mirror=.*without {FILE}"):
+    with pytest.raises(FileNotFoundError, match=f"data.mirror=.*contains neither {FILE}"):
         replay(tmp_path, mirror=tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "429", "cut"])
-def test_passing_faults_are_retried(tmp_path, official, rows, fault):
+def test_transient_faults_are_retried(tmp_path, official, rows, fault):
     official.faults = [fault, fault]
     assert_rows(replay(tmp_path), rows)
     assert len(official.requests) == 3
@@ -205,22 +207,22 @@ def test_passing_faults_are_retried(tmp_path, official, rows, fault):
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
-        (["cut"] * 4, r"broke off after \d+ of \d+ bytes"),
+        (["cut"] * 4, r"connection closed after \d+ of \d+ bytes"),
         (["500"] * 4, "HTTP 500"),
         (["403"], "HTTP 403"),
         (["404"], "Not Found"),
     ],
 )
-def test_lasting_faults(tmp_path, official, rows, faults, message):
+def test_persistent_faults(tmp_path, official, rows, faults, message):
     official.faults = list(faults)
     with pytest.raises(ConnectionError, match=message) as error:
         replay(tmp_path)
-    for way_on in ("data.mirror=", "data.source=hdf5 data.path=FILE", "data.source=local"):
-        assert way_on in str(error.value)
+    for alternative in ("data.mirror=", "data.source=hdf5 data.path=FILE", "data.source=local"):
+        assert alternative in str(error.value)
     assert len(official.requests) == len(faults)
     kept = {p.name for p in (tmp_path / "cache" / "d4rl").iterdir()}
     assert kept <= {f".{TASK}.lock"}
-    assert_rows(replay(tmp_path), rows)  # and the next start succeeds
+    assert_rows(replay(tmp_path), rows)  # the next attempt succeeds
 
 
 def test_offline(tmp_path, monkeypatch, server):
@@ -232,7 +234,7 @@ def test_offline(tmp_path, monkeypatch, server):
 def test_silent_server(tmp_path, server):
     server.faults = ["silent"] * 4
     server.files["/file"] = bytes(10)
-    # ten of a hundred bytes, then nothing
+    # Ten of a hundred bytes, then silence.
     original = _Handler.send_header
 
     def longer(self, key, value):
@@ -256,13 +258,13 @@ def test_silent_server(tmp_path, server):
         ("cut", "not a readable HDF5 file"),
     ],
 )
-def test_content_that_is_not_d4rls(tmp_path, official, rows, content, message):
+def test_invalid_content(tmp_path, official, rows, content, message):
     if content == "without rewards":
         with h5py.File(tmp_path / "other.hdf5", "w") as file:
             file["observations"], file["actions"] = rows["observations"], rows["actions"]
             file["terminals"] = rows["terminals"]
         content = (tmp_path / "other.hdf5").read_bytes()
-    elif content == "cut":  # with a Content-Length that agrees
+    elif content == "cut":  # with a matching Content-Length
         content = official.files[f"/gym_mujoco_v2/{FILE}"][:3000]
     official.files[f"/gym_mujoco_v2/{FILE}"] = content
     with pytest.raises(ConnectionError, match=message):
@@ -276,18 +278,18 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("index", range(7))
-def test_kept_tensors_cut_short_are_made_again(tmp_path, official, rows, index, caplog):
+def test_truncated_cached_tensors_are_recreated(tmp_path, official, rows, index, caplog):
     replay(tmp_path)
     files = _tensor_files(tmp_path / "cache" / "d4rl" / TASK)
     assert len(files) == 7
     content = files[index].read_bytes()
     files[index].write_bytes(content[: len(content) // 2])
     assert_rows(replay(tmp_path), rows)
-    assert "made again" in caplog.text
+    assert "recreating it" in caplog.text
     assert len(official.requests) == 1
 
 
-def test_kept_tensors_that_were_changed_are_made_again(tmp_path, official, rows):
+def test_modified_cached_tensors_are_recreated(tmp_path, official, rows):
     replay(tmp_path)
     file = _tensor_files(tmp_path / "cache" / "d4rl" / TASK)[0]
     content = bytearray(file.read_bytes())
@@ -296,7 +298,7 @@ def test_kept_tensors_that_were_changed_are_made_again(tmp_path, official, rows)
     assert_rows(replay(tmp_path), rows)
 
 
-def test_kept_tensors_made_in_another_way_are_made_again(tmp_path, official, rows):
+def test_outdated_cached_tensors_are_recreated(tmp_path, official, rows):
     replay(tmp_path)
     folder = tmp_path / "cache" / "d4rl" / TASK
     manifest = json.loads((folder / _MANIFEST).read_text())
@@ -306,16 +308,16 @@ def test_kept_tensors_made_in_another_way_are_made_again(tmp_path, official, row
     assert_rows(replay(tmp_path), rows)
 
 
-def test_tensors_of_plain_torchrl_are_not_taken_for_ours(tmp_path, official, rows):
+def test_cache_of_torchrls_own_class_is_not_used(tmp_path, official, rows):
     root = tmp_path / "cache" / "d4rl"
     root.mkdir(parents=True)
     theirs = D4RLExperienceReplay(TASK, 4, root=root, direct_download=True)
-    assert (theirs[:]["next", "observation"] == 0).all(-1).any()  # what must not be read
+    assert (theirs[:]["next", "observation"] == 0).all(-1).any()  # must not be read
     assert_rows(replay(tmp_path), rows)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no checksum"])
-def test_kept_file_that_is_damaged_is_downloaded_again(tmp_path, official, rows, damage, caplog):
+def test_damaged_cached_file_is_downloaded_again(tmp_path, official, rows, damage, caplog):
     replay(tmp_path)
     file = tmp_path / "cache" / "d4rl" / FILE
     content = bytearray(file.read_bytes())
@@ -327,7 +329,7 @@ def test_kept_file_that_is_damaged_is_downloaded_again(tmp_path, official, rows,
     else:
         file.with_suffix(".sha256").unlink()
     assert_rows(replay(tmp_path), rows)
-    assert "downloaded again" in caplog.text
+    assert "downloading it again" in caplog.text
     assert len(official.requests) == 2
 
 
@@ -335,7 +337,7 @@ def _start(cache_dir: str, mirror: str) -> int:
     return len(D4RLReplay(TASK, cache_dir=cache_dir, mirror=mirror, progress=False))
 
 
-def test_runs_that_start_at_once_download_once(tmp_path, server, rows):
+def test_concurrent_runs_download_once(tmp_path, server, rows):
     server.files[f"/{FILE}"] = (tmp_path / FILE).read_bytes()
     with get_context("spawn").Pool(2) as pool:
         jobs = [(str(tmp_path / "cache"), server.url)] * 2
@@ -349,7 +351,7 @@ def test_unknown_task(tmp_path):
         D4RLReplay("hoper-medium-v2", cache_dir=tmp_path)
 
 
-def test_no_permission_to_write(tmp_path):
+def test_unwritable_cache_dir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write to"):
         D4RLReplay(TASK, cache_dir=tmp_path / "file")

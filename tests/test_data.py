@@ -1,4 +1,4 @@
-"""Reading D4RL's files, and the replay buffers over them."""
+"""Tests of the HDF5 reader and the replay buffers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def random_rows(
     }
     if timeouts:
         rows["timeouts"] = rng.random(ROWS) < 0.15
-        rows["terminals"][7], rows["timeouts"][7] = 1, True  # both at once
+        rows["terminals"][7], rows["timeouts"][7] = 1, True  # a row marked as both
     return rows
 
 
@@ -39,7 +39,7 @@ def write(path: Path, rows: dict[str, np.ndarray]) -> Path:
 
 
 def qlearning_dataset(rows: dict[str, np.ndarray], max_episode_steps: int) -> dict[str, np.ndarray]:
-    """D4RL's own loop, restated; ``terminate_on_end=False`` as by default."""
+    """Reference implementation of D4RL's loop, with the default ``terminate_on_end=False``."""
     out: dict[str, list] = {key: [] for key in ("obs", "next_obs", "action", "reward", "done")}
     episode_step = 0
     for i in range(len(rows["rewards"]) - 1):
@@ -58,7 +58,7 @@ def qlearning_dataset(rows: dict[str, np.ndarray], max_episode_steps: int) -> di
         out["action"].append(rows["actions"][i].astype(np.float32))
         out["reward"].append(rows["rewards"][i].astype(np.float32))
         out["done"].append(done)
-        # D4RL resets the count and then adds this row to it
+        # D4RL resets the counter and then still counts this row.
         episode_step += 1
     return {key: np.array(values) for key, values in out.items()}
 
@@ -71,7 +71,7 @@ def file(tmp_path) -> Path:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dtype", [bool, np.float32, np.uint8])
 @pytest.mark.parametrize("timeouts", [True, False])
-def test_rows_are_those_of_qlearning_dataset(tmp_path, seed, dtype, timeouts):
+def test_rows_match_qlearning_dataset(tmp_path, seed, dtype, timeouts):
     rows = random_rows(seed, dtype, timeouts)
     expected = qlearning_dataset(rows, HORIZON)
     path = write(tmp_path / "data.hdf5", rows)
@@ -94,19 +94,19 @@ def test_rows_are_those_of_qlearning_dataset(tmp_path, seed, dtype, timeouts):
     assert {t.dtype for t in (*floats, data["next", "reward"])} == {torch.float32}
 
 
-def test_the_last_row_has_no_next_observation(tmp_path):
+def test_last_row_is_dropped(tmp_path):
     rows = random_rows(timeouts=False)
     rows["terminals"][:] = False
     data = read_hdf5(write(tmp_path / "data.hdf5", rows)).transitions
     assert len(data) == ROWS - 1
 
 
-def test_no_row_crosses_an_episode(tmp_path):
+def test_no_row_crosses_episodes(tmp_path):
     rows = random_rows()
     rows["observations"][:, 0] = np.cumsum(rows["terminals"] | rows["timeouts"])
     data = read_hdf5(write(tmp_path / "data.hdf5", rows)).transitions
     alive = ~data["next", "terminated"].squeeze(-1)
-    # the mark rises in the row that ends an episode, so rows before that row see it rise
+    # The counter increases in the row that ends an episode, as seen by the row before it.
     rise = (data["next", "observation"] - data["observation"])[alive, 0]
     ends = rows["terminals"] | rows["timeouts"]
     kept = ~rows["timeouts"][:-1]
@@ -150,7 +150,7 @@ def test_missing_key(tmp_path, key):
         ("timeouts", (ROWS - 1,)),
     ],
 )
-def test_shapes_that_do_not_fit(tmp_path, key, shape):
+def test_mismatched_shapes(tmp_path, key, shape):
     rows = random_rows()
     rows[key] = np.zeros(shape)
     with pytest.raises(ValueError, match=rf"bad\.hdf5: {key} has shape"):
@@ -159,7 +159,7 @@ def test_shapes_that_do_not_fit(tmp_path, key, shape):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("key", ["observations", "actions", "rewards"])
-def test_values_that_are_not_finite(tmp_path, key, value):
+def test_non_finite_values(tmp_path, key, value):
     rows = random_rows()
     rows[key][11] = value
     with pytest.raises(ValueError, match=rf"bad\.hdf5: {key}\[11.*not finite"):
@@ -177,15 +177,16 @@ def test_column_vectors_are_accepted(tmp_path, file):
 @pytest.mark.parametrize("content", ["truncated", "text", "empty"])
 def test_damaged_files(tmp_path, file, content):
     path = tmp_path / "bad.hdf5"
-    whole = file.read_bytes()
-    path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"no", "empty": b""}[content])
+    intact = file.read_bytes()
+    damaged = {"truncated": intact[: len(intact) // 2], "text": b"no", "empty": b""}
+    path.write_bytes(damaged[content])
     with pytest.raises(ValueError, match=r"bad\.hdf5 is not a readable HDF5 file"):
         read_hdf5(path)
 
 
 def test_no_usable_row(tmp_path):
     rows = {key: array[:1] for key, array in random_rows().items()}
-    with pytest.raises(ValueError, match=r"bad\.hdf5 holds 1 rows"):
+    with pytest.raises(ValueError, match=r"bad\.hdf5 has 1 rows"):
         read_hdf5(write(tmp_path / "bad.hdf5", rows))
     rows = random_rows()
     rows["timeouts"][:] = True
@@ -204,11 +205,14 @@ def test_missing_file(tmp_path, path):
     [
         ({"source": "csv"}, r"data\.source='csv' is unknown.*local.*hdf5"),
         ({"source": "hdf5"}, r"data\.path"),
-        ({"source": "local", "path": "x.hdf5"}, r"data\.path='x\.hdf5'.*hdf5 or minari only"),
+        (
+            {"source": "local", "path": "x.hdf5"},
+            r"data\.path='x\.hdf5'.*only used with data\.source=hdf5 or minari",
+        ),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )
-def test_settings_that_do_not_go_together(settings, message):
+def test_incompatible_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         make_replay_buffer("hopper-medium-v2", **settings)
 
@@ -224,7 +228,7 @@ def test_normalisation(rb, file):
     std = raw["observation"].numpy().astype(np.float64).std(0) + 1e-3
     np.testing.assert_allclose(rb.normalization.mean, mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(rb.normalization.std, std, rtol=1e-5)
-    # the next observation by the statistics of the observation, not by its own
+    # Next observations are normalised with the statistics of the observations, not their own.
     for key in ("observation", ("next", "observation")):
         np.testing.assert_allclose(rb[:][key], (raw[key].numpy() - mean) / std, atol=1e-5)
         assert rb[:][key].dtype == torch.float32
@@ -239,7 +243,7 @@ def test_statistics_of_large_offsets():
     assert std.item() == pytest.approx(0.501, rel=1e-5)
 
 
-def test_without_normalisation_rows_stay_as_they_are(file):
+def test_rows_are_unchanged_without_normalisation(file):
     rb = make_replay_buffer(
         "hopper-medium-v2", source="hdf5", path=file, normalize=False, batch_size=8
     )
@@ -257,7 +261,7 @@ def test_samples(rb):
     keys = ("observation", "action", *(("next", k) for k in ("observation", "reward")))
     assert [sample[key].shape[-1] for key in keys] == [3, 2, 3, 1]
     seen = torch.cat([rb.sample()["observation"] for _ in range(200)])
-    assert len(seen.unique(dim=0)) == len(rb)  # every row is drawn, with replacement
+    assert len(seen.unique(dim=0)) == len(rb)  # all rows are drawn, with replacement
     torch.manual_seed(3)
     first = rb.sample()["observation"]
     torch.manual_seed(3)
@@ -265,13 +269,13 @@ def test_samples(rb):
 
 
 @pytest.mark.parametrize("method", ["add", "extend"])
-def test_the_data_are_immutable(rb, method):
+def test_data_are_immutable(rb, method):
     row = rb[:1] if method == "extend" else rb[0]
     with pytest.raises(RuntimeError):
         getattr(rb, method)(row)
 
 
-def test_local_source_is_the_generated_file(tmp_path):
+def test_local_source_reads_generated_file(tmp_path):
     settings = {"size": 100, "cache_dir": tmp_path, "normalize": False, "batch_size": 8}
     rb = make_replay_buffer("hopper-medium-v2", **settings)
     (path,) = tmp_path.glob("*.hdf5")

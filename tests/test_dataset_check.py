@@ -1,4 +1,4 @@
-"""Replaying recorded transitions, and the command that checks a dataset with them."""
+"""Tests of replaying recorded transitions and of the command ``pogo check-dataset``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def exit_code(*arguments: str) -> int:
 
 
 def record(task: str, steps: int, dtype=np.float64, horizon: int = 40, gravity: float = 1.0):
-    """A dataset in D4RL's layout from random actions in our environment."""
+    """Record a dataset in D4RL's layout with random actions in our environment."""
     env = make_env(task)
     core = env.unwrapped
     core.model.opt.gravity[:] *= gravity
@@ -56,7 +56,7 @@ def record(task: str, steps: int, dtype=np.float64, horizon: int = 40, gravity: 
         if terminated or length == horizon:
             env.reset()
             length = 0
-            if task.startswith("antmaze"):  # somewhere in its maze where others have walls
+            if task.startswith("antmaze"):  # where the other mazes have walls
                 qpos, start = core.data.qpos.copy(), {"umaze": (8, 4), "medium": (4, 20)}
                 qpos[:2] = start.get(task.split("-")[1], (16, 8))
                 core.set_state(qpos, core.data.qvel.copy())
@@ -72,7 +72,7 @@ def write(path: Path, columns: dict[str, np.ndarray]) -> Path:
 
 @pytest.mark.parametrize("task", ENVIRONMENTS.values())
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_a_file_of_ours_matches(task, dtype, tmp_path, capsys):
+def test_recorded_file_matches(task, dtype, tmp_path, capsys):
     path = write(tmp_path / "data.hdf5", record(task, 200, dtype))
     assert exit_code("check-dataset", str(path)) == 0
     output = capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_other_rewards_terminations_or_actions_do_not_match(key, change, tmp_pat
     assert exit_code("check-dataset", str(write(tmp_path / "data.hdf5", columns))) == 1
 
 
-def test_rows_are_spread_over_the_file_and_stop_at_episode_ends(tmp_path):
+def test_rows_are_evenly_spaced_and_have_no_next_state_at_episode_ends(tmp_path):
     columns = record("halfcheetah-medium-v2", 100)
     path = write(tmp_path / "data.hdf5", columns)
     rows = read_rows(path, limit=12)
@@ -117,7 +117,7 @@ def test_rows_are_spread_over_the_file_and_stop_at_episode_ends(tmp_path):
     np.testing.assert_array_equal(rows["next_qvel"][:39], columns["infos/qvel"][1:40])
 
 
-def test_a_file_without_timeouts_or_goals(tmp_path, capsys):
+def test_file_without_timeouts_or_goals(tmp_path, capsys):
     columns = record("antmaze-umaze-v2", 60, horizon=1000)
     del columns["timeouts"], columns["infos/goal"]
     assert exit_code("check-dataset", str(write(tmp_path / "data.hdf5", columns))) == 0
@@ -127,15 +127,15 @@ def test_a_file_without_timeouts_or_goals(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("maze", ["umaze", "medium", "large"])
-def test_mazes_are_told_apart(maze):
-    """By recorded contacts with walls."""
+def test_mazes_are_distinguished(maze):
+    """Mazes are distinguished by recorded contacts with walls."""
     with np.load(Path(__file__).parent / "assets" / "antmaze_transitions.npz") as arrays:
         rows = {k.split("/")[1]: arrays[k] for k in arrays if k.startswith(f"{maze}/")}
     rows.pop("walls")
     assert find_task(rows) == ENVIRONMENTS[maze]
 
 
-def test_the_task_may_be_given(tmp_path, capsys):
+def test_task_option(tmp_path, capsys):
     path = write(tmp_path / "data.hdf5", record("hopper-medium-v2", 50))
     assert exit_code("check-dataset", str(path), "--task", "hopper-expert-v2", "--limit", "20") == 0
     assert "20 rows in the environment of hopper-expert-v2" in capsys.readouterr().out
@@ -157,7 +157,7 @@ def test_bad_input(tmp_path, capsys):
     assert "does not exist" in message(tmp_path / "none.hdf5")
     assert "is not a file" in message(tmp_path)
     text = tmp_path / "text.hdf5"
-    text.write_text("no HDF5")
+    text.write_text("not HDF5")
     assert "is not a readable HDF5 file" in message(text)
 
     columns = record("hopper-medium-v2", 20)
@@ -175,7 +175,7 @@ def test_bad_input(tmp_path, capsys):
     assert "no environment has 6 positions, 6 velocities and 7 actions" in error
 
 
-def test_the_command_runs_as_documented(tmp_path):
+def test_documented_command(tmp_path):
     path = write(tmp_path / "data.hdf5", record("hopper-medium-v2", 50))
     result = subprocess.run(
         [sys.executable, "-m", "pogo_torchrl", "check-dataset", str(path)],
@@ -187,7 +187,7 @@ def test_the_command_runs_as_documented(tmp_path):
     assert "RuntimeWarning" not in result.stderr
 
 
-def test_unknown_values_and_values_that_are_no_numbers():
+def test_unknown_and_non_finite_values():
     env = make_env("hopper-medium-v2")
     rows = {
         "qpos": np.tile([0, 1.25, 0, 0, 0, 0], (2, 1)),

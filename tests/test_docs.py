@@ -1,4 +1,4 @@
-"""Numbers in the documentation that stand somewhere else, too."""
+"""The task table of the documentation against the code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TABLE = [
 ]
 
 
-def test_the_table_of_tasks_is_complete():
+def test_task_table_is_complete():
     assert sorted(row[0] for row in TABLE) == config.tasks()
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0])
-def test_the_table_of_tasks_says_what_the_code_does(row):
+def test_task_table_matches_the_code(row):
     task, environment, file, _, horizon, low, high, weights = row
     with initialize_config_module("pogo_torchrl.experiments.conf", version_base="1.3"):
         cfg = compose("config", overrides=[f"task={task}"])

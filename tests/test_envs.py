@@ -1,4 +1,4 @@
-"""The environments against recorded transitions of the real D4RL ones."""
+"""Tests of the environments against transitions recorded in D4RL's own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def recorded(environment: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_steps_agree_with_d4rl(environment):
+def test_steps_match_d4rl(environment):
     env = make_env(f"{environment}-medium-v2")
     rows = recorded(environment)
     errors = {key: [] for key in ("next_qpos", "next_qvel", "next_obs", "reward")}
@@ -52,7 +52,7 @@ def test_steps_agree_with_d4rl(environment):
         assert rows["done"].sum() >= 5  # terminations are among them
 
 
-def test_observation_is_that_of_the_state():
+def test_observation_matches_the_state():
     env = make_env("walker2d-medium-v2")
     rows = recorded("walker2d")
     env.reset(seed=0)
@@ -61,7 +61,7 @@ def test_observation_is_that_of_the_state():
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_actions_are_clipped_before_they_cost(environment):
+def test_control_cost_uses_clipped_actions(environment):
     steps = []
     for size in (1.0, 5.0):
         env = make_env(f"{environment}-medium-v2")
@@ -78,16 +78,16 @@ def test_reset_is_seeded():
     assert (first != other).any()
 
 
-def test_a_state_that_is_not_finite_ends_the_episode():
+def test_non_finite_state_is_unhealthy():
     env = make_env("hopper-medium-v2").unwrapped
     env.reset(seed=0)
     assert env.is_healthy
     for array in (env.data.qpos[3:4], env.data.qvel[:1]):
-        kept = array.copy()
+        original = array.copy()
         for value in (np.nan, np.inf, -np.inf):
             array[:] = value
             assert not env.is_healthy
-        array[:] = kept
+        array[:] = original
 
 
 def test_episodes_are_truncated_after_1000_steps():
@@ -99,7 +99,7 @@ def test_episodes_are_truncated_after_1000_steps():
     assert truncated[-1]
 
 
-def test_environment_has_no_needless_wrappers():
+def test_environment_has_only_the_time_limit_wrapper():
     env = make_env("hopper-medium-v2")
     assert isinstance(env, gymnasium.wrappers.TimeLimit)
     assert env.env is env.unwrapped
@@ -111,7 +111,7 @@ def test_render_mode_is_passed_on():
     assert make_env("hopper-medium-v2", render_mode="rgb_array").render_mode == "rgb_array"
 
 
-def test_capsule_inertia_is_that_of_a_longer_cylinder():
+def test_capsule_inertia_equals_that_of_a_longer_cylinder():
     xml = """<mujoco><worldbody><body><freejoint/>
     <geom type="capsule" {} size="{}" density="1000"/></body></worldbody></mujoco>"""
     radius, length = 0.1, 0.4
@@ -127,7 +127,7 @@ def test_capsule_inertia_is_that_of_a_longer_cylinder():
         np.testing.assert_allclose(model.geom_size[0, :2], [radius, length / 2])
 
 
-def test_different_margins_are_refused(monkeypatch):
+def test_different_margins_raise(monkeypatch):
     xml = (
         """<mujoco><worldbody><geom size="1" margin="0.1"/><geom size="1"/></worldbody></mujoco>"""
     )
@@ -140,7 +140,7 @@ def test_different_margins_are_refused(monkeypatch):
     np.testing.assert_array_equal(model.geom_margin, [0.1, 0.0])
 
 
-def test_mujoco_warns_in_the_log_and_writes_no_file(tmp_path, monkeypatch, caplog):
+def test_mujoco_warnings_are_logged_and_not_written_to_a_file(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     env = make_env("hopper-medium-v2")
     env.reset(seed=0)
@@ -155,7 +155,7 @@ def test_no_warnings_no_output_and_no_files(tmp_path):
     code = """
 import warnings
 import numpy as np
-import pogo_torchrl  # and with it TorchRL, which has warnings of its own
+import pogo_torchrl  # imports TorchRL, which emits warnings of its own
 warnings.simplefilter("error")
 from pogo_torchrl.envs import make_env
 for name in ("halfcheetah-medium", "hopper-medium", "walker2d-medium", "antmaze-umaze"):
@@ -218,7 +218,7 @@ def test_tasks_are_registered_with_gymnasium(task):
     np.testing.assert_array_equal(env.reset(seed=4)[0], ours.reset(seed=4)[0])
 
 
-def test_gymnasium_finds_the_tasks_alone(tmp_path):
+def test_gymnasium_imports_the_package(tmp_path):
     code = """
 import gymnasium
 env = gymnasium.make("pogo_torchrl.envs:pogo_torchrl/antmaze-umaze-v2", render_mode="rgb_array")
@@ -248,7 +248,7 @@ def forget_checks():
 
 
 def perturb(monkeypatch, environment: str) -> None:
-    """Make gravity stronger by a thousandth, in all models compiled from now on."""
+    """Increase gravity by 0.1 % in all models compiled from now on."""
     cls = type(make_env(next(t for t in TASKS if t.startswith(environment))).unwrapped)
     build = cls.build_spec
 
@@ -262,7 +262,7 @@ def perturb(monkeypatch, environment: str) -> None:
 
 
 @pytest.mark.parametrize("environment", ["hopper", "antmaze"])
-def test_physics_that_differ_are_reported_once(environment, monkeypatch, caplog, forget_checks):
+def test_deviating_physics_are_reported_once(environment, monkeypatch, caplog, forget_checks):
     tasks = [task for task in TASKS if task.startswith(environment)][:2]
     try:
         perturb(monkeypatch, environment)
@@ -285,7 +285,7 @@ def test_physics_that_differ_are_reported_once(environment, monkeypatch, caplog,
         assert part in message
 
 
-def test_physics_that_agree_are_not_mentioned(caplog, forget_checks):
+def test_matching_physics_are_not_reported(caplog, forget_checks):
     np.random.seed(0)  # noqa: NPY002
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     with caplog.at_level(logging.DEBUG, "pogo_torchrl.envs"):
@@ -295,7 +295,7 @@ def test_physics_that_agree_are_not_mentioned(caplog, forget_checks):
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
 
 
-def test_a_simulation_that_fails_is_a_deviation(monkeypatch):
+def test_failed_simulation_has_infinite_error(monkeypatch):
     monkeypatch.setattr(D4RLHopper, "_get_obs", lambda self: np.zeros(11))
     monkeypatch.setattr(D4RLHopper, "is_healthy", False)
     assert check_physics("hopper") == np.inf

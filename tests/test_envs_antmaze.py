@@ -1,4 +1,4 @@
-"""Antmaze against recorded transitions of D4RL's own, its starts, goals and horizons."""
+"""Tests of antmaze: transitions recorded in D4RL's own, start states, goals and horizons."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pogo_torchrl.envs.transitions import replay, replay_errors
 
 ANTMAZES = [task for task in TASKS if task.startswith("antmaze")]
 # 22 transitions per maze under random actions, recorded in float64 in D4RL's own version 2
-# environments (d4rl 1.1, MuJoCo 2.1.0) by benchmarks/d4rl_oracle.py: among them contacts with
-# walls, some deeper than a leg is thick, and steps into and just outside the goal. With them, the
-# walls themselves: position and half sizes, [n, 6].
+# environments (d4rl 1.1, MuJoCo 2.1.0) by benchmarks/d4rl_oracle.py. They include contacts with
+# walls, some deeper than a leg is thick, and steps into and just outside the goal. The walls are
+# stored as positions and half sizes, [n, 6].
 TRANSITIONS = Path(__file__).parent / "assets" / "antmaze_transitions.npz"
 GOAL_CELLS = {"umaze": (0.0, 8.0), "medium": (20.0, 20.0), "large": (32.0, 24.0)}
 
@@ -33,7 +33,7 @@ def recorded(maze: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("task", ANTMAZES)
-def test_steps_agree_with_d4rl(task):
+def test_steps_match_d4rl(task):
     rows = recorded(task.split("-")[1])
     errors = replay_errors(make_env(task), rows)
     for key in ("qpos", "qvel"):
@@ -48,7 +48,7 @@ def test_steps_agree_with_d4rl(task):
 
 
 @pytest.mark.parametrize("maze", MAZES)
-def test_walls_stand_where_d4rls_stand(maze):
+def test_walls_match_d4rl(maze):
     model = D4RLAntMaze(maze).model
     boxes = model.geom_type == mujoco.mjtGeom.mjGEOM_BOX
     with np.load(TRANSITIONS) as arrays:
@@ -58,13 +58,13 @@ def test_walls_stand_where_d4rls_stand(maze):
 
 @pytest.mark.parametrize("maze", MAZES)
 def test_recorded_transitions_touch_walls(maze):
-    """Else the test above would not see the walls: without them most of these rows go elsewhere."""
+    """The recorded rows depend on the walls, or the tests above would not detect wrong walls."""
     other = "large" if maze == "umaze" else "umaze"
     errors = replay_errors(D4RLAntMaze(other), recorded(maze))
     assert (errors["qvel"] > 1e-3).sum() >= 3
 
 
-def test_observation_is_the_state():
+def test_observation_equals_the_state():
     env = make_env("antmaze-umaze-v2")
     env.reset(seed=0)
     observation, _, _, _, info = env.step(np.ones(8, dtype=np.float32))
@@ -86,7 +86,7 @@ def test_actions_are_clipped():
     np.testing.assert_array_equal(env.action_space.high, np.ones(8))
 
 
-def test_falling_over_ends_nothing():
+def test_falling_over_does_not_end_the_episode():
     env = make_env("antmaze-umaze-v2").unwrapped
     env.reset(seed=0)
     qpos = env.data.qpos.copy()
@@ -96,7 +96,7 @@ def test_falling_over_ends_nothing():
 
 
 @pytest.mark.parametrize(("distance", "reached"), [(0.499, True), (0.501, False)])
-def test_the_goal_counts_after_the_step(distance, reached):
+def test_goal_is_checked_after_the_step(distance, reached):
     env = make_env("antmaze-umaze-v2").unwrapped
     env.reset(seed=0)
     qpos, qvel, action = env.data.qpos.copy(), env.data.qvel.copy(), np.ones(8, dtype=np.float32)
@@ -108,7 +108,7 @@ def test_the_goal_counts_after_the_step(distance, reached):
 
 @pytest.mark.parametrize("task", ANTMAZES)
 def test_starts_and_goals(task):
-    """D4RL: around the start cell, at rest but for noise; every reset draws a goal."""
+    """As in D4RL: noise around the start cell and zero velocity; each reset draws a goal."""
     env = make_env(task)
     observations, goals = [], []
     for i in range(400):
@@ -132,7 +132,7 @@ def test_starts_and_goals(task):
     assert abs(np.corrcoef(noise.T)[0, 1]) < 0.2
 
 
-def test_seeds_decide_and_global_random_state_does_not():
+def test_seed_determines_episodes_and_global_random_state_does_not():
     def draws(seed: int) -> np.ndarray:
         env = make_env("antmaze-medium-play-v2")
         first, info = env.reset(seed=seed)
@@ -168,8 +168,8 @@ def test_max_episode_steps(task):
     assert max_episode_steps(task) == make_env(task).spec.max_episode_steps == steps
 
 
-def test_a_state_decides_what_follows():
-    """What was simulated before leaves no trace, so that a transition can be replayed anywhere."""
+def test_steps_depend_only_on_the_state():
+    """A replayed transition does not depend on what was simulated before."""
     env = make_env("antmaze-umaze-v2").unwrapped
     rows = recorded("umaze")
     forwards = replay(env, rows)
@@ -187,7 +187,7 @@ def test_environments_share_no_state():
     assert (second.goal != first.goal).all()
 
 
-def test_goal_is_checked_and_cannot_change_unnoticed():
+def test_goal_is_validated_and_read_only():
     env = make_env("antmaze-umaze-v2").unwrapped
     position = np.array([1.0, 2.0])
     env.goal = position

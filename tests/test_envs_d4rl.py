@@ -1,4 +1,4 @@
-"""The adapter around D4RL's own environments: with a stand-in and, where it is, the real one."""
+"""Tests of the adapter for D4RL's environments, with a fake and, if installed, the real one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from pogo_torchrl.envs.antmaze import D4RLAntMaze
 
 TASKS = ("hopper-medium-v2", "antmaze-umaze-v2")
 real = pytest.mark.skipif(
-    importlib.util.find_spec("mujoco_py") is None, reason="D4RL's own environments are missing"
+    importlib.util.find_spec("mujoco_py") is None,
+    reason="D4RL's own environments are not installed",
 )
 
 
 class FakeInner:
-    """What d4rl wraps: with a generator of its own, but goals from NumPy's global one."""
+    """The environment wrapped by d4rl: own generator, but goals from NumPy's global one."""
 
     def __init__(self):
         self.sim = types.SimpleNamespace(
@@ -43,7 +44,7 @@ class FakeInner:
 
 
 class FakeEnv:
-    """gym 0.23's interface: `reset` gives an observation, `step` four values."""
+    """gym 0.23's interface: ``reset`` returns an observation, ``step`` four values."""
 
     observation_space = types.SimpleNamespace(shape=(4,))
     action_space = types.SimpleNamespace(shape=(2,))
@@ -102,7 +103,7 @@ def fake(monkeypatch):
     return made
 
 
-def test_interface_is_gymnasiums(fake, capfd):
+def test_gymnasium_interface(fake, capfd):
     env = make_env("hopper-medium", backend="d4rl")
     [(name, inner)] = fake
     assert name == "hopper-medium-v2"
@@ -129,7 +130,7 @@ def test_interface_is_gymnasiums(fake, capfd):
     assert not captured.out + captured.err
 
 
-def test_a_terminal_state_at_the_horizon_is_terminal(fake):
+def test_terminal_state_at_the_horizon_is_terminal(fake):
     env = make_env("hopper-medium-v2", backend="d4rl")
     env.reset(seed=0)
     for action in (0.0, 0.0, 9.0):
@@ -149,7 +150,7 @@ def test_states_and_goals_can_be_set(fake, capfd):
     assert not capfd.readouterr().out
 
 
-def test_seeds_decide_and_global_random_state_does_not(fake):
+def test_seed_determines_episodes_and_global_random_state_does_not(fake):
     check_seeding("antmaze-umaze-v2")
 
 
@@ -182,14 +183,14 @@ def test_missing_packages(monkeypatch):
         assert part in message
 
 
-def test_rendering_needs_the_other_backend():
+def test_rendering_needs_the_mujoco_backend():
     with pytest.raises(ValueError, match="render_mode='human' needs backend='mujoco'"):
         make_env("hopper-medium-v2", backend="d4rl", render_mode="human")
 
 
 @real
 @pytest.mark.parametrize("task", TASKS)
-def test_the_real_environment_and_ours_agree(task, capfd):
+def test_matches_the_real_environment(task, capfd):
     handlers = list(logging.root.handlers)
     theirs, ours = make_env(task, backend="d4rl"), make_env(task)
     assert theirs.observation_space == ours.observation_space
@@ -215,5 +216,5 @@ def test_the_real_environment_and_ours_agree(task, capfd):
 
 @real
 @pytest.mark.parametrize("task", TASKS)
-def test_seeds_of_the_real_environment(task):
+def test_seeding_of_the_real_environment(task):
     check_seeding(task)

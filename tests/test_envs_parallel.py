@@ -1,4 +1,4 @@
-"""Environments shared with forks: the same steps, errors, and nothing left behind."""
+"""Tests of forked environment workers: same steps, errors, and no leftover processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from pogo_torchrl.envs import make_env
 from pogo_torchrl.envs.parallel import step_in_parallel
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are used on Linux only")
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left():
+def no_leftover_processes():
     yield
     assert not multiprocessing.active_children()
 
@@ -33,14 +33,14 @@ def reset_envs(count: int) -> list[gymnasium.Env]:
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
-def test_steps_are_those_of_each_environment_alone(processes):
+def test_steps_match_sequential_stepping(processes):
     rng = np.random.default_rng(0)
-    alone = reset_envs(5)
+    sequential = reset_envs(5)
     with step_in_parallel(reset_envs(5), processes) as step:
         for index in ([0, 1, 2, 3, 4], [4, 2], [0, 1, 3], [2]):
             actions = rng.uniform(-1, 1, (len(index), 6)).astype(np.float32)
             observations, rewards, over = step(np.array(index), actions)
-            expected = [alone[i].step(action) for i, action in zip(index, actions)]
+            expected = [sequential[i].step(action) for i, action in zip(index, actions)]
             np.testing.assert_array_equal(
                 observations, np.array([e[0] for e in expected], dtype=np.float32)
             )
@@ -48,8 +48,8 @@ def test_steps_are_those_of_each_environment_alone(processes):
             assert over.tolist() == [e[2] or e[3] for e in expected]
 
 
-@pytest.mark.parametrize("faulty", [0, 1])  # stepped here, and in a fork
-def test_what_an_environment_raises(faulty, monkeypatch):
+@pytest.mark.parametrize("faulty", [0, 1])  # in this process, and in a worker
+def test_exceptions_of_environments_are_raised(faulty, monkeypatch):
     envs = reset_envs(2)
 
     def step(action):
@@ -63,10 +63,10 @@ def test_what_an_environment_raises(faulty, monkeypatch):
         step_all(np.arange(2), np.zeros((2, 6), dtype=np.float32))
 
 
-def test_a_killed_process_is_an_error_in_one_sentence():
+def test_killed_worker_raises():
     with step_in_parallel(reset_envs(2), 2) as step:
         [worker] = multiprocessing.active_children()
-        os.kill(worker.pid, signal.SIGTERM)  # signals are the parent's business
+        os.kill(worker.pid, signal.SIGTERM)  # ignored: only the parent handles signals
         step(np.arange(2), np.zeros((2, 6), dtype=np.float32))
         worker.kill()
         worker.join()
@@ -74,8 +74,8 @@ def test_a_killed_process_is_an_error_in_one_sentence():
             step(np.arange(2), np.zeros((2, 6), dtype=np.float32))
 
 
-def test_threads_are_no_reason_to_warn():
-    """Python 3.12 would, at each fork."""
+def test_no_warning_about_threads():
+    """Python 3.12 would warn at each fork."""
     over = threading.Event()
     thread = threading.Thread(target=over.wait)
     thread.start()
@@ -89,7 +89,7 @@ def test_threads_are_no_reason_to_warn():
         thread.join()
 
 
-def test_without_more_processes_one_does_the_work(monkeypatch):
+def test_single_process_if_forking_fails(monkeypatch):
     def fork():
         raise BlockingIOError("Resource temporarily unavailable")
 

@@ -1,4 +1,4 @@
-"""Rollouts of chains: reproducible, comparable, and without side effects."""
+"""Evaluation of chains: reproducible, comparable and without side effects."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def equal(first: list[Evaluation], second: list[Evaluation]) -> bool:
     )
 
 
-def test_two_evaluations_agree_to_the_bit(evaluator, chain):
+def test_evaluations_are_bitwise_reproducible(evaluator, chain):
     first = evaluator(chain)
     assert equal(first, evaluator(chain))
     assert equal(first, Evaluator(TASK, episodes=EPISODES)(chain))
     assert not equal(first, Evaluator(TASK, episodes=EPISODES, seed=1)(chain))
 
 
-def test_global_random_state_is_neither_read_nor_written(evaluator, chain):
+def test_the_global_random_state_is_neither_read_nor_changed(evaluator, chain):
     results, untouched = [], []
     for seed in (1, 2):
         torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)  # noqa: NPY002
@@ -69,7 +69,7 @@ def test_global_random_state_is_neither_read_nor_written(evaluator, chain):
     assert all(untouched)
 
 
-def test_actors_and_modes_come_in_order(evaluator, chain):
+def test_order_of_actors_and_modes(evaluator, chain):
     evaluations = evaluator(chain)
     assert [(e.actor, e.mode) for e in evaluations] == [
         (0, "deterministic"),
@@ -80,14 +80,14 @@ def test_actors_and_modes_come_in_order(evaluator, chain):
     for e in evaluations:
         assert e.returns.shape == e.lengths.shape == (EPISODES,)
         np.testing.assert_allclose(e.scores, score(TASK, e.returns))
-    # actors do not influence each other, wherever they stand in the chain
+    # actors do not influence each other, whatever their position in the chain
     swapped = evaluator(chain[::-1])
     for i in range(4):
         np.testing.assert_allclose(swapped[(i + 2) % 4].returns, evaluations[i].returns)
 
 
-def test_deterministic_mode_is_a_plain_loop(evaluator, chain):
-    """One environment, one row at a time, z = 0."""
+def test_deterministic_mode_equals_a_plain_loop(evaluator, chain):
+    """One environment, one observation at a time, z = 0."""
     env = make_env(TASK)
     for actor, evaluation in zip(chain, evaluator(chain)[::2]):
         for episode in range(EPISODES):
@@ -115,7 +115,7 @@ class Noise(nn.Module):
         return self.gain * noise
 
 
-def test_the_stochastic_mode_feeds_noise(evaluator):
+def test_the_stochastic_mode_passes_noise(evaluator):
     spec = evaluator.action_spec
     uses, ignores = (TransportActor(Noise(gain), spec) for gain in (1.0, 0.0))
     deterministic, stochastic = evaluator([uses])
@@ -123,12 +123,12 @@ def test_the_stochastic_mode_feeds_noise(evaluator):
     assert len(set(stochastic.returns)) == EPISODES
     deterministic, stochastic = evaluator([ignores])
     assert np.array_equal(deterministic.returns, stochastic.returns)
-    # equal terms: the same actor twice meets the same starts and the same noise
+    # the same actor twice has the same start states and the same noise
     twins = evaluator([uses, uses])
     assert np.array_equal(twins[1].returns, twins[3].returns)
 
 
-def test_the_first_episodes_do_not_depend_on_their_number(evaluator, chain):
+def test_the_first_episodes_do_not_depend_on_the_number_of_episodes(evaluator, chain):
     for few, many in zip(evaluator(chain[:1]), Evaluator(TASK, episodes=EPISODES + 1)(chain[:1])):
         np.testing.assert_allclose(many.returns[:EPISODES], few.returns, rtol=1e-4)
 
@@ -147,7 +147,7 @@ def threads():
 
 
 def test_results_do_not_depend_on_the_number_of_processes(chain, threads, monkeypatch):
-    """To the bit; and PyTorch's threads stay as they were."""
+    """Bitwise; the number of PyTorch threads is restored."""
     results = []
     for count in (1, 2, 3):
         monkeypatch.setattr("pogo_torchrl.evaluation._ENVS_PER_PROCESS", 2)
@@ -158,7 +158,7 @@ def test_results_do_not_depend_on_the_number_of_processes(chain, threads, monkey
     assert all(equal(results[0], other) for other in results[1:])
 
 
-def test_antmaze_in_processes_is_antmaze_in_one(threads):
+def test_antmaze_in_several_processes_equals_one(threads):
     def short() -> gymnasium.Env:
         return gymnasium.wrappers.TimeLimit(make_env("antmaze-umaze-v2").unwrapped, 20)
 
@@ -172,7 +172,7 @@ def test_antmaze_in_processes_is_antmaze_in_one(threads):
     assert results[0][1].lengths.tolist() == [20] * 10
 
 
-def test_a_process_that_uses_a_gpu_is_not_forked(threads, monkeypatch):
+def test_a_process_that_uses_cuda_is_not_forked(threads, monkeypatch):
     threads(2)
     evaluator = Evaluator(TASK)
     assert evaluator._processes(20) == 2
@@ -180,7 +180,7 @@ def test_a_process_that_uses_a_gpu_is_not_forked(threads, monkeypatch):
     assert evaluator._processes(20) == 1
 
 
-def test_a_signal_ends_an_evaluation(threads, monkeypatch):
+def test_a_signal_interrupts_an_evaluation(threads, monkeypatch):
     monkeypatch.setattr("pogo_torchrl.evaluation._ENVS_PER_PROCESS", 1)
     threads(3)
     evaluator = Evaluator("halfcheetah-medium-v2", episodes=4)
@@ -196,24 +196,24 @@ def test_a_signal_ends_an_evaluation(threads, monkeypatch):
     assert torch.get_num_threads() == 3
 
 
-def test_other_environments_step_in_this_process(threads, monkeypatch):
-    """They may hold what does not survive a fork, or keep what would be lost with it."""
+def test_other_environments_are_stepped_in_the_current_process(threads, monkeypatch):
+    """They may hold resources that do not survive a fork, or state that would be lost in it."""
     monkeypatch.setattr("pogo_torchrl.evaluation._ENVS_PER_PROCESS", 1)
     threads(2)
-    here = []
+    pids = []
 
     class Recorder(gymnasium.Wrapper):
         def step(self, action):
-            here.append(os.getpid())
+            pids.append(os.getpid())
             return super().step(action)
 
     evaluator = Evaluator(TASK, episodes=EPISODES, env_fn=lambda: Recorder(make_env(TASK)))
     results = evaluator([make_actor(11, evaluator.action_spec, (8,))])
-    assert here == [os.getpid()] * sum(e.lengths.sum() for e in results)
+    assert pids == [os.getpid()] * sum(e.lengths.sum() for e in results)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_actions_that_are_not_finite(evaluator, chain, value):
+def test_non_finite_actions_raise(evaluator, chain, value):
     for parameter in chain[1].parameters():
         nn.init.constant_(parameter, value)
     with pytest.raises(FloatingPointError, match="actor 1"):
@@ -229,7 +229,7 @@ def test_settings_out_of_range(task, episodes, message):
         Evaluator(task, episodes=episodes)
 
 
-def test_layout_on_the_screen():
+def test_format_evaluation():
     def evaluation(actor: int, mode: str, mean: float, points: float) -> Evaluation:
         spread = np.linspace(-1, 1, 10)
         return Evaluation(actor, mode, mean + spread, np.full(10, 9), points + spread)

@@ -1,4 +1,4 @@
-"""The examples that use the library from Python."""
+"""The examples that use the Python API."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_plain_loop_runs_and_is_short():
 
 
 @pytest.mark.parametrize("delay_actor", [False, True])
-def test_the_single_file_goes_from_a_data_file_to_scores(tmp_path, capsys, delay_actor):
+def test_the_single_file_runs_from_a_dataset_to_scores(tmp_path, capsys, delay_actor):
     module = example("pogo_single_file")
     rng, rows = np.random.default_rng(0), 300
     data = {

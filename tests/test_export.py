@@ -1,4 +1,4 @@
-"""Trained chains on disk."""
+"""Export of trained chains."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def path(tmp_path, chain):
     return tmp_path / "policy.safetensors"
 
 
-def test_raw_observations_are_normalised_inside(trained, chain):
+def test_raw_observations_are_normalised(trained, chain):
     raw, noise = torch.randn(5, 3), torch.randn(5, 2)
     for actor, on_raw in zip(trained, chain):
         expected = actor(observation=(raw - MEAN) / STD, noise=noise)
         assert torch.equal(on_raw(observation=raw, noise=noise), expected)
 
 
-def test_the_raw_policy_follows_the_training(trained, chain):
+def test_the_raw_policy_shares_the_trained_parameters(trained, chain):
     torch.nn.init.zeros_(trained[0].module.mlp[-1].weight)
     torch.nn.init.zeros_(trained[0].module.mlp[-1].bias)
     action = chain[0](observation=torch.randn(3))
@@ -75,7 +75,7 @@ def test_the_header_is_json(path):
     assert header["actor_1.mean"]["shape"] == [3]
 
 
-def test_loading_leaves_the_random_state_alone(path):
+def test_loading_does_not_change_the_random_state(path):
     before = torch.get_rng_state()
     load_actors(path)
     assert torch.equal(torch.get_rng_state(), before)
@@ -83,13 +83,13 @@ def test_loading_leaves_the_random_state_alone(path):
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "flipped"])
 def test_damaged_file(path, damage):
-    whole = path.read_bytes()
+    content = path.read_bytes()
     path.write_bytes(
         {
-            "truncated": whole[: len(whole) // 2],
+            "truncated": content[: len(content) // 2],
             "empty": b"",
             "text": b"weights",
-            "flipped": whole.replace(b"pogo_torchrl.actors", b"pogo_torchrl.act0rs"),
+            "flipped": content.replace(b"pogo_torchrl.actors", b"pogo_torchrl.act0rs"),
         }[damage]
     )
     with pytest.raises(ValueError, match=r"policy\.safetensors"):
@@ -97,19 +97,19 @@ def test_damaged_file(path, damage):
 
 
 def rewrite(path, tensors=(), **header):
-    """The file with other tensors and header entries; ``None`` takes one away."""
+    """Rewrite a file with other tensors and header entries; ``None`` removes one."""
     with safetensors.safe_open(path, "pt") as file:
-        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = {**file.metadata(), **header}
-    held = {k: v for k, v in {**held, **dict(tensors)}.items() if v is not None}
+    found = {k: v for k, v in {**found, **dict(tensors)}.items() if v is not None}
     metadata = {k: v for k, v in metadata.items() if v is not None}
-    path.write_bytes(safetensors.torch.save(held, metadata))
+    path.write_bytes(safetensors.torch.save(found, metadata))
 
 
 @pytest.mark.parametrize(
     ("header", "named"),
     [
-        ({"format": None}, "no policy of pogo_torchrl"),
+        ({"format": None}, "not a policy written by pogo_torchrl"),
         ({"version": None}, "version None"),
         ({"version": "99"}, "version 99.*update pogo_torchrl"),
         ({"num_actors": None}, "num_actors"),
@@ -125,7 +125,7 @@ def rewrite(path, tensors=(), **header):
         ({"hidden_sizes": "__import__('os')"}, "damaged"),
     ],
 )
-def test_headers_that_do_not_fit(path, header, named):
+def test_invalid_headers(path, header, named):
     rewrite(path, **header)
     with pytest.raises(ValueError, match=rf"policy\.safetensors.*{named}"):
         load_actors(path)
@@ -148,13 +148,13 @@ def test_headers_that_do_not_fit(path, header, named):
         ("actor_7.mean", torch.zeros(3)),
     ],
 )
-def test_tensors_that_do_not_fit(path, key, values):
+def test_invalid_tensors(path, key, values):
     rewrite(path, {key: values})
     with pytest.raises(ValueError, match=r"policy\.safetensors is damaged \(.+\): export"):
         load_actors(path)
 
 
-def test_a_file_of_torch_save_is_not_opened(tmp_path):
+def test_torch_save_files_are_not_opened(tmp_path):
     torch.save({"weights": torch.zeros(2)}, tmp_path / "policy.pt")
     with pytest.raises(
         ValueError, match=r"policy\.pt was written by torch\.save and is not opened"
@@ -165,13 +165,13 @@ def test_a_file_of_torch_save_is_not_opened(tmp_path):
 @pytest.mark.parametrize(
     ("hidden", "named"), [((8,), "hidden_sizes=\\[8\\]"), ((8, 5), "hidden_sizes=\\[8, 5\\]")]
 )
-def test_hidden_sizes_of_other_actors_are_not_written(tmp_path, chain, hidden, named):
+def test_mismatched_hidden_sizes_are_rejected(tmp_path, chain, hidden, named):
     with pytest.raises(ValueError, match=named):
         save_actors(tmp_path / "policy.safetensors", chain, hidden_sizes=hidden)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_actors_on_normalised_observations_are_not_written(tmp_path, trained):
+def test_actors_on_normalised_observations_are_rejected(tmp_path, trained):
     for actors in (trained, []):
         with pytest.raises(ValueError, match="on_raw_observations"):
             save_actors(tmp_path / "policy.safetensors", actors, hidden_sizes=HIDDEN)
@@ -182,7 +182,7 @@ def test_missing_file(tmp_path):
         load_actors(tmp_path / "policy.safetensors")
 
 
-def test_an_interrupted_write_leaves_the_old_file(path, chain, monkeypatch):
+def test_an_interrupted_write_keeps_the_old_file(path, chain, monkeypatch):
     before = path.read_bytes()
 
     def fail(*args):
@@ -195,7 +195,7 @@ def test_an_interrupted_write_leaves_the_old_file(path, chain, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["policy.safetensors"]
 
 
-def test_writing_again_replaces_the_file(path, chain):
+def test_saving_again_replaces_the_file(path, chain):
     save_actors(path, chain[:1], hidden_sizes=HIDDEN)
     assert len(load_actors(path)) == 1
     assert [p.name for p in path.parent.iterdir()] == ["policy.safetensors"]

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved of disk or fed damaged files, in real processes."""
+"""Killed and stopped runs, full disks and damaged files, in real processes."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ STEPS = "total_steps=48"
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache folder that all runs of this file share, with their data."""
+    """Cache folder with data, shared by all runs of this file."""
     folder = tmp_path_factory.mktemp("cache")
     behaviour_dataset("hopper-medium-v2", size=2000, cache_dir=folder, progress=False)
     return f"data.cache_dir={folder}"
 
 
 @pytest.fixture(scope="module")
-def whole(cache, tmp_path_factory):
-    """What an uninterrupted run has computed."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(cache, tmp_path_factory):
+    """State of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     process = pogo(folder, cache, STEPS)
     assert process.returncode == 0, process.stderr
     return state(run_folder(folder))
@@ -50,31 +50,31 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_kill_9_at_random_moments(cache, whole, tmp_path, kills):
+def test_kill_9_at_random_times(cache, uninterrupted, tmp_path, kills):
     moments = random.Random(kills)
     metrics = run_folder(tmp_path) / "training" / "metrics.csv"
     killed = 0
     while killed < kills:
         before = len(rows(metrics)) if metrics.exists() else 0
         process = start(tmp_path, cache, STEPS, "resume=true")
-        if killed:  # the first one anywhere, data and start included
+        if killed:  # the first kill may also hit data loading or start-up
             wait_for(lambda n=before: metrics.exists() and len(rows(metrics)) != n, process)
         time.sleep(moments.uniform(0, 0.4 if killed else 8))
         if process.poll() is not None:
-            break  # it was faster
+            break  # the run was faster
         process.kill()
         process.communicate()
         killed += 1
     process = pogo(tmp_path, cache, STEPS, "resume=true")
     assert process.returncode == 0, process.stderr
     assert killed > 0
-    assert_same(state(run_folder(tmp_path)), whole)
+    assert_same(state(run_folder(tmp_path)), uninterrupted)
     left = [p.name for p in run_folder(tmp_path).rglob(".*")]
     assert left == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_goes_on(cache, whole, tmp_path, number):
+def test_signal_saves_and_the_run_resumes(cache, uninterrupted, tmp_path, number):
     metrics = run_folder(tmp_path) / "training" / "metrics.csv"
     process = start(tmp_path, cache, STEPS)
     wait_for(metrics.exists, process)
@@ -82,14 +82,14 @@ def test_a_signal_saves_and_the_run_goes_on(cache, whole, tmp_path, number):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number, stderr
     step = int(max((run_folder(tmp_path) / "checkpoints").glob("step-*")).name.split("-")[1])
-    assert stderr.strip() == f"Stopped at update {step}; resume=true continues from there."
+    assert stderr.strip() == f"Stopped at update {step}; continue with resume=true."
     resumed = pogo(tmp_path, cache, STEPS, "resume=true")
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resumed at update {step}." in resumed.stdout
-    assert_same(state(run_folder(tmp_path)), whole)
+    assert_same(state(run_folder(tmp_path)), uninterrupted)
 
 
-def test_a_signal_that_is_passed_on_is_one_signal(cache, whole, tmp_path):
+def test_forwarded_signal_counts_once(cache, uninterrupted, tmp_path):
     metrics = run_folder(tmp_path) / "training" / "metrics.csv"
     process = start(tmp_path, cache, STEPS)
     wait_for(metrics.exists, process)
@@ -99,20 +99,20 @@ def test_a_signal_that_is_passed_on_is_one_signal(cache, whole, tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, stderr
     assert pogo(tmp_path, cache, STEPS, "resume=true").returncode == 0
-    assert_same(state(run_folder(tmp_path)), whole)
+    assert_same(state(run_folder(tmp_path)), uninterrupted)
 
 
-TROUBLE = """
+FAULTY = """
 import os, time
 import gymnasium
 from pogo_torchrl.envs import make_env
 
-class Trouble(gymnasium.Wrapper):
+class Faulty(gymnasium.Wrapper):
     steps = 0
     def step(self, action):
-        Trouble.steps += 1
-        if Trouble.steps > 5:
-            open("trouble", "w").close()
+        Faulty.steps += 1
+        if Faulty.steps > 5:
+            open("faulty", "w").close()
             if "SLOW" in os.environ:
                 time.sleep(0.2)
             if "STUCK" in os.environ:
@@ -121,14 +121,14 @@ class Trouble(gymnasium.Wrapper):
                 raise RuntimeError("the simulator is gone")
         return super().step(action)
 
-gymnasium.register("Trouble-v0", lambda **kwargs: Trouble(make_env("hopper-medium-v2")))
+gymnasium.register("Faulty-v0", lambda **kwargs: Faulty(make_env("hopper-medium-v2")))
 """
 
 
 @pytest.fixture
-def trouble(tmp_path):
-    """An environment like the task's, which can be slow or break."""
-    (tmp_path / "trouble.py").write_text(TROUBLE)
+def faulty(tmp_path):
+    """The environment of the task, made slow, stuck or broken by environment variables."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
 
     def options(*variables: str) -> dict:
         return {"env": os.environ | {"PYTHONPATH": str(tmp_path)} | dict.fromkeys(variables, "1")}
@@ -136,55 +136,55 @@ def trouble(tmp_path):
     return options
 
 
-def test_a_signal_during_an_evaluation(cache, whole, tmp_path, trouble):
-    arguments = (cache, STEPS, "env.id=trouble:Trouble-v0")
-    process = start(tmp_path, *arguments, **trouble("SLOW"))
-    wait_for((tmp_path / "trouble").exists, process)  # in the evaluation of update 6
+def test_signal_during_an_evaluation(cache, uninterrupted, tmp_path, faulty):
+    arguments = (cache, STEPS, "env.id=faulty:Faulty-v0")
+    process = start(tmp_path, *arguments, **faulty("SLOW"))
+    wait_for((tmp_path / "faulty").exists, process)  # in the evaluation of update 6
     asked = time.monotonic()
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert time.monotonic() - asked < 20
     assert not (run_folder(tmp_path) / "training" / "evaluations.csv").exists()
-    resumed = pogo(tmp_path, *arguments, "resume=true", **trouble())
+    resumed = pogo(tmp_path, *arguments, "resume=true", **faulty())
     assert resumed.returncode == 0, resumed.stderr
-    assert_same(state(run_folder(tmp_path)), whole)
+    assert_same(state(run_folder(tmp_path)), uninterrupted)
 
 
-def test_a_second_signal_stops_at_once(cache, tmp_path, trouble):
-    process = start(tmp_path, cache, STEPS, "env.id=trouble:Trouble-v0", **trouble("STUCK"))
+def test_second_signal_stops_immediately(cache, tmp_path, faulty):
+    process = start(tmp_path, cache, STEPS, "env.id=faulty:Faulty-v0", **faulty("STUCK"))
     log = run_folder(tmp_path) / "training" / "train.log"
-    wait_for((tmp_path / "trouble").exists, process)  # in the evaluation of update 6, which hangs
+    wait_for((tmp_path / "faulty").exists, process)  # in the evaluation of update 6, which hangs
     process.terminate()
     wait_for(lambda: "SIGTERM: saving a checkpoint" in log.read_text(), process)
-    time.sleep(1.1)  # within a second it would be the same signal
+    time.sleep(1.1)  # signals within one second count as one
     assert process.poll() is None
     process.terminate()
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGTERM
 
 
-def test_an_evaluation_environment_that_raises(cache, whole, tmp_path, trouble):
-    arguments = (cache, STEPS, "env.id=trouble:Trouble-v0")
-    process = pogo(tmp_path, *arguments, **trouble("BROKEN"))
+def test_evaluation_environment_that_raises(cache, uninterrupted, tmp_path, faulty):
+    arguments = (cache, STEPS, "env.id=faulty:Faulty-v0")
+    process = pogo(tmp_path, *arguments, **faulty("BROKEN"))
     assert process.returncode == 1
-    assert "trouble.py" in process.stderr  # where it was raised
+    assert "faulty.py" in process.stderr  # where it was raised
     last = process.stderr.strip().splitlines()[-1]
     assert "The evaluation at update 6 failed: the simulator is gone" in last
     assert "resume=true" in last
-    resumed = pogo(tmp_path, *arguments, "resume=true", **trouble())
+    resumed = pogo(tmp_path, *arguments, "resume=true", **faulty())
     assert resumed.returncode == 0, resumed.stderr
     assert "Resumed at update 6." in resumed.stdout
-    assert_same(state(run_folder(tmp_path)), whole)
+    assert_same(state(run_folder(tmp_path)), uninterrupted)
 
 
 def limited_files() -> None:
-    """Before a process starts: no file of it may grow beyond 9 MB, as on a full disk."""
+    """Limit the size of files of a new process to 9 MB, to simulate a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
 
 
-def test_a_disk_that_is_full_at_a_checkpoint(cache, tmp_path):
+def test_disk_full_while_saving_a_checkpoint(cache, tmp_path):
     wide = (cache, "hidden_sizes=[1024,1024]", "total_steps=8")  # its checkpoints are larger
     full = pogo(tmp_path, *wide, preexec_fn=limited_files)
     assert full.returncode == 2
@@ -195,7 +195,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(cache, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
 
 
-def test_a_folder_without_permission_to_write(cache, tmp_path):
+def test_folder_that_cannot_be_written(cache, tmp_path):
     (tmp_path / "logs").write_text("a file where the folder should be")
     process = pogo(tmp_path, cache, STEPS)
     assert process.returncode == 2
@@ -203,7 +203,7 @@ def test_a_folder_without_permission_to_write(cache, tmp_path):
     assert process.stderr.count("\n") == 1
 
 
-def test_two_processes_in_one_folder(cache, whole, tmp_path):
+def test_two_processes_in_one_folder(cache, uninterrupted, tmp_path):
     log = run_folder(tmp_path) / "training" / "train.log"
     first = start(tmp_path, cache, "total_steps=1000000", "eval_interval=1000000")
     wait_for(log.exists, first)
@@ -212,17 +212,17 @@ def test_two_processes_in_one_folder(cache, whole, tmp_path):
     assert "is in use by another process" in second.stderr
     assert second.stderr.count("\n") == 1
     assert first.poll() is None
-    first.kill()  # its lock is stale now, and does not matter
+    first.kill()  # its lock file is stale now and must be ignored
     first.communicate()
     shutil.rmtree(run_folder(tmp_path) / "training")
     shutil.rmtree(run_folder(tmp_path) / "checkpoints", ignore_errors=True)
     third = pogo(tmp_path, cache, STEPS)
     assert third.returncode == 0, third.stderr
-    assert_same(state(run_folder(tmp_path)), whole)
+    assert_same(state(run_folder(tmp_path)), uninterrupted)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
-def test_a_checkpoint_cut_at_a_random_byte(cache, whole, tmp_path, seed):
+def test_checkpoint_truncated_at_a_random_byte(cache, uninterrupted, tmp_path, seed):
     process = pogo(tmp_path, cache, "total_steps=44")
     assert process.returncode == 0, process.stderr
     chance = random.Random(seed)
@@ -232,15 +232,17 @@ def test_a_checkpoint_cut_at_a_random_byte(cache, whole, tmp_path, seed):
     file.write_bytes(content[: chance.randrange(len(content))])
     resumed = pogo(tmp_path, cache, STEPS, "resume=true")
     assert resumed.returncode == 0, resumed.stderr
-    assert f"{newest.name} is damaged or unfinished and is passed over" in resumed.stdout
+    skipping = "Skipping damaged or incomplete checkpoint"
+    (skipped,) = (line for line in resumed.stdout.splitlines() if skipping in line)
+    assert skipped.endswith(f"{newest.name}.")
     assert "Resumed at update 40." in resumed.stdout
     found = state(run_folder(tmp_path))
-    assert_same(found["metrics"], whole["metrics"])
+    assert_same(found["metrics"], uninterrupted["metrics"])
     assert_same(found["step-000000000048/0001-loss_module"],
-                whole["step-000000000048/0001-loss_module"])  # fmt: skip
+                uninterrupted["step-000000000048/0001-loss_module"])  # fmt: skip
 
 
-def test_a_checkpoint_of_another_run(cache, tmp_path):
+def test_checkpoint_of_another_run(cache, tmp_path):
     shared = "checkpoint_dir=shared"
     assert pogo(tmp_path, cache, "total_steps=4", shared).returncode == 0
     for change, named in (

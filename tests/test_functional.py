@@ -1,4 +1,4 @@
-"""The maths against numbers worked out by hand."""
+"""The equations against values computed by hand."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LOW, HIGH = tensor(-1.0, 0.0), tensor(3.0, 1.0)  # half ranges 2 and 0.5
     ("action", "noise", "expected"),
     [
         ([1.0, 0.5], [1.0, -1.0], [1.4, 0.4]),  # 0.2 * n in units of 2 and of 0.5
-        ([1.0, 0.5], [4.0, -4.0], [2.0, 0.25]),  # |0.2 * n| = 0.8 is clipped at 0.5
-        ([2.9, 0.05], [4.0, -4.0], [3.0, 0.0]),  # the sum is clipped at the bounds
+        ([1.0, 0.5], [4.0, -4.0], [2.0, 0.25]),  # |0.2 * n| = 0.8 is clipped to 0.5
+        ([2.9, 0.05], [4.0, -4.0], [3.0, 0.0]),  # the sum is clipped to the bounds
         ([-0.9, 0.95], [-4.0, 4.0], [-1.0, 1.0]),
         ([0.3, 0.7], [0.0, 0.0], [0.3, 0.7]),
     ],
@@ -95,7 +95,7 @@ def test_q_scale_carries_no_gradient(q_normalization):
     assert not scale.requires_grad
 
 
-def test_q_scale_is_finite_where_every_value_is_zero():
+def test_q_scale_is_finite_if_all_values_are_zero():
     assert torch.isfinite(F.q_scale(torch.zeros(3), 1.0))
 
 

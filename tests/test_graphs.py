@@ -1,4 +1,4 @@
-"""Replayed updates against plain ones. Without a GPU a tape of operations stands for its graph."""
+"""Replayed against plain updates. Without a GPU, a tape of operations replaces the CUDA graph."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph does, on the CPU: replays operations on the memory of their capture.
+    """CPU stand-in for a CUDA graph: replays operations on the memory of their capture.
 
-    No Python of the captured work runs at a replay, and reading a number breaks a capture.
+    A replay does not run the Python code of the captured work, and reading a value on the host
+    makes a capture fail.
     """
 
     def __init__(self):
@@ -55,7 +56,7 @@ class Tape(TorchDispatchMode):
         for func, args, kwargs, out in self.operations:
             results = tree_leaves(func(*args, **kwargs))
             for old, new in zip(tree_leaves(out), results, strict=True):
-                # Views and what is changed in place are there already.
+                # Views and tensors changed in place are already up to date.
                 if isinstance(old, torch.Tensor) and _address(old) != _address(new):
                     old.copy_(new)
 
@@ -75,19 +76,19 @@ def offline(rows):
 
 @pytest.fixture
 def make(make_loss, make_buffer, make_batch, monkeypatch):
-    """Trainers that start from the same weights, data and random state, with graphs or without."""
-    # What torch.compile would trace, as it is.
+    """Factory of trainers with identical weights, data and random state, with or without graphs."""
+    # Run the function that torch.compile would trace in eager mode.
     monkeypatch.setattr(
         "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
     )
     loss = make_loss(w2_backend="fast")
     buffers = {True: offline(make_batch(64)), False: make_buffer()}
 
-    def make(graphs, *, total=33, ours=True, guard=False, hook=None, **settings):
+    def make(graphs, *, total=33, offline_buffer=True, guard=False, hook=None, **settings):
         metrics = LogMetrics([Rows()], 10)
         hooks = [StopOnDivergence(metrics), metrics] if guard else [metrics]
         trainer = POGOTrainer(
-            copy.deepcopy(loss), buffers[ours], total, progress_bar=False,
+            copy.deepcopy(loss), buffers[offline_buffer], total, progress_bar=False,
             compile=True, hooks=hooks, **settings,
         )  # fmt: skip
         trainer.metrics = metrics
@@ -120,8 +121,8 @@ def trained(trainer):
     }
 
 
-def read_a_number(trainer):
-    """Have each update of a trainer read a number on the host."""
+def add_host_read(trainer):
+    """Make each update of a trainer read a value on the host."""
     stepper = trainer.optimization_stepper
     draw_noise = stepper.draw_noise
 
@@ -138,19 +139,19 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("policy_freq", [1, 2, 3, 5])
-@pytest.mark.parametrize("ours", [True, False])
-def test_replays_are_the_updates_themselves(make, policy_freq, ours):
-    plain = trained(make(False, ours=ours, policy_freq=policy_freq))
-    trainer = make(True, ours=ours, policy_freq=policy_freq)
+@pytest.mark.parametrize("offline_buffer", [True, False])
+def test_replays_are_bitwise_identical_to_plain_updates(make, policy_freq, offline_buffer):
+    plain = trained(make(False, offline_buffer=offline_buffer, policy_freq=policy_freq))
+    trainer = make(True, offline_buffer=offline_buffer, policy_freq=policy_freq)
     assert_same(trained(trainer), plain)
     assert [step for step, _ in plain["rows"]] == [10, 20, 30, 33]
     assert not trainer.optimization_stepper._graphs.failed
     replays = sum(tape.replays for tape in trainer.tapes)
-    # a replay holds several updates, or one where the buffer samples by itself
-    assert replays < 33 if ours else replays == 33
+    # a replay runs several updates, or one if the buffer samples outside of the graph
+    assert replays < 33 if offline_buffer else replays == 33
 
 
-def test_a_tick_is_split_into_long_graphs_and_single_ones(make):
+def test_a_tick_is_split_into_long_and_single_graphs(make):
     trainer = make(True, total=11)
     trained(trainer)
     long, single = trainer.tapes
@@ -167,8 +168,10 @@ def test_replays_are_exact_with_deterministic_algorithms(make):
 
 @pytest.mark.parametrize("policy_freq", [1, 2])
 @pytest.mark.parametrize("cut", [3, 17])
-def test_a_resumed_run_captures_anew_and_equals_the_unbroken_one(make, tmp_path, cut, policy_freq):
-    whole = trained(make(False, policy_freq=policy_freq))
+def test_a_resumed_run_captures_again_and_equals_an_uninterrupted_one(
+    make, tmp_path, cut, policy_freq
+):
+    uninterrupted = trained(make(False, policy_freq=policy_freq))
     settings = {"checkpoint_dir": tmp_path, "policy_freq": policy_freq}
     first = make(True, **settings)
     first.add_interval(cut)
@@ -182,11 +185,11 @@ def test_a_resumed_run_captures_anew_and_equals_the_unbroken_one(make, tmp_path,
     resumed = trained(second)
     assert second.tapes
     for part in ("loss", "stepper", "random", "count"):
-        assert_same(resumed[part], whole[part])
-    assert resumed["rows"] == [row for row in whole["rows"] if row[0] > cut]
+        assert_same(resumed[part], uninterrupted[part])
+    assert resumed["rows"] == [row for row in uninterrupted["rows"] if row[0] > cut]
 
 
-def test_a_checkpoint_loaded_in_between_is_what_replays_go_on_from(make, tmp_path):
+def test_replays_continue_from_a_checkpoint_loaded_in_between(make, tmp_path):
     trainer = make(True, total=8, checkpoint_dir=tmp_path)
     trained(trainer)
     trainer.optim_steps(TensorDict({}, [4]))  # beyond the checkpoint
@@ -197,22 +200,22 @@ def test_a_checkpoint_loaded_in_between_is_what_replays_go_on_from(make, tmp_pat
     assert_same(dict(trainer.loss_module.state_dict()), dict(expected.loss_module.state_dict()))
 
 
-def test_a_capture_that_fails_costs_a_warning_only(make, caplog):
+def test_a_failed_capture_only_logs_a_warning(make, caplog):
     plain = trained(make(False))
     caplog.clear()
     trainer = make(True)
-    read_a_number(trainer)
+    add_host_read(trainer)
     assert_same(trained(trainer), plain)
     assert len(trainer.tapes) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "No CUDA graphs, the updates are slower for it: operation not permitted when stream is "
-        "capturing"
+        "CUDA graph capture failed, updates run slower without it: operation not permitted when "
+        "stream is capturing"
     ]
 
 
-def test_a_batch_of_another_size_is_updated_on_without_a_graph(make, make_batch):
+def test_batches_of_another_size_run_without_a_graph(make, make_batch):
     def with_a_short_batch(graphs):
-        trainer = make(graphs, total=6, ours=False)
+        trainer = make(graphs, total=6, offline_buffer=False)
         sizes = iter([16, 16, 5, 16, 16, 5])
         trainer.dataset = SimpleNamespace(sample=lambda: make_batch(next(sizes)))
         return trained(trainer), trainer
@@ -223,14 +226,14 @@ def test_a_batch_of_another_size_is_updated_on_without_a_graph(make, make_batch)
     assert trainer.tapes[0].replays == 4
 
 
-def test_a_divergence_is_noticed_under_replays(make):
+def test_divergence_is_detected_during_replays(make):
     trainer = make(True, guard=True)
     spoil_at(trainer, 20)
     with pytest.raises(DivergenceError, match=r"at update 30.*loss_qvalue.*became infinite or NaN"):
         trainer.train()
 
 
-def test_what_others_do_at_each_update_is_not_left_out(make):
+def test_hooks_at_each_update_disable_graphs(make):
     calls = []
     trainer = make(True, hook=lambda: calls.append(1))
     trained(trainer)
@@ -250,7 +253,7 @@ def test_learning_rates_reach_each_replayed_update(make):
     assert not torch.allclose(constant["loss"][name], plain["loss"][name])
 
 
-def test_graphs_are_captured_again_where_the_loss_has_moved(make):
+def test_graphs_are_captured_again_after_the_loss_was_moved(make):
     found = []
     for graphs in (False, True):
         trainer = make(graphs, total=16)
@@ -263,21 +266,21 @@ def test_graphs_are_captured_again_where_the_loss_has_moved(make):
 
 
 class Watch(TorchDispatchMode):
-    """Fails where an operation needs the host: reads a number, or is given a tensor of the CPU."""
+    """Fails if an operation needs the host: if it reads a value or receives a CPU tensor."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket not in _READS, func
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-        # A number on the CPU travels with the launch, unless it is copied by itself.
+        # A CPU scalar is passed with the kernel launch, unless it is copied separately.
         assert all(x.device.type == "meta" or x.dim() == 0 for x in tensors), func
         if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
             assert len({x.device for x in tensors}) == 1, func
         return out
 
 
-def test_an_update_never_waits_for_the_host(unit_spec, make_batch, monkeypatch):
-    """With everything on the device "meta", which holds no numbers, in place of a GPU."""
+def test_an_update_never_synchronizes_with_the_host(unit_spec, make_batch, monkeypatch):
+    """Uses the device "meta", which stores no values, in place of a GPU."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     monkeypatch.setattr(
         "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
@@ -293,10 +296,10 @@ def test_an_update_never_waits_for_the_host(unit_spec, make_batch, monkeypatch):
     assert buffer.samples_on(torch.device("meta"))
     stepper = POGOOptimizationStepper(loss, compile=True, policy_freq=2, tau=0.005)
     stepper.track()
-    stepper.run(2, buffer)  # makes what optimizers keep, and numbers to read
+    stepper.run(2, buffer)  # creates the optimizer states and the learning rates
     with Watch():
         stepper.run(4, buffer)
-    read_a_number(SimpleNamespace(optimization_stepper=stepper))
+    add_host_read(SimpleNamespace(optimization_stepper=stepper))
     with pytest.raises(AssertionError, match="_local_scalar_dense"), Watch():
         stepper.run(1, buffer)
 
@@ -321,7 +324,7 @@ def make_on_gpu(make_loss, make_batch):
 
 @needs_gpu
 @pytest.mark.parametrize("policy_freq", [1, 2])
-def test_a_gpu_replays_the_updates_themselves(make_on_gpu, policy_freq):
+def test_replays_on_a_gpu_equal_plain_updates(make_on_gpu, policy_freq):
     plain, replayed = (make_on_gpu(policy_freq=policy_freq) for _ in range(2))
     plain.optimization_stepper.graph_maker = lambda: None
     expected, random = trained(plain), torch.cuda.get_rng_state()
@@ -334,20 +337,20 @@ def test_a_gpu_replays_the_updates_themselves(make_on_gpu, policy_freq):
 
 
 @needs_gpu
-def test_a_gpu_goes_on_after_a_capture_that_failed(make_on_gpu, caplog):
+def test_training_on_a_gpu_continues_after_a_failed_capture(make_on_gpu, caplog):
     plain, broken = make_on_gpu(), make_on_gpu()
     plain.optimization_stepper.graph_maker = lambda: None
     expected = trained(plain)
-    read_a_number(broken)
+    add_host_read(broken)
     torch.manual_seed(1)
     found = trained(broken)
     assert broken.optimization_stepper._graphs.failed
-    assert "No CUDA graphs" in caplog.text
+    assert "CUDA graph capture failed" in caplog.text
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_gpu
-def test_nothing_of_an_update_waits_for_the_gpu(make_on_gpu):
+def test_an_update_never_synchronizes_with_the_gpu(make_on_gpu):
     trainer = make_on_gpu()
     trainer.optim_steps(TensorDict({}, [25]))  # captures
     torch.cuda.set_sync_debug_mode("error")

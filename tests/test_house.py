@@ -1,4 +1,4 @@
-"""How the package is built: what may import what, and what may touch what is private."""
+"""Structure of the package: imports, module names and use of private interfaces."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_loss_needs_no_simulator_no_hydra_and_no_files():
     assert done.returncode == 0, done.stderr
 
 
-def test_no_two_modules_share_a_name_or_shadow_pythons():
+def test_module_names_are_unique_and_do_not_shadow_the_standard_library():
     names = [file.stem for file in FILES if not file.stem.startswith("__")]
     names += [file.parent.name for file in FILES if file.stem == "__init__"]
     assert [name for name, count in Counter(names).items() if count > 1] == []
@@ -47,7 +47,7 @@ def test_modules_are_short():
 
 
 def defined(tree: ast.AST) -> set[str]:
-    """Names that a module defines or assigns."""
+    """Return the names that a module defines or assigns."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -57,10 +57,13 @@ def defined(tree: ast.AST) -> set[str]:
     return names
 
 
-def test_what_is_private_to_others_is_used_in_one_module():
-    """Attributes with an underscore that nothing in the package defines are somebody else's."""
+def test_private_interfaces_of_other_packages_are_used_in_one_module():
+    """Attributes with an underscore that the package does not define belong to other packages."""
     ours = set().union(*map(defined, TREES.values()))
-    allowed = {"_replace", "_max_episode_steps"}  # of named tuples; of gym, which D4RL pins
+    allowed = {
+        "_replace",
+        "_max_episode_steps",
+    }  # of named tuples; of the gym version pinned by D4RL
     found = {
         f"{name}: {ast.unparse(node)}"
         for name, tree in TREES.items()
@@ -75,14 +78,14 @@ def test_what_is_private_to_others_is_used_in_one_module():
 
 
 @pytest.fixture
-def forgetful():
-    """A warning that was given once is given again."""
+def reset_warnings():
+    """Let warnings that are issued once be issued again."""
     torchrl_private._warn_once.cache_clear()
     yield
     torchrl_private._warn_once.cache_clear()
 
 
-def test_without_torchrls_stages_hooks_are_called_directly(forgetful):
+def test_without_torchrls_stages_hooks_are_called_directly(reset_warnings):
     batch, other = TensorDict(a=torch.zeros(1)), TensorDict(a=torch.ones(1))
     seen = []
     trainer = SimpleNamespace(
@@ -98,11 +101,11 @@ def test_without_torchrls_stages_hooks_are_called_directly(forgetful):
     assert seen[0] is other
     assert seen[1] == 3
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
+        warnings.simplefilter("error")  # the warning is issued only once
         torchrl_private.run_stage(trainer, "setup")
 
 
-def test_without_torchrls_counter_updates_are_still_made(forgetful):
+def test_without_torchrls_counter_updates_still_run(reset_warnings):
     with pytest.warns(UserWarning, match=r"no Trainer\._optim_count"):
         torchrl_private.count_updates(SimpleNamespace(), 3)
     trainer = SimpleNamespace(_optim_count=2)
@@ -113,7 +116,7 @@ def test_without_torchrls_counter_updates_are_still_made(forgetful):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_without_torchrls_reduction_losses_are_the_same(
-    forgetful, monkeypatch, make_loss, make_batch, reduction, weighted
+    reset_warnings, monkeypatch, make_loss, make_batch, reduction, weighted
 ):
     loss, batch = make_loss(reduction=reduction), make_batch()
     if weighted:

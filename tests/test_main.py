@@ -1,4 +1,4 @@
-"""The command line, in real processes."""
+"""Single runs of the command line, in real processes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pogo_torchrl.experiments.run_folder import RunFolder, check_run_folder
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache folder that all runs of this file share."""
+    """Cache folder shared by all runs of this file."""
     return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
 
 
 @pytest.fixture(scope="module")
 def finished(cache, tmp_path_factory):
-    """A finished run of 12 updates: its working folder and process."""
+    """Working folder and process of a finished run of 12 updates."""
     folder = tmp_path_factory.mktemp("run")
     return folder, pogo(folder, cache, "total_steps=12", "progress_bar=false")
 
 
-def test_a_run_says_what_it_did(finished):
+def test_run_prints_evaluations_and_scores(finished):
     _, process = finished
     assert process.returncode == 0, process.stderr
     out = process.stdout
@@ -46,7 +46,7 @@ def test_a_run_says_what_it_did(finished):
     assert "Traceback" not in process.stderr
 
 
-def test_a_run_writes_its_folder_and_nothing_else(finished):
+def test_run_writes_only_to_its_folder(finished):
     folder, _ = finished
     assert [p.name for p in folder.iterdir()] == ["logs"]
     training, checkpoints = (run_folder(folder) / n for n in ("training", "checkpoints"))
@@ -60,7 +60,7 @@ def test_a_run_writes_its_folder_and_nothing_else(finished):
     assert len(rows(training / "evaluations.csv")) == 2 * 2 * 2
 
 
-def test_the_policy_acts_on_raw_observations(finished):
+def test_policy_acts_on_raw_observations(finished):
     folder, _ = finished
     chain = load_actors(run_folder(folder) / "checkpoints" / "policy.safetensors")
     assert len(chain) == 2
@@ -69,13 +69,13 @@ def test_the_policy_acts_on_raw_observations(finished):
     assert action.abs().max() <= 1
 
 
-def test_the_same_options_give_the_same_run_to_the_bit(finished, cache, tmp_path):
+def test_same_options_give_bitwise_identical_runs(finished, cache, tmp_path):
     folder, _ = finished
     assert pogo(tmp_path, cache, "total_steps=12").returncode == 0
     assert_same(state(run_folder(tmp_path)), state(run_folder(folder)))
 
 
-def test_what_is_written_and_evaluated_makes_no_difference(finished, cache, tmp_path):
+def test_logging_and_evaluation_do_not_affect_training(finished, cache, tmp_path):
     folder, _ = finished
     process = pogo(
         tmp_path, cache, "total_steps=12", "log_interval=5", "eval_interval=100",
@@ -88,7 +88,7 @@ def test_what_is_written_and_evaluated_makes_no_difference(finished, cache, tmp_
         assert_same(mine[key], other[key])
 
 
-def test_another_seed_gives_another_run(finished, cache, tmp_path):
+def test_different_seeds_give_different_runs(finished, cache, tmp_path):
     folder, _ = finished
     assert pogo(tmp_path, cache, "total_steps=12", "seed=1").returncode == 0
     other = run_folder(tmp_path).with_name("seed_1")
@@ -96,7 +96,7 @@ def test_another_seed_gives_another_run(finished, cache, tmp_path):
     assert all(a["loss_qvalue"] != b["loss_qvalue"] for a, b in zip(mine, theirs))
 
 
-def test_a_second_start_is_refused(finished, cache):
+def test_second_start_without_resume_is_rejected(finished, cache):
     folder, _ = finished
     process = pogo(folder, cache, "total_steps=12")
     assert process.returncode == 2
@@ -104,22 +104,22 @@ def test_a_second_start_is_refused(finished, cache):
     assert "resume=true" in process.stderr
 
 
-def test_resume_with_another_lr_is_refused(finished, cache):
+def test_resume_with_another_lr_is_rejected(finished, cache):
     folder, _ = finished
     process = pogo(folder, cache, "total_steps=20", "resume=true", "lr=1e-3")
     assert process.returncode == 2
     assert "lr: 0.0003 -> 0.001" in process.stderr
 
 
-def test_a_resumed_run_writes_what_a_long_one_writes(finished, cache, tmp_path):
+def test_resumed_run_logs_the_same_metrics_as_an_uninterrupted_one(finished, cache, tmp_path):
     folder, _ = finished
     short = pogo(tmp_path, cache, "total_steps=8", "eval_interval=4")
     assert short.returncode == 0, short.stderr
     longer = pogo(tmp_path, cache, "total_steps=12", "resume=true")
     assert longer.returncode == 0, longer.stderr
-    parts = (run_folder(tmp_path), run_folder(folder))
-    mine, whole = (rows(part / "training" / "metrics.csv") for part in parts)
-    assert mine == whole
+    folders = (run_folder(tmp_path), run_folder(folder))
+    resumed, uninterrupted = (rows(f / "training" / "metrics.csv") for f in folders)
+    assert resumed == uninterrupted
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_resumed_run_writes_what_a_long_one_writes(finished, cache, tmp_path):
         (["env.max_episode_steps=-1"], "env.max_episode_steps=-1"),
     ],
 )
-def test_bad_input_gets_one_sentence(cache, tmp_path, arguments, answer):
+def test_bad_input_gives_a_one_line_error(cache, tmp_path, arguments, answer):
     process = pogo(tmp_path, cache, *arguments)
     assert process.returncode == 2
     assert answer in process.stderr
@@ -144,7 +144,7 @@ def test_bad_input_gets_one_sentence(cache, tmp_path, arguments, answer):
 
 
 def random_episodes(path, env, length, episodes=3):
-    """A file in D4RL's layout, of random actions."""
+    """Write a file in D4RL's layout with episodes of random actions."""
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
     data = {key: [] for key in keys}
     for episode in range(episodes):
@@ -162,7 +162,7 @@ def random_episodes(path, env, length, episodes=3):
             file[key] = np.array(values)
 
 
-def test_antmaze_starts_trains_and_evaluates(cache, tmp_path):
+def test_antmaze_trains_and_evaluates(cache, tmp_path):
     random_episodes(tmp_path / "data.hdf5", make_env("antmaze-umaze-v2"), 20)
     process = pogo(
         tmp_path, cache, "task=antmaze-umaze-v2", "data.source=hdf5", "data.path=data.hdf5",
@@ -174,7 +174,7 @@ def test_antmaze_starts_trains_and_evaluates(cache, tmp_path):
     assert len(rows(folder / "training" / "evaluations.csv")) == 4
 
 
-def test_another_environment(cache, tmp_path):
+def test_custom_environment(cache, tmp_path):
     random_episodes(tmp_path / "data.hdf5", gymnasium.make("Pendulum-v1"), 20)
     process = pogo(
         tmp_path, cache, "env.id=Pendulum-v1", "data.source=hdf5", "data.path=data.hdf5",
@@ -186,7 +186,7 @@ def test_another_environment(cache, tmp_path):
         tmp_path, cache, "data.source=hdf5", "data.path=data.hdf5", "log_dir=other"
     )  # fmt: skip
     assert process.returncode == 2
-    assert "(3, 1), task=hopper-medium-v2 has (11, 3)" in process.stderr
+    assert "(3, 1), but task=hopper-medium-v2 has (11, 3)" in process.stderr
 
 
 def test_help_lists_every_option(cache, tmp_path):
@@ -202,11 +202,11 @@ def test_help_lists_every_option(cache, tmp_path):
     ("choice", "total_steps", "compiled"),
     [("auto", 9_999, False), ("auto", 10_000, True), ("true", 1, True), ("false", 10**6, False)],
 )
-def test_what_is_compiled_depends_on_the_length_of_the_run_alone(choice, total_steps, compiled):
+def test_compile_auto_depends_on_total_steps(choice, total_steps, compiled):
     assert choose_compile(choice, total_steps) is compiled
 
 
-def test_without_a_compiler_auto_goes_on_and_true_says_what_to_install(monkeypatch, caplog):
+def test_without_a_compiler_auto_falls_back_and_true_is_an_error(monkeypatch, caplog):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert choose_compile("auto", 10_000) is False
     assert "a C++ compiler (g++) is missing" in caplog.text
@@ -214,14 +214,14 @@ def test_without_a_compiler_auto_goes_on_and_true_says_what_to_install(monkeypat
         choose_compile("true", 1)
 
 
-def test_a_divergence_that_cannot_be_compiled_is_not_by_itself():
+def test_compile_auto_skips_backends_that_cannot_be_compiled():
     assert choose_compile("auto", 10_000, "tensorized") is False
     with pytest.raises(ValueError, match="compile=true needs w2_backend=fast or exact"):
         choose_compile("true", 10_000, "tensorized")
 
 
 def started(tmp_path, *options, without=()):
-    """The folder of a run that has been started with some options."""
+    """Folder of a run that was started with these options."""
     cfg = compose([f"log_dir={tmp_path}", *options])
     folder = RunFolder.of(cfg)
     folder.training.mkdir(parents=True)
@@ -232,7 +232,7 @@ def started(tmp_path, *options, without=()):
     return folder
 
 
-def test_options_that_an_earlier_release_did_not_have_had_their_defaults(tmp_path):
+def test_options_missing_from_an_older_config_have_their_defaults(tmp_path):
     folder = started(tmp_path, without=["lr_actor", "lr_schedule", "weight_decay", "w2_fraction"])
     options = [f"log_dir={tmp_path}", "resume=true"]
     check_run_folder(folder, compose(options))
@@ -241,7 +241,7 @@ def test_options_that_an_earlier_release_did_not_have_had_their_defaults(tmp_pat
 
 
 @pytest.mark.parametrize("option", ["lr_schedule=linear", "lr_schedule_actor=cosine"])
-def test_a_schedule_ties_a_run_to_its_length(tmp_path, option):
+def test_lr_schedules_fix_total_steps(tmp_path, option):
     longer = [f"log_dir={tmp_path}", "resume=true", "total_steps=5000"]
     check_run_folder(started(tmp_path, "seed=1"), compose([*longer, "seed=1"]))
     folder = started(tmp_path, option)

@@ -1,4 +1,4 @@
-"""Reading Minari's datasets, those on this machine and those at a remote."""
+"""Tests of reading Minari datasets, local and remote."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EpisodeBuffer = pytest.importorskip("minari.data_collector").EpisodeBuffer
 
 ID = "tiny/steps-v0"
 ACTIONS = Box(-1, 1, (2,))
-# length, and how it ends
+# Length of each episode, and how it ends.
 EPISODES = [(4, "truncated"), (3, "terminated"), (5, "neither"), (2, "both")]
 EPISODES += [(1, "terminated"), (1, "truncated")] * 4 + [(3, "terminated")]
 
@@ -62,7 +62,7 @@ def random_episodes(seed: int = 0, shape: list[tuple[int, str]] = EPISODES) -> l
 
 def write(episodes: list[dict], dataset_id: str = ID, observation_space=None):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of authors and the like
+        warnings.simplefilter("ignore")  # about missing metadata such as authors
         return minari.create_dataset_from_buffers(
             dataset_id,
             [EpisodeBuffer(**each, infos={}) for each in episodes],
@@ -76,7 +76,7 @@ def main_file(root: Path, dataset_id: str = ID) -> Path:
 
 
 def kept(episodes: list[dict]) -> list[tuple[int, int]]:
-    """Episode and step of each row, by the rule as it is written: no truncated step, no last."""
+    """Episode and step of each row: all steps except truncated ones and the very last one."""
     rows = [(e, t) for e, each in enumerate(episodes) for t in range(len(each["rewards"]))]
     return [(e, t) for e, t in rows[:-1] if not episodes[e]["truncations"][t]]
 
@@ -131,8 +131,8 @@ def test_layout():
     assert data["next", "terminated"].any()
 
 
-def test_rows_are_those_of_the_same_data_in_a_d4rl_file(tmp_path):
-    # every end marked, as D4RL's files do: a file cannot tell the next observation elsewhere
+def test_rows_match_the_same_data_in_d4rl_layout(tmp_path):
+    # All ends are marked, as in D4RL's files, which do not store the next observation there.
     episodes = random_episodes(shape=[each for each in EPISODES if each[1] != "neither"])
     write(episodes)
     with h5py.File(tmp_path / "data.hdf5", "w") as file:
@@ -150,7 +150,7 @@ def test_rows_are_those_of_the_same_data_in_a_d4rl_file(tmp_path):
     np.testing.assert_allclose(ours.episode_returns, d4rl.episode_returns, rtol=1e-5, atol=1e-5)
 
 
-def test_no_row_crosses_an_episode():
+def test_no_row_crosses_episodes():
     episodes = random_episodes()
     for number, each in enumerate(episodes):
         each["observations"][:, 0] = number + 1
@@ -160,7 +160,7 @@ def test_no_row_crosses_an_episode():
     assert data["observation"][:, 0].unique().numel() > 5
 
 
-def test_agrees_with_minaris_own_iteration():
+def test_rows_match_minaris_own_iteration():
     write(random_episodes(shape=[(6, "terminated"), (5, "truncated"), (7, "terminated")]))
     dataset, data = minari.load_dataset(ID), read_minari(ID).transitions
     assert len(data) == dataset.total_steps - 1 - 1
@@ -173,7 +173,7 @@ def test_agrees_with_minaris_own_iteration():
     np.testing.assert_array_equal(data["action"][-6:], last.actions[:6])
 
 
-def test_steps_truncated_in_the_middle():
+def test_truncated_step_inside_an_episode():
     (each,) = random_episodes(shape=[(6, "terminated")])
     each["truncations"][2] = True
     write([each])
@@ -207,7 +207,7 @@ def goals(episodes: list[dict], **parts: tuple[int, ...]) -> None:
         }
 
 
-def test_antmaze_observations_are_those_of_d4rl():
+def test_antmaze_observations_match_d4rl():
     episodes = random_episodes(shape=[(3, "truncated"), (4, "terminated")])
     goals(episodes, observation=(27,), desired_goal=(2,), achieved_goal=(2,))
     sizes = {"achieved_goal": 2, "desired_goal": 2, "observation": 27}
@@ -235,15 +235,17 @@ def test_antmaze_observations_are_those_of_d4rl():
         Discrete(5),
     ],
 )
-def test_other_observations_are_refused(space, root):
+def test_unsupported_observation_spaces(space, root):
     write(random_episodes())
     other_space(root, "observation_space", space)
-    with pytest.raises(ValueError, match=rf"data\.path='{ID}' has observations in .*Box of one"):
+    with pytest.raises(
+        ValueError, match=rf"data\.path='{ID}' has observations in .*one-dimensional Box"
+    ):
         read_minari(ID)
 
 
 @pytest.mark.parametrize("space", [Discrete(3), Box(-1, 1, (2, 2)), Tuple((ACTIONS,))])
-def test_other_actions_are_refused(space, root):
+def test_unsupported_action_spaces(space, root):
     write(random_episodes())
     other_space(root, "action_space", space)
     with pytest.raises(ValueError, match=rf"data\.path='{ID}' has actions in .*continuous"):
@@ -265,7 +267,7 @@ def other_space(root: Path, key: str, space) -> None:
     "dataset_id", ["hopper-medium", "../up-v0", "a//b-v0", "x.hdf5", "hf://farama/a-v0", ""]
 )
 def test_malformed_ids(dataset_id):
-    with pytest.raises(ValueError, match=r"data\.path=.* is not the id of a Minari dataset.*-vN"):
+    with pytest.raises(ValueError, match=r"data\.path=.* is not a valid Minari dataset ID.*-vN"):
         read_minari(dataset_id)
 
 
@@ -280,16 +282,16 @@ def test_without_minari(monkeypatch):
 def test_damaged_datasets(root, name, damage):
     write(random_episodes())
     path = root / ID / "data" / name
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"no", "empty": b""}[damage])
+        path.write_bytes({"cut": intact[: len(intact) // 2], "text": b"no", "empty": b""}[damage])
     with pytest.raises(ValueError, match=rf"data\.path='{ID}' is damaged.*delete {root / ID}"):
         read_minari(ID)
 
 
-def test_a_missing_episode(root):
+def test_missing_episode(root):
     write(random_episodes())
     with h5py.File(main_file(root), "a") as file:
         del file["episode_3"]
@@ -302,35 +304,35 @@ def test_steps_that_differ_from_the_metadata(root, steps, word):
     dataset = write(random_episodes())
     assert dataset.total_steps not in (20, 200)
     change_metadata(root, total_steps=steps)
-    with pytest.raises(ValueError, match=rf"data\.path='{ID}' holds {word} .*says {steps}"):
+    with pytest.raises(ValueError, match=rf"data\.path='{ID}' has {word} .*says {steps}"):
         read_minari(ID)
 
 
 @pytest.mark.parametrize("shape", [[], [(1, "terminated")]])
 def test_too_few_steps(shape):
     write(random_episodes(shape=shape))
-    with pytest.raises(ValueError, match=rf"data\.path='{ID}' holds [01] steps; at least 2"):
+    with pytest.raises(ValueError, match=rf"data\.path='{ID}' has [01] steps; at least 2"):
         read_minari(ID)
 
 
 def test_no_usable_row():
     write(random_episodes(shape=[(1, "truncated")] * 3))
-    with pytest.raises(ValueError, match=rf"data\.path='{ID}' holds no transition"):
+    with pytest.raises(ValueError, match=rf"data\.path='{ID}' contains no transition"):
         read_minari(ID)
 
 
-def test_zeros():
+def test_all_zero_observations():
     episodes = random_episodes()
     for each in episodes:
         each["observations"] *= 0
     write(episodes)
-    with pytest.raises(ValueError, match=rf"data\.path='{ID}' has nothing but zeros"):
+    with pytest.raises(ValueError, match=rf"data\.path='{ID}' has only zeros"):
         read_minari(ID)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
 @pytest.mark.parametrize("key", ["observations", "rewards"])
-def test_values_that_are_not_finite(key, value):
+def test_non_finite_values(key, value):
     episodes = random_episodes()
     episodes[2][key][3] = value
     write(episodes)
@@ -350,7 +352,7 @@ def test_values_that_are_not_finite(key, value):
         ("truncations", (4,)),
     ],
 )
-def test_shapes_that_do_not_fit(root, key, shape):
+def test_mismatched_shapes(root, key, shape):
     write(random_episodes())
     with h5py.File(main_file(root), "a") as file:
         del file["episode_1"][key]
@@ -359,7 +361,7 @@ def test_shapes_that_do_not_fit(root, key, shape):
         read_minari(ID)
 
 
-def test_parts_of_an_observation_that_do_not_fit(root):
+def test_mismatched_parts_of_an_observation(root):
     episodes = random_episodes(shape=[(3, "terminated")])
     goals(episodes, observation=(3,), achieved_goal=(2,))
     write(episodes, observation_space=Dict(observation=vector(3), achieved_goal=vector(2)))
@@ -370,7 +372,7 @@ def test_parts_of_an_observation_that_do_not_fit(root):
         read_minari(ID)
 
 
-def test_nothing_on_the_screen_and_no_random_state_touched(capfd, recwarn):
+def test_no_output_and_no_change_of_random_state(capfd, recwarn):
     write(random_episodes())
     capfd.readouterr()
     recwarn.clear()
@@ -384,7 +386,7 @@ def test_nothing_on_the_screen_and_no_random_state_touched(capfd, recwarn):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of Hugging Face's API as Minari asks for, over a folder ``namespace/dataset``."""
+    """The part of Hugging Face's API that Minari uses, serving a folder ``namespace/dataset``."""
 
     folder: Path
     broken = False
@@ -445,7 +447,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, root, monkeypatch):
-    """A remote that holds ``ID``, and no dataset on this machine."""
+    """A remote that has ``ID``, with no local datasets."""
     constants = pytest.importorskip("huggingface_hub.constants")
     write(random_episodes())
     folder = tmp_path / "hub"
@@ -484,7 +486,7 @@ def test_download(hub, root, capfd):
     assert hub.served == []
 
 
-def test_progress_bars_are_shown_again(hub):
+def test_progress_bars_are_restored(hub):
     from huggingface_hub import utils
 
     utils.enable_progress_bars()
@@ -492,17 +494,17 @@ def test_progress_bars_are_shown_again(hub):
     assert not utils.are_progress_bars_disabled()
 
 
-def test_who_comes_during_a_download_waits_for_it(hub, root, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # two threads may not put it back in order
-    begun, go_on = threading.Event(), threading.Event()
+def test_concurrent_readers_wait_for_the_download(hub, root, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # two threads may restore it in the wrong order
+    started, proceed = threading.Event(), threading.Event()
     rows: list[int] = []
     downloads: list[str] = []
 
     def slow_download(dataset_id):
         downloads.append(dataset_id)
-        (root / dataset_id / "data").mkdir(parents=True)  # what a half-done download looks like
-        begun.set()
-        assert go_on.wait(timeout=60)
+        (root / dataset_id / "data").mkdir(parents=True)  # the state of a partial download
+        started.set()
+        assert proceed.wait(timeout=60)
         shutil.copytree(hub.folder, root, dirs_exist_ok=True)
 
     monkeypatch.setattr(minari, "download_dataset", slow_download)
@@ -511,11 +513,11 @@ def test_who_comes_during_a_download_waits_for_it(hub, root, monkeypatch):
         for _ in range(2)
     ]
     threads[0].start()
-    assert begun.wait(timeout=60)
+    assert started.wait(timeout=60)
     threads[1].start()
     threads[1].join(timeout=0.5)
     assert threads[1].is_alive()
-    go_on.set()
+    proceed.set()
     for thread in threads:
         thread.join()
     assert rows == [len(kept(random_episodes()))] * 2
@@ -529,12 +531,12 @@ def test_unknown_ids(hub, root):
         match=r"data\.path='tiny/step-v1' is not at .*hf://me.*'tiny/steps-v1'.*minari list remote",
     ):
         read_minari("tiny/step-v1")
-    with pytest.raises(FileNotFoundError, match=r"no id here resembles it"):
+    with pytest.raises(FileNotFoundError, match=r"no local ID is similar"):
         read_minari("elsewhere/unlike-anything-v7")
     assert not list(root.glob(".*.lock"))
 
 
-def test_a_download_that_breaks_leaves_nothing_behind(hub, root):
+def test_failed_download_leaves_no_files(hub, root):
     hub.broken = True
     with pytest.raises(OSError, match=rf"data\.path='{ID}'.*could not be downloaded from hf://me"):
         read_minari(ID)
@@ -551,7 +553,7 @@ def test_offline(hub, monkeypatch):
         read_minari(ID)
 
 
-def test_remotes_that_minari_does_not_know(hub, monkeypatch):
+def test_unknown_remotes(hub, monkeypatch):
     monkeypatch.setenv("MINARI_REMOTE", "ftp://me")
     with pytest.raises(OSError, match=r"could not be downloaded from ftp://me.*MINARI_REMOTE"):
         read_minari(ID)

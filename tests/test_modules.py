@@ -1,4 +1,4 @@
-"""The transport-map actor as a TorchRL policy, the critic, and fresh copies."""
+"""The transport-map actor as a TorchRL policy, the critic, and reinitialised copies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def actor(wide_spec):
 
 
 class TestExploration:
-    def test_random_draws_anew_in_every_call_and_state(self, actor):
+    def test_random_draws_independent_noise_per_call_and_state(self, actor):
         td = states(3).apply(lambda x: x[:1].expand(3, 3))
         with set_exploration_type(ExplorationType.RANDOM):
             first, second = actor(td.copy())["action"], actor(td.copy())["action"]
@@ -49,7 +49,7 @@ class TestExploration:
         assert torch.equal(actor(td)["action"], zero)
 
     @pytest.mark.parametrize("kind", [*DETERMINISTIC, ExplorationType.RANDOM, None])
-    def test_noise_in_the_tensordict_wins_over_the_exploration_type(self, actor, kind):
+    def test_noise_in_the_tensordict_overrides_the_exploration_type(self, actor, kind):
         td = states(5).set("noise", torch.randn(5, 2))
         expected = actor(td.copy())["action"]
         with set_exploration_type(kind):
@@ -108,7 +108,7 @@ class TestActions:
         assert s.grad.abs().sum() > 0
         assert z.grad.abs().sum() > 0
 
-    def test_float64_all_the_way(self, actor):
+    def test_float64_is_preserved(self, actor):
         actor = actor.double()
         with set_exploration_type(ExplorationType.RANDOM):
             action = actor(states(5).double())["action"]
@@ -175,7 +175,7 @@ class TestInterface:
 
 class TestActionSpec:
     @pytest.mark.parametrize("leading", [(), (4,), (4, 2)])
-    def test_a_composite_is_opened(self, wide_spec, leading):
+    def test_the_action_spec_of_a_composite(self, wide_spec, leading):
         spec = Composite(action=wide_spec.expand(*leading, 2), shape=leading)
         actor = make_actor(3, spec, (8,))
         assert actor.action_spec == wide_spec
@@ -195,7 +195,7 @@ class TestActionSpec:
         ],
         ids=["unbounded", "discrete", "nested", "inf", "-inf", "no dims", "inverted", "empty"],
     )
-    def test_specs_without_usable_bounds_raise(self, spec, message):
+    def test_specs_without_valid_bounds_raise(self, spec, message):
         with pytest.raises(ValueError, match=message):
             make_actor(3, spec)
         with pytest.raises(ValueError, match=message):
@@ -244,7 +244,7 @@ class TestQValue:
         assert norms == ([(8,), (16,)] if layer_norm else [])
 
     @pytest.mark.parametrize("layer_norm", [False, True])
-    def test_value_is_that_of_a_plain_network_on_state_and_action(self, layer_norm):
+    def test_value_equals_a_plain_network_on_state_and_action(self, layer_norm):
         qvalue = make_qvalue(3, 2, (8,), layer_norm=layer_norm)
         layers = list(qvalue.module)
         s, a = torch.randn(5, 3), torch.randn(5, 2)
@@ -282,20 +282,20 @@ class TestFreshCopies:
             values = [dict(c.named_parameters())[name] for c in copies]
             assert not any(torch.equal(values[i], values[j]) for i, j in [(0, 1), (0, 2), (1, 2)])
 
-    def test_the_module_itself_is_left_as_it_is(self):
+    def test_the_original_module_is_unchanged(self):
         module = make_transport_net(3, 2, (8,))
         before = copy.deepcopy(module.state_dict())
         fresh_copies(module, 3, "actor")
         assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
-    def test_copies_are_drawn_from_the_layers_own_initialisation(self):
+    def test_copies_use_the_initialisation_of_the_layers(self):
         twin = fresh_copies(nn.Sequential(nn.Linear(100, 50), nn.LayerNorm(50)), 2, "critic")[1]
         bound = 1 / math.sqrt(100)
         assert 0.9 * bound < twin[0].weight.abs().max() <= bound
         assert torch.equal(twin[1].weight, torch.ones(50))
 
     @pytest.mark.parametrize("nested", [False, True])
-    def test_parameters_that_cannot_be_redrawn_raise(self, nested):
+    def test_modules_without_reset_parameters_raise(self, nested):
         class Gain(nn.Module):
             def __init__(self):
                 super().__init__()

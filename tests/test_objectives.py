@@ -1,4 +1,4 @@
-"""POGOLoss as a TorchRL loss module: TorchRL's own list for its losses, then what is ours."""
+"""POGOLoss as a TorchRL loss module: TorchRL's conventions for losses, then POGO's own."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def gradients(loss, name):
 
 
 def actor_gradients(loss):
-    """By actor."""
+    """Gradients of each actor."""
     return [gradients(loss, f"actor_network_{i}_params") for i in range(loss.num_actors)]
 
 
 def set_target_values(loss, *values):
-    """Target critics that give constants."""
+    """Make the target critics return constants."""
     params = loss.target_qvalue_network_params.data
     params.zero_()
     params["module", "4", "bias"].copy_(torch.tensor(values)[:, None])
@@ -67,7 +67,7 @@ class TestTorchRLConventions:
             make_loss(delay_actor=delay_actor, delay_qvalue=delay_qvalue) for _ in range(2)
         )
         batch = make_batch()
-        first(batch.clone()), second(batch.clone())  # a used loss takes a state as well
+        first(batch.clone()), second(batch.clone())  # a used loss can load a state dict too
         second.load_state_dict(first.state_dict())
         out = [seeded(loss, batch.clone()) for loss in (first, second)]
         assert_outputs_equal(*out)
@@ -89,7 +89,7 @@ class TestTorchRLConventions:
         assert actor_gradients(loss) == [[None] * 6] * 2
         assert not any(p.requires_grad for p in loss.target_qvalue_network_params.values(1, 1))
 
-    def test_forward_gives_each_term_its_own_gradients(self, make_loss, make_batch):
+    def test_forward_separates_the_gradients_of_the_terms(self, make_loss, make_batch):
         loss, batch = make_loss(), make_batch()
         out = seeded(loss, batch)
         (out["loss_actor"] + out["loss_qvalue"]).backward()
@@ -98,9 +98,9 @@ class TestTorchRLConventions:
         out = seeded(loss, batch)
         out["loss_actor"].backward()
         out["loss_qvalue"].backward()
-        apart = [g for name in ALL_PARAMS for g in gradients(loss, name)]
+        separate = [g for name in ALL_PARAMS for g in gradients(loss, name)]
         assert all(g.abs().sum() > 0 for g in joint)
-        torch.testing.assert_close(joint, apart)
+        torch.testing.assert_close(joint, separate)
 
     def test_default_keys(self, make_loss):
         assert dataclasses.asdict(POGOLoss.default_keys()) == {
@@ -130,7 +130,7 @@ class TestTorchRLConventions:
             qvalue = ValueOperator(
                 make_qvalue(3, 2, (8,)).module, in_keys=[obs, action], out_keys=[value]
             )
-            # the same seed: the second actor and critic are alike as well
+            # the same seed, so that the second actor and critic are equal as well
             return POGOLoss(actor, qvalue, w2_weights=(0.2, 0.5))
 
         batch = make_batch(4, 3).set("priority_weight", torch.rand(4, 3))
@@ -181,7 +181,8 @@ class TestTorchRLConventions:
         out = loss(make_batch())
         assert set(out.keys()) == set(loss.out_keys)
         assert len(loss.out_keys) == 5 + 4 * length
-        assert {"loss_actor", "loss_qvalue", f"w2_{length - 1}", "q_actor_0"} <= set(out.keys())
+        last = f"w2_{length - 1}" if length > 1 else "bc_mse"
+        assert {"loss_actor", "loss_qvalue", last, "q_actor_0"} <= set(out.keys())
         for key, value in out.items():
             assert value.shape == ()
             assert torch.isfinite(value)
@@ -219,7 +220,7 @@ class TestTorchRLConventions:
             *(out[r].select("q_actor_2", "w2_1", "pred_value") for r in out if r != "sum")
         )
 
-    def test_reset_parameters_recursive_redraws_everything(self, make_loss):
+    def test_reset_parameters_recursive_reinitialises_all_networks(self, make_loss):
         loss = make_loss(w2_weights=(0.2, 0.3, 0.4), delay_actor=True)
         for p in loss.parameters():
             p.data.fill_(7.0)
@@ -240,7 +241,7 @@ class TestTorchRLConventions:
             for key, value in getattr(loss, name).items(True, True):
                 assert torch.equal(value, target[key])
 
-    def test_reset_keeps_buffers_and_the_optimizers_parameters(self, make_loss, wide_spec):
+    def test_reset_keeps_buffers_and_parameter_objects(self, make_loss, wide_spec):
         loss = make_loss(wide_spec)
         before = list(loss.parameters())
         loss.reset_parameters_recursive()
@@ -281,7 +282,7 @@ class TestConstructor:
         with pytest.raises(ValueError, match=message):
             make_loss(**kwargs)
 
-    def test_bounds_are_needed_where_the_actor_has_none(self):
+    def test_bounds_are_required_if_the_actor_has_no_spec(self):
         actor = TensorDictModule(MLP(in_features=3, out_features=2), ["observation"], ["action"])
         with pytest.raises(ValueError, match="bounds"):
             POGOLoss(actor, make_qvalue(3, 2))
@@ -296,7 +297,7 @@ class TestConstructor:
         ],
         ids=["actor's", "spec", "tensors", "lists"],
     )
-    def test_bounds_may_be_given_in_several_ways(self, make_loss, wide_spec, kwargs):
+    def test_ways_to_pass_bounds(self, make_loss, wide_spec, kwargs):
         loss = make_loss(wide_spec, **kwargs)
         assert torch.equal(loss.min_action, wide_spec.space.low)
         assert torch.equal(loss.max_action, wide_spec.space.high)
@@ -307,7 +308,7 @@ class TestConstructor:
         assert_outputs_equal(seeded(loss, batch.clone()), seeded(same, batch.clone()))
 
     @pytest.mark.parametrize("count", [1, 2, 4])
-    def test_lists_of_another_length_raise(self, unit_spec, count):
+    def test_lists_of_wrong_length_raise(self, unit_spec, count):
         actors = [make_actor(3, unit_spec, (8,)) for _ in range(count)]
         with pytest.raises(ValueError, match=rf"got {count} actors but needs 3"):
             POGOLoss(actors, make_qvalue(3, 2, (8,)))
@@ -317,7 +318,7 @@ class TestConstructor:
                 POGOLoss(actors[0], qvalues)
 
     @pytest.mark.parametrize("case", ["width", "depth", "layer", "bounds"])
-    def test_actors_that_differ_in_more_than_their_weights_raise(self, unit_spec, wide_spec, case):
+    def test_actors_of_different_architecture_raise(self, unit_spec, wide_spec, case):
         other = {
             "width": lambda: make_actor(3, unit_spec, (9, 8)),
             "depth": lambda: make_actor(3, unit_spec, (8,)),
@@ -330,7 +331,7 @@ class TestConstructor:
         with pytest.raises(ValueError, match="actor"):
             POGOLoss(actors, make_qvalue(3, 2, (8,)), w2_weights=(0.2, 0.5))
 
-    def test_critics_that_differ_in_their_layers_raise(self, unit_spec):
+    def test_critics_of_different_architecture_raise(self, unit_spec):
         qvalues = [make_qvalue(3, 2, (8,)), make_qvalue(3, 2, (8,), layer_norm=True)]
         with pytest.raises(ValueError, match="qvalue_network"):
             POGOLoss(make_actor(3, unit_spec, (8,)), qvalues)
@@ -350,7 +351,7 @@ class TestConstructor:
         assert len(actors) == 4
         assert loss.qvalue_network_params.shape == loss.target_qvalue_network_params.shape == (2,)
 
-    def test_the_given_actors_keep_their_weights_and_places(self, unit_spec):
+    def test_passed_actors_keep_their_weights_and_order(self, unit_spec):
         actors = [make_actor(3, unit_spec, (8,)) for _ in range(3)]
         loss = POGOLoss(actors, make_qvalue(3, 2, (8,)))
         s, z = torch.randn(5, 3), torch.randn(5, 2)
@@ -358,7 +359,7 @@ class TestConstructor:
             torch.testing.assert_close(loss.actor(i)(s, z), actor(s, z))
 
     @pytest.mark.parametrize("several", [False, True])
-    def test_the_given_actors_are_those_that_are_trained(self, unit_spec, make_batch, several):
+    def test_passed_actors_share_the_trained_parameters(self, unit_spec, make_batch, several):
         actors = [make_actor(3, unit_spec, (8,)) for _ in range(2)]
         given = actors if several else actors[0]
         loss = POGOLoss(given, make_qvalue(3, 2, (8,)), w2_weights=(0.2, 0.5))
@@ -370,7 +371,7 @@ class TestConstructor:
         for i, actor in enumerate(actors if several else actors[:1]):
             assert torch.equal(actor(s, z), loss.actor(i)(s, z))
 
-    def test_the_same_actor_three_times_trains_three_different_actors(self, unit_spec, make_batch):
+    def test_a_repeated_actor_gives_independent_actors(self, unit_spec, make_batch):
         loss = POGOLoss([make_actor(3, unit_spec, (8,))] * 3, make_qvalue(3, 2, (8,)))
         before = [loss.actor_params(i)[0].data.clone() for i in range(3)]
         loss.actor_loss(make_batch())[0].backward()
@@ -404,11 +405,11 @@ class TestTargets:
 
     @pytest.mark.parametrize("delay_actor", [False, True])
     @pytest.mark.parametrize("changed", ["online 0", "online 1", "target 0"])
-    def test_the_target_follows_actor_0_or_its_copy(
+    def test_the_td_target_uses_actor_0_or_its_copy(
         self, make_loss, make_batch, delay_actor, changed
     ):
         if changed == "target 0" and not delay_actor:
-            pytest.skip("has no copy")
+            pytest.skip("no target copy")
         loss, batch = make_loss(delay_actor=delay_actor), make_batch()
         before = seeded(loss.qvalue_loss, batch)[1]["next_state_value"]
         kind, index = changed.split()
@@ -434,13 +435,12 @@ class TestTargets:
 
     def test_without_delayed_critics_the_targets_carry_no_gradient(self, make_loss, make_batch):
         loss, batch = make_loss(delay_qvalue=False), make_batch()
-        # rewards only: the prediction's gradient is independent of the target's
         value, metadata = loss.qvalue_loss(batch)
         assert not metadata["target_value"].requires_grad
         value.backward()
         assert all(g is not None for g in gradients(loss, "qvalue_network_params"))
 
-    def test_the_smaller_critic_counts_and_time_outs_bootstrap(self, make_loss, make_batch):
+    def test_the_target_uses_the_minimum_and_bootstraps_at_time_outs(self, make_loss, make_batch):
         loss, batch = make_loss(), make_batch()  # gamma = 0.9
         set_target_values(loss, 5.0, 2.0)
         target = batch["next", "reward"] + 0.9 * 2.0 * (~batch["next", "terminated"])
@@ -467,7 +467,7 @@ class TestValueEstimators:
         set_target_values(loss, 5.0, 2.0)
         reward, going = batch["next", "reward"], 1.0 - batch["next", "terminated"].float()
         cut = batch["next", "done"].clone()
-        cut[:, -1] = True  # the trajectory continues outside of the batch
+        cut[:, -1] = True  # the trajectory continues outside the batch
         step = torch.zeros(4, 1)
         targets = []
         for t in reversed(range(3)):
@@ -496,7 +496,7 @@ class TestValueEstimators:
         td0.make_value_estimator(ValueEstimators.TD0, gamma=0.7)
         assert_outputs_equal(seeded(default, batch.clone()), seeded(td0, batch.clone()))
 
-    def test_advantage_estimators_are_refused(self, make_loss):
+    def test_advantage_estimators_raise(self, make_loss):
         with pytest.raises(NotImplementedError):
             make_loss().make_value_estimator(ValueEstimators.GAE)
 
@@ -506,13 +506,13 @@ class TestPrioritizedReplay:
         loss, batch = make_loss(), make_batch()
         seeded(loss, batch)
         torch.manual_seed(1)
-        loss.actor_loss(batch)  # forward draws for the actors first
+        loss.actor_loss(batch)  # forward draws the noise of the actors first
         metadata = loss.qvalue_loss(batch)[1]
         assert batch["td_error"].shape == (8,)
         assert not batch["td_error"].requires_grad
         torch.testing.assert_close(batch["td_error"], metadata["td_error"].max(0)[0])
 
-    def test_weights_make_a_weighted_mean(self, make_loss, make_batch):
+    def test_priority_weights_give_a_weighted_mean(self, make_loss, make_batch):
         loss, batch = make_loss(), make_batch()
         weights = torch.rand(8)
         weighted = seeded(loss, batch.clone().set("priority_weight", weights))
@@ -522,7 +522,7 @@ class TestPrioritizedReplay:
             expected = (weights * per_sample[key]).sum() / weights.sum()
             torch.testing.assert_close(weighted[key], expected)
 
-    def test_weights_can_be_ignored(self, make_loss, make_batch):
+    def test_priority_weights_can_be_disabled(self, make_loss, make_batch):
         loss, batch = make_loss(use_prioritized_weights=False), make_batch()
         out = seeded(loss, batch.clone().set("priority_weight", torch.rand(8)))
         assert_outputs_equal(out, seeded(loss, batch.clone()))
@@ -539,7 +539,7 @@ class TestChain:
         losses = sum(out[f"loss_actor_{i}"] for i in range(length))
         torch.testing.assert_close(out["loss_actor"].detach(), losses)
 
-    def test_a_single_actor_needs_no_divergence(self, make_loss, make_batch, monkeypatch):
+    def test_a_single_actor_computes_no_divergence(self, make_loss, make_batch, monkeypatch):
         def fail(*args, **kwargs):
             raise AssertionError
 
@@ -549,14 +549,16 @@ class TestChain:
             make_loss()(make_batch())
 
     @pytest.mark.parametrize("delay_actor", [False, True])
-    def test_one_network_of_a_kind_is_stacked_and_learns(self, unit_spec, make_batch, delay_actor):
+    def test_a_single_actor_and_critic_are_stacked_and_trained(
+        self, unit_spec, make_batch, delay_actor
+    ):
         actor, qvalue = make_actor(3, unit_spec, (8,)), make_qvalue(3, 2, (8,))
         loss = POGOLoss(
             [actor], qvalue, w2_weights=(0.2,), num_qvalue_nets=1, delay_actor=delay_actor
         ).make_value_estimator(gamma=0.9)
         for params in (loss.qvalue_network_params, loss.target_qvalue_network_params):
             assert params.batch_size == (1,)
-        # a list holds the networks themselves
+        # the networks of a list keep their parameters
         observation = torch.randn(5, 3)
         given = actor(observation, torch.ones(5, 2))
         torch.testing.assert_close(loss.actor(0)(observation, torch.ones(5, 2)), given)
@@ -566,7 +568,7 @@ class TestChain:
         assert len(parameters) == 4 + 4
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
 
-    def test_weights_multiply_their_own_distance(self, make_loss, make_batch):
+    def test_each_weight_scales_its_own_distance(self, make_loss, make_batch):
         batch = make_batch()
         out = [
             seeded(seeded(make_loss, w2_weights=w, seed=2), batch.clone())
@@ -576,7 +578,7 @@ class TestChain:
             expected = out[0]["loss_actor"] + extra * out[0][f"w2_{i}" if i else "bc_mse"]
             torch.testing.assert_close(other["loss_actor"], expected)
 
-    def test_the_whole_chain_is_the_sum_of_its_actors_under_one_seed(self, make_loss, make_batch):
+    def test_the_loss_of_the_chain_is_the_sum_over_actors(self, make_loss, make_batch):
         loss, batch = make_loss(w2_weights=(0.2, 0.3, 0.4)), make_batch()
         total, metadata = seeded(loss.actor_loss, batch)
         torch.manual_seed(1)
@@ -586,13 +588,13 @@ class TestChain:
 
     @pytest.mark.parametrize("batch_size", [(8,), (4, 3)])
     @pytest.mark.parametrize("reduction", ["mean", "none"])
-    def test_the_divergence_on_a_share_of_the_states_has_the_same_mean(
+    def test_w2_fraction_keeps_the_mean_of_the_divergence(
         self, make_loss, make_batch, batch_size, reduction
     ):
         loss = make_loss(w2_backend="fast", reduction=reduction)
         batch, half = make_batch(*batch_size), batch_size[0] // 2
         noise = loss.draw_noise(batch, critic=False)
-        # Its two halves, each in turn in front.
+        # The same batch with its halves swapped.
         swapped = torch.cat([batch[half:], batch[:half]])
         swapped_noise = {k: torch.cat([z[half:], z[:half]]) for k, z in noise.items()}
 
@@ -607,20 +609,20 @@ class TestChain:
 
         whole = terms(1.0, batch, noise)
         shares = terms(0.5, batch, noise), terms(0.5, swapped, swapped_noise)
-        assert abs(shares[0][1] - shares[1][1]) > 1e-4  # they do look at different states
+        assert abs(shares[0][1] - shares[1][1]) > 1e-4  # they use different states
         assert_close([(a + b) / 2 for a, b in zip(*shares)], list(whole))
 
     @pytest.mark.parametrize("index", [-1, 2, 7])
-    def test_actor_loss_of_an_actor_that_does_not_exist_raises(self, make_loss, make_batch, index):
+    def test_actor_loss_with_an_invalid_index_raises(self, make_loss, make_batch, index):
         with pytest.raises(IndexError, match=r"0\.\.1"):
             make_loss().actor_loss(make_batch(), index)
 
-    def test_actor_losses_need_no_next_state(self, make_loss, make_batch):
+    def test_actor_losses_do_not_need_the_next_state(self, make_loss, make_batch):
         loss, batch = make_loss(), make_batch()
         assert loss.actor_loss(batch.exclude("next"))[0].isfinite()
         assert loss.actor_loss(batch.select("observation"), 1)[0].isfinite()
 
-    def test_the_methods_leave_the_batch_as_it_is(self, make_loss, make_batch):
+    def test_the_losses_do_not_modify_the_batch(self, make_loss, make_batch):
         loss, batch = make_loss(), make_batch()
         before = batch.clone()
         loss.qvalue_loss(batch)
@@ -631,9 +633,7 @@ class TestChain:
         assert set(batch.keys(True)) - set(before.keys(True)) == {"td_error"}
 
     @pytest.mark.parametrize("kind", [None, *ExplorationType])
-    def test_losses_draw_noise_whatever_the_callers_exploration_type(
-        self, make_loss, make_batch, kind
-    ):
+    def test_losses_draw_noise_for_any_exploration_type(self, make_loss, make_batch, kind):
         loss, batch = make_loss(), make_batch()
         reference = seeded(loss, batch.clone())
         with set_exploration_type(kind):
@@ -644,7 +644,7 @@ class TestChain:
             assert other[key] != out[key]
 
     @pytest.mark.parametrize("kind", ["probabilistic", "deterministic"])
-    def test_other_torchrl_actors_serve_as_well(self, unit_spec, make_batch, kind):
+    def test_other_torchrl_actors_are_supported(self, unit_spec, make_batch, kind):
         if kind == "probabilistic":
             net = nn.Sequential(MLP(in_features=3, out_features=4, depth=1), NormalParamExtractor())
             actor = ProbabilisticActor(
@@ -676,7 +676,7 @@ class TestChain:
         torch.testing.assert_close(loss.qvalue_loss(batch)[0].detach(), expected)
 
     @pytest.mark.parametrize("count", [1, 3])
-    def test_any_number_of_critics_looped_or_vmapped(self, make_loss, make_batch, count):
+    def test_number_of_critics_with_loop_or_vmap(self, make_loss, make_batch, count):
         batch, out = make_batch(), []
         for deactivate_vmap in (False, True):
             loss = seeded(make_loss, num_qvalue_nets=count, deactivate_vmap=deactivate_vmap)
@@ -699,14 +699,14 @@ class TestActor:
         assert torch.equal(after, loss.actor(1)(s))
         assert policy.module.mlp[0].weight is loss.actor_params(1)[0]
 
-    def test_each_actor_takes_an_ordinary_optimizer_of_its_own(self, make_loss, make_batch):
+    def test_each_actor_can_have_its_own_optimizer(self, make_loss, make_batch):
         loss, batch = make_loss(), make_batch()
         optimizers = [torch.optim.Adam(loss.actor_params(i), lr=1e-2) for i in range(2)]
         for index in (1, 0):
             loss.actor_loss(batch, index)[0].backward()
             others = [p.clone() for p in loss.actor_params(1 - index)]
             optimizers[index].step()
-            # the other one has momentum of its own, and stays where it is
+            # momentum must not move the other actor
             assert all(map(torch.equal, others, loss.actor_params(1 - index)))
         assert [id(p) for p in loss.actor_params(-1)] == [id(p) for p in loss.actor_params(1)]
         with pytest.raises(IndexError, match=r"0\.\.1"):
@@ -738,7 +738,7 @@ class TestActor:
             p.data.add_(1.0)
         assert torch.equal(snapshot(s), before)
 
-    def test_acting_between_losses_changes_nothing(self, make_loss, make_batch):
+    def test_acting_between_losses_has_no_side_effects(self, make_loss, make_batch):
         loss, batch = make_loss(), make_batch()
         before = seeded(loss, batch.clone())
         with torch.no_grad():
@@ -752,7 +752,7 @@ class TestActor:
         assert not torch.equal(loss.actor(0)(s), loss.actor(1)(s))
 
     @pytest.mark.parametrize("index", [2, -3])
-    def test_an_actor_that_does_not_exist_raises(self, make_loss, index):
+    def test_an_invalid_index_raises(self, make_loss, index):
         with pytest.raises(IndexError, match=r"0\.\.1"):
             make_loss().actor(index)
 
@@ -804,7 +804,7 @@ class TestCopiesAndCasts:
 
 
 class TestCompile:
-    """Compiled losses give the numbers and gradients of the eager ones."""
+    """Compiled losses have the values and gradients of eager losses."""
 
     def check(self, loss, batch, method, args, backend, trained=6):
         torch._dynamo.reset()
@@ -820,7 +820,7 @@ class TestCompile:
                 results.append((value.detach(), metadata, grads))
             assert len(results[0][2]) == trained
             torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
-            for p in loss.parameters():  # the second round sees other weights
+            for p in loss.parameters():  # the second iteration uses other weights
                 p.data.add_(0.01)
 
     @pytest.mark.parametrize(("method", "args"), [("qvalue_loss", ()), ("actor_loss", (0,))])
@@ -830,7 +830,7 @@ class TestCompile:
     @pytest.mark.slow
     @pytest.mark.parametrize("method", ["qvalue_loss", "actor_loss"])
     def test_compiled(self, make_loss, make_batch, method):
-        # inductor draws other random numbers than eager code unless told not to
+        # by default, inductor draws different random numbers than eager code
         with torch._inductor.config.patch(fallback_random=True):
             trained = 12 if method == "actor_loss" else 6
             self.check(make_loss(), make_batch(), method, (), "inductor", trained)

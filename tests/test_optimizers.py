@@ -1,4 +1,4 @@
-"""Optimizers of the chain: torch's own, the fused Adam, schedules, clipping."""
+"""Optimizers: those of torch, the fused Adam, learning-rate schedules, gradient clipping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torchrl.objectives import SoftUpdate
 from torchrl.trainers import LRSchedulerHook
 
-from pogo_torchrl import POGOTrainer
+from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
 from pogo_torchrl.trainers import lr_scheduler
 from pogo_torchrl.trainers.fused.adam import FusedAdam, unsupported_reason
 
@@ -29,7 +29,7 @@ LR, TAU, STEPS = 1e-2, 0.1, 20
     ids=["adam", "adam with decay", "adamw"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_fused_steps_are_those_of_torch(make, dtype):
+def test_fused_steps_equal_those_of_torch(make, dtype):
     def optimizer():
         torch.manual_seed(0)
         shapes = ((4, 5), (5,))
@@ -39,7 +39,7 @@ def test_the_fused_steps_are_those_of_torch(make, dtype):
     (mine, params), (theirs, copies) = optimizer(), optimizer()
     fused = FusedAdam([mine], [params], [p.detach() for p in params])
     for step in range(140):
-        if step == 70:  # ... and it goes on by its own steps, from the same state
+        if step == 70:  # continue with the optimizer's own step() from the same state
             fused.write_steps()
         for p, twin in zip(params, copies):
             p.grad = twin.grad = torch.randn_like(twin)
@@ -57,12 +57,12 @@ def test_the_fused_steps_are_those_of_torch(make, dtype):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (torch.optim.SGD, "not of SGD"),
+        (torch.optim.SGD, "not SGD"),
         (partial(torch.optim.Adam, amsgrad=True), "without amsgrad"),
         (partial(torch.optim.AdamW, maximize=True), "without maximize"),
     ],
 )
-def test_what_cannot_be_fused_is_named(make, reason):
+def test_unsupported_optimizers_are_named(make, reason):
     optimizer = make([torch.nn.Parameter(torch.zeros(2))])
     assert reason in unsupported_reason(optimizer)
     assert "torch.optim.Adam and AdamW" in unsupported_reason(optimizer)
@@ -70,7 +70,7 @@ def test_what_cannot_be_fused_is_named(make, reason):
 
 @pytest.fixture
 def make(make_loss, make_buffer):
-    """Trainers of equal weights, data and random state."""
+    """Factory of trainers with identical weights, data and random state."""
     loss, buffer = make_loss(w2_backend="fast"), make_buffer()
 
     def make(total=STEPS, loss=loss, **settings):
@@ -89,7 +89,7 @@ def state(trainer):
 
 
 def looped(make, qvalue, actor, *, schedule=None, clip=None):
-    """The same training as a loop of TorchRL's, with optimizers made by ``qvalue``, ``actor``."""
+    """The same training as a hand-written loop; ``qvalue`` and ``actor`` create the optimizers."""
     loss, torch_clip = copy.deepcopy(make.loss), torch.nn.utils.clip_grad_norm_
     torch.manual_seed(1)
     targets = SoftUpdate(loss, tau=TAU)
@@ -100,8 +100,8 @@ def looped(make, qvalue, actor, *, schedule=None, clip=None):
         batch = make.buffer.sample()
         noise = loss.draw_noise(batch)
         loss.draw_noise = lambda *args, noise=noise, **kwargs: noise
-        for place, optimizer in enumerate(optimizers):
-            value, _ = loss.actor_loss(batch, place - 1) if place else loss.qvalue_loss(batch)
+        for index, optimizer in enumerate(optimizers):
+            value, _ = loss.actor_loss(batch, index - 1) if index else loss.qvalue_loss(batch)
             value.backward()
             if clip:
                 torch_clip(optimizer.param_groups[0]["params"], clip)
@@ -127,7 +127,7 @@ ADAMW = partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.1)
     ],
     ids=["any", "clipped", "scheduled"],
 )
-def test_any_optimizers_train_as_in_a_loop(make, qvalue, actor, schedule, clip):
+def test_any_optimizer_trains_as_in_a_plain_loop(make, qvalue, actor, schedule, clip):
     trainer = make(
         qvalue_optimizer=qvalue,
         actor_optimizer=actor,
@@ -139,7 +139,7 @@ def test_any_optimizers_train_as_in_a_loop(make, qvalue, actor, schedule, clip):
     assert_close(state(trainer), looped(make, qvalue, actor, schedule=schedule, clip=clip))
 
 
-def test_optimizers_may_be_given_as_they_are(make):
+def test_optimizer_instances_are_accepted(make):
     expected = make(qvalue_optimizer=ADAMW, actor_optimizer=SGD)
     expected.train()
     loss = copy.deepcopy(make.loss)
@@ -159,7 +159,7 @@ def test_optimizers_may_be_given_as_they_are(make):
 
 @pytest.mark.parametrize("cut", [7, 13])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_resumed_run_equals_the_uninterrupted_one(make, tmp_path, cut, schedule):
+def test_a_resumed_run_equals_an_uninterrupted_one(make, tmp_path, cut, schedule):
     def trainer():
         return make(
             checkpoint_dir=tmp_path,
@@ -181,21 +181,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(make, tmp_path, cut, schedul
     assert second.resume() == cut
     second.train()
     (tmp_path / "step-000000000020").rename(tmp_path / "other")
-    whole = make(
+    uninterrupted = make(
         qvalue_optimizer=ADAMW,
         actor_optimizer=SGD,
         actor_lr_scheduler=lr_scheduler(schedule, STEPS),
         qvalue_lr_scheduler=lr_scheduler("linear", STEPS),
         clip_grad_norm=0.5,
     )
-    whole.train()
-    assert_close(state(second), state(whole), rtol=0, atol=0)
+    uninterrupted.train()
+    assert_close(state(second), state(uninterrupted), rtol=0, atol=0)
     rates = [one.param_groups[0]["lr"] for one in second.optimization_stepper.optimizers.values()]
     assert max(rates) < 1e-12
 
 
-def test_a_hook_s_schedule_is_followed(make):
-    """TorchRL's own LRSchedulerHook, on the optimizers that the trainer has made."""
+def test_the_schedule_of_a_hook_is_followed(make):
+    """Uses TorchRL's LRSchedulerHook with an optimizer created by the trainer."""
     trainer, rates = make(), []
     optimizer = trainer.optimization_stepper.optimizers["actor_1"]
     LRSchedulerHook(StepLR(optimizer, step_size=5, gamma=0.1), "optim").register(trainer)
@@ -213,25 +213,41 @@ def test_a_hook_s_schedule_is_followed(make):
         ({"clip_grad_norm": 0.0}, r"clip_grad_norm=0\.0 must be a positive number"),
     ],
 )
-def test_what_is_no_optimizer_is_refused(make, settings, message):
+def test_invalid_optimizers_are_rejected(make, settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
 
 
-def test_an_optimizer_of_other_parameters_is_refused(make):
+def test_an_optimizer_of_other_parameters_is_rejected(make):
     trainer = make(qvalue_optimizer=ADAMW(copy.deepcopy(make.loss).qvalue_params()))
     with pytest.raises(ValueError, match="optimizer of qvalue does not hold the parameters"):
         trainer.train()
 
 
-def test_what_a_compiled_update_cannot_take_is_refused(make, make_loss):
-    with pytest.raises(ValueError, match=r"steps of torch\.optim\.Adam and AdamW .* not of SGD"):
+def test_settings_that_cannot_be_compiled_are_rejected(make, make_loss):
+    with pytest.raises(ValueError, match=r"supports only torch\.optim\.Adam and AdamW .* not SGD"):
         make(compile=True, actor_optimizer=SGD).train()
     with pytest.raises(ValueError, match=r"w2_backend='tensorized' reads .* w2_backend='fast'"):
         make(compile=True, loss=make_loss(w2_backend="tensorized"))
 
 
-def test_settings_that_were_compiled_must_stay(make, monkeypatch):
+def test_the_default_value_estimator_exists_before_an_update_is_traced(
+    make, unit_spec, monkeypatch
+):
+    found = []
+
+    def traced(run, device):
+        found.append(run.__self__.loss.has_value_estimator)
+        return run
+
+    monkeypatch.setattr("pogo_torchrl.trainers.fused.update.compiled_update", traced)
+    loss = POGOLoss(make_actor(3, unit_spec, (8,)), make_qvalue(3, 2, (8,)), w2_backend="fast")
+    assert not loss.has_value_estimator
+    make(compile=True, loss=loss).train()
+    assert found == [True]
+
+
+def test_changing_compiled_settings_is_rejected(make, monkeypatch):
     monkeypatch.setattr(
         "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
     )
@@ -242,15 +258,15 @@ def test_settings_that_were_compiled_must_stay(make, monkeypatch):
 
     trainer.add_interval(10)
     trainer.register_op("post_steps", change)
-    with pytest.raises(ValueError, match="eps of Adam changed during the training"):
+    with pytest.raises(ValueError, match="eps of Adam changed during training"):
         trainer.train()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("linear", LinearLR), ("cosine", CosineAnnealingLR)])
-def test_schedules_go_from_the_rate_to_zero(name, kind):
+@pytest.mark.parametrize(("name", "cls"), [("linear", LinearLR), ("cosine", CosineAnnealingLR)])
+def test_schedules_decay_from_the_initial_rate_to_zero(name, cls):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     scheduler = lr_scheduler(name, 10)(optimizer)
-    assert isinstance(scheduler, kind)
+    assert isinstance(scheduler, cls)
     rates = []
     for _ in range(10):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -1,4 +1,4 @@
-"""The backends of our own: "fast" against GeomLoss, "exact" against brute force; shared noise."""
+"""The backends "fast" (against GeomLoss) and "exact" (against brute force), and shared noise."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def box(*shape, dtype=torch.float64):
 
 @st.composite
 def problems(draw, ratios=(0.5, 400.0)):
-    """Clouds in the unit box: spread, tight, at the corners, or with points in common."""
+    """Clouds in [-1, 1]^d: spread out, concentrated, at the corners, or with common points."""
     k, m, d = draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.integers(1, 5))
     torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
     spread = draw(st.sampled_from([1e-3, 0.1, 1.0, 3.0, 100.0]))
@@ -61,12 +61,12 @@ def problems(draw, ratios=(0.5, 400.0)):
     if draw(st.booleans()):
         y[..., : min(k, m), :] = x[..., : min(k, m), :]
     diameter = 2 * math.sqrt(d) * draw(st.floats(1, 1.5))
-    # float32 numbers, held in float64: what both precisions can represent
+    # float32 values stored as float64, which both precisions represent exactly
     return x.double(), y.double(), diameter / draw(st.floats(*ratios)), diameter
 
 
 def errors_in_float32(x, y, blur, diameter):
-    """Largest errors of value and gradients: ours, and GeomLoss's."""
+    """Largest errors of value and gradients of "fast" and of GeomLoss."""
 
     def ours(x, y):
         return fast(x, y, diameter, blur=blur)
@@ -90,7 +90,7 @@ def test_value_and_gradients_are_those_of_geomloss(problem):
     x, y, blur, diameter = problem
     ours = value_and_gradients(lambda x, y: fast(x, y, diameter, blur=blur), x, y)
     truth = value_and_gradients(lambda x, y: geomloss(x, y, blur, diameter), x, y)
-    # Rounding of the cost, which counts in units of blur^2, bounds what any solver can give.
+    # The rounding error of the cost, in units of blur^2, limits the accuracy of any solver.
     slack = max(1.0, (diameter / blur / 100) ** 2)
     for a, b in zip(ours, truth):
         torch.testing.assert_close(a, b, rtol=1e-12 * slack, atol=1e-12 * slack)
@@ -98,7 +98,7 @@ def test_value_and_gradients_are_those_of_geomloss(problem):
 
 @given(st.lists(problems(), min_size=3, max_size=3))
 @quick
-def test_in_float32_it_is_as_close_to_float64_as_geomloss(several):
+def test_in_float32_it_is_as_accurate_as_geomloss(several):
     ours, theirs = [], []
     for problem in several:
         mine, peer = errors_in_float32(*problem)
@@ -111,12 +111,12 @@ def test_in_float32_it_is_as_close_to_float64_as_geomloss(several):
 @pytest.mark.parametrize(("k", "d"), [(4, 3), (4, 6), (4, 17), (16, 6), (64, 6)])
 def test_mean_error_in_float32_is_that_of_geomloss(k, d):
     diameter, blur = 2 * d**0.5, 0.05
-    for spread in (1, 50):  # inside the box, and at its corners
+    for spread in (1, 50):  # inside the box and at its corners
         x, y = ((spread * box(3200 // k**2 + 20, k, d)).clamp(-1, 1).float() for _ in range(2))
         truth = value_and_gradients(
             lambda x, y: geomloss(x, y, blur, diameter), x.double(), y.double()
         )
-        # The value's error is GeomLoss's, to the chance of few samples; the gradient's is half.
+        # The value is as accurate as GeomLoss up to sampling noise, the gradient twice as accurate.
         for slack, a, b, c in zip(
             (1.5, 1.0, 1.0),
             value_and_gradients(lambda x, y: fast(x, y, diameter), x, y),
@@ -128,7 +128,7 @@ def test_mean_error_in_float32_is_that_of_geomloss(k, d):
 
 
 @pytest.mark.parametrize("diameter", [3.2, 6.4, 0.1, 0.05, 0.04])
-def test_the_schedule_is_geomloss_s_where_diameter_is_a_power_of_two_of_blur(diameter):
+def test_the_schedule_is_that_of_geomloss_for_power_of_two_ratios(diameter):
     x, y = diameter / 4 * box(5, 4, 3), diameter / 4 * box(5, 4, 3)
     torch.testing.assert_close(
         value_and_gradients(lambda x, y: fast(x, y, diameter), x, y),
@@ -139,7 +139,7 @@ def test_the_schedule_is_geomloss_s_where_diameter_is_a_power_of_two_of_blur(dia
 
 
 @pytest.mark.parametrize("backend", ["fast", "tensorized"])
-def test_without_a_diameter_that_of_the_batch_serves(backend):
+def test_the_default_diameter_is_that_of_the_batch(backend):
     x, y = box(2, 3, 4, 6), box(2, 3, 7, 6)
     points = torch.cat([x.flatten(0, -2), y.flatten(0, -2)])
     diameter = (points.amax(0) - points.amin(0)).norm().item()
@@ -161,13 +161,13 @@ def test_symmetry_order_translation_and_sign(problem):
     torch.testing.assert_close(fast(y, x, diameter, blur=blur), value, **close)
     torch.testing.assert_close(fast(x.flip(1), y.flip(1), diameter, blur=blur), value, **close)
     torch.testing.assert_close(fast(x + 0.5, y + 0.5, diameter, blur=blur), value, **close)
-    # It is non-negative at convergence; GeomLoss's schedule stops a little before.
+    # It is non-negative at convergence, but GeomLoss's schedule stops slightly earlier.
     assert (value >= -1e-2 * blur**2 - 1e-2 * value.abs().max()).all()
 
 
 @given(problems((1.0, 1e4)))
 @quick
-def test_at_any_ratio_of_diameter_and_blur_all_is_finite(problem):
+def test_results_are_finite_for_any_ratio_of_diameter_and_blur(problem):
     x, y, blur, diameter = problem
     for out in value_and_gradients(
         lambda x, y: fast(x, y, diameter, blur=blur), x.float(), y.float()
@@ -177,8 +177,8 @@ def test_at_any_ratio_of_diameter_and_blur_all_is_finite(problem):
 
 @pytest.mark.parametrize("ratio", [50, 98, 150, 250, 1e3, 1e4])
 @pytest.mark.parametrize(("k", "m"), [(4, 4), (3, 5), (16, 16), (4, 64)])
-def test_at_the_corners_of_the_box_it_stays_with_geomloss(k, m, ratio):
-    # Here some rows of exp((f + g - C) / eps) underflow unless the exponent is kept in range.
+def test_at_the_corners_of_the_box_it_agrees_with_geomloss(k, m, ratio):
+    # Some rows of exp((f + g - C) / eps) underflow here unless the exponent is shifted.
     d = 6
     diameter = 2 * d**0.5
     x, y = (torch.where(box(1000 // max(k, m), n, d) < 0, -1.0, 1.0).float() for n in (k, m))
@@ -192,15 +192,15 @@ def test_at_the_corners_of_the_box_it_stays_with_geomloss(k, m, ratio):
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
-def test_points_beyond_the_diameter_give_finite_numbers(factor):
+def test_points_beyond_the_diameter_give_finite_values(factor):
     x, y = (factor * box(50, 4, 3, dtype=torch.float32) for _ in range(2))
     for out in value_and_gradients(lambda x, y: fast(x, y, 1.0), x, y):
         assert torch.isfinite(out).all()
 
 
 @pytest.mark.parametrize("backend", ["fast", "exact"])
-class TestOurBackends:
-    def test_two_diracs_are_half_their_squared_distance_apart(self, backend):
+class TestFastAndExact:
+    def test_diracs_have_half_their_squared_distance(self, backend):
         x, y = box(6, 1, 3), box(6, 1, 3)
         value, grad_x, grad_y = value_and_gradients(
             lambda x, y: sinkhorn_divergence(x, y, backend=backend), x, y
@@ -211,7 +211,7 @@ class TestOurBackends:
         torch.testing.assert_close(grad_y, weights * (y - x))
 
     @pytest.mark.parametrize("shape", [(4, 2), (3, 4, 2), (3, 1, 2)])
-    def test_equal_clouds_are_at_zero_with_zero_gradient(self, backend, shape):
+    def test_equal_clouds_have_zero_divergence_and_gradient(self, backend, shape):
         for x in (box(*shape), torch.full(shape, 0.7, dtype=torch.float64)):
             for out in value_and_gradients(
                 lambda x, y: sinkhorn_divergence(x, y, backend=backend), x, x
@@ -226,7 +226,7 @@ class TestOurBackends:
         assert x.grad.shape == (0, 4, 2)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_is_measured_in_float32(self, backend, dtype):
+    def test_half_precision_is_computed_in_float32(self, backend, dtype):
         x, y = box(5, 4, 3).to(dtype), box(5, 4, 3).to(dtype)
 
         def function(x, y):
@@ -239,7 +239,7 @@ class TestOurBackends:
         torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(grad_x, truth_grad.to(dtype), rtol=2e-2, atol=1e-3)
 
-    def test_autocast_changes_nothing(self, backend):
+    def test_autocast_is_ignored(self, backend):
         x, y = box(5, 4, 3).float(), box(5, 4, 3).float()
 
         def function(x, y):
@@ -250,7 +250,7 @@ class TestOurBackends:
             cast = value_and_gradients(function, x, y)
         assert all(torch.equal(a, b) for a, b in zip(plain, cast))
 
-    def test_gradients_reach_only_what_asks_for_them(self, backend):
+    def test_gradients_follow_requires_grad(self, backend):
         for asks_x, asks_y in itertools.product([False, True], repeat=2):
             x, y = box(5, 4, 3).requires_grad_(asks_x), box(5, 4, 3).requires_grad_(asks_y)
             value = sinkhorn_divergence(x, y, backend=backend)
@@ -262,7 +262,7 @@ class TestOurBackends:
             with torch.no_grad():
                 assert not sinkhorn_divergence(x, y, backend=backend).requires_grad
 
-    def test_a_point_that_is_not_finite_spoils_its_own_cloud_only(self, backend):
+    def test_a_non_finite_point_affects_its_own_cloud_only(self, backend):
         for bad in (math.nan, math.inf):
             x, y = box(5, 4, 3).float(), box(5, 4, 3).float()
             x[2, 1, 0] = bad
@@ -275,7 +275,7 @@ class TestOurBackends:
         def function(x, y):
             return sinkhorn_divergence(x, y, backend=backend, diameter=3.0, blur=1.0)
 
-        # Without a C++ compiler at least the tracing, which is what may break.
+        # Without a C++ compiler, test at least the tracing.
         compiler = "inductor" if shutil.which("g++") else "aot_eager"
         compiled = torch.compile(function, fullgraph=True, backend=compiler)
         torch.testing.assert_close(
@@ -295,7 +295,7 @@ def test_compiled_calls_follow_blur_diameter_and_shape():
         )
 
 
-def test_a_second_derivative_says_that_there_is_none():
+def test_a_second_derivative_raises():
     x = box(5, 4, 3).requires_grad_()
     (gradient,) = torch.autograd.grad(fast(x, box(5, 4, 3)).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -303,7 +303,7 @@ def test_a_second_derivative_says_that_there_is_none():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_fast_without_a_diameter_refuses_points_that_are_not_finite(bad):
+def test_fast_without_a_diameter_rejects_non_finite_points(bad):
     x = box(5, 4, 3)
     x[2, 1, 0] = bad
     with pytest.raises(ValueError, match="not finite"):
@@ -311,7 +311,7 @@ def test_fast_without_a_diameter_refuses_points_that_are_not_finite(bad):
 
 
 @pytest.mark.parametrize("diameter", [0.0, -1.0, math.nan, math.inf])
-def test_a_diameter_that_is_no_bound_raises(diameter):
+def test_an_invalid_diameter_raises(diameter):
     with pytest.raises(ValueError, match="diameter"):
         fast(box(5, 4, 3), box(5, 4, 3), diameter)
 
@@ -327,7 +327,7 @@ def test_exact_is_the_best_of_all_permutations(k):
     )
     value, grad_x, grad_y = value_and_gradients(exact, x, y)
     torch.testing.assert_close(value, costs.min(0)[0])
-    # The gradient of every single permutation's cost, taken at the best one.
+    # The gradient of the cost at the best permutation.
     best = [list(itertools.permutations(range(k)))[i] for i in costs.argmin(0)]
     weights = torch.arange(1.0, 41.0, dtype=torch.float64)[:, None, None]
     partners = torch.stack([y[i, list(p)] for i, p in enumerate(best)])
@@ -342,7 +342,7 @@ def test_exact_sorts_in_one_dimension(k):
     torch.testing.assert_close(exact(x, y), sorted_cost)
 
 
-def test_exact_is_no_more_than_any_pairing_and_near_the_divergence_at_a_small_blur():
+def test_exact_is_a_lower_bound_and_close_to_the_divergence_at_a_small_blur():
     x, y = box(300, 4, 2), box(300, 4, 2)
     assert (exact(x, y) <= (x - y).square().sum(-1).mean(-1) / 2 + 1e-12).all()
     near = fast(x, y, blur=0.01)
@@ -350,7 +350,7 @@ def test_exact_is_no_more_than_any_pairing_and_near_the_divergence_at_a_small_bl
 
 
 @pytest.mark.parametrize(("k", "m"), [(MAX_POINTS + 1, MAX_POINTS + 1), (3, 4)])
-def test_exact_says_what_it_takes(k, m):
+def test_exact_rejects_large_or_unequal_clouds(k, m):
     with pytest.raises(ValueError, match=r"exact.*fast"):
         exact(box(2, k, 2), box(2, m, 2))
 
@@ -367,13 +367,13 @@ def make_loss(unit_spec):
     return make
 
 
-needs_no_keops = [b for b in BACKENDS if b != "online"]
+BACKENDS_WITHOUT_KEOPS = [b for b in BACKENDS if b != "online"]
 
 
 class TestInTheLoss:
     @pytest.mark.parametrize("shared_noise", [False, True])
-    @pytest.mark.parametrize("backend", needs_no_keops)
-    def test_gradients_reach_the_actor_that_is_meant(
+    @pytest.mark.parametrize("backend", BACKENDS_WITHOUT_KEOPS)
+    def test_gradients_reach_only_the_trained_actor(
         self, make_loss, make_batch, backend, shared_noise
     ):
         loss = make_loss(w2_backend=backend, shared_noise=shared_noise)
@@ -384,17 +384,17 @@ class TestInTheLoss:
         assert all(p.grad.abs().max() > 0 for p in loss.actor_params(1))
         assert all(p.grad is None for p in loss.qvalue_network_params.parameters())
 
-    def test_fast_starts_from_the_bounds(self, make_loss, make_batch, monkeypatch):
-        asked = []
+    def test_fast_uses_the_diameter_of_the_bounds(self, make_loss, make_batch, monkeypatch):
+        diameters = []
 
         def spy(*args, **kwargs):
-            asked.append(kwargs["diameter"])
+            diameters.append(kwargs["diameter"])
             return sinkhorn_divergence(*args, **kwargs)
 
         monkeypatch.setattr("pogo_torchrl.objectives.pogo.sinkhorn_divergence", spy)
         for backend in ("fast", "tensorized"):
             make_loss(w2_backend=backend).actor_loss(make_batch(), 1)
-        assert asked == [2 * 2**0.5, None]
+        assert diameters == [2 * 2**0.5, None]
 
     def test_fast_and_tensorized_agree(self, make_loss, make_batch):
         batch, values = make_batch(64), []
@@ -402,11 +402,11 @@ class TestInTheLoss:
         for loss.w2_backend in ("fast", "tensorized"):
             torch.manual_seed(1)
             values.append(loss.actor_loss(batch, 1)[1]["w2_1"])
-        # the same draws; GeomLoss's annealing starts elsewhere
+        # the same noise; the annealing of GeomLoss starts at another diameter
         torch.testing.assert_close(*values, rtol=5e-3, atol=1e-5)
 
     @pytest.mark.parametrize("backend", ["fast", "tensorized", "exact"])
-    def test_shared_noise_leaves_equal_actors_alone(self, make_loss, make_batch, backend):
+    def test_shared_noise_vanishes_for_equal_actors(self, make_loss, make_batch, backend):
         batch = make_batch(64)
         shared = make_loss(True, w2_backend=backend, shared_noise=True, alpha=1e-12)
         value, metadata = shared.actor_loss(batch, 1)
@@ -416,13 +416,13 @@ class TestInTheLoss:
             assert p.grad.abs().max() < 1e-6
         assert make_loss(True, w2_backend=backend).actor_loss(batch, 1)[1]["w2_1"] > 1e-4
 
-    def test_shared_noise_still_measures_how_far_actors_are_apart(self, make_loss, make_batch):
-        # At distance zero of spread both estimators are the squared distance of the means.
+    def test_shared_noise_keeps_the_distance_of_deterministic_actors(self, make_loss, make_batch):
+        # Without spread, both estimators are half the squared distance of the actions.
         loss, batch = make_loss(w2_backend="exact", shared_noise=True), make_batch(512)
         with torch.no_grad():
             for i in range(loss.num_actors):
                 first = next(p for p in loss.actor_params(i) if p.shape[-1] == 5)
-                first[..., -2:] = 0  # the noise's columns of [s, z]: deterministic actors
+                first[..., -2:] = 0  # columns of z in [s, z]: makes the actors deterministic
         shared = loss.actor_loss(batch, 1)[1]["w2_1"]
         loss.shared_noise = False
         torch.testing.assert_close(shared, loss.actor_loss(batch, 1)[1]["w2_1"])
@@ -434,13 +434,13 @@ class TestInTheLoss:
             means.append(loss.actor_loss(batch, 1)[1]["q_actor_1"])
         torch.testing.assert_close(*means, rtol=0.1, atol=5e-3)
 
-    def test_shared_noise_leaves_the_batch_as_it_was(self, make_loss, make_batch):
+    def test_shared_noise_does_not_modify_the_batch(self, make_loss, make_batch):
         batch = make_batch()
         before = set(batch.keys(True))
         make_loss(shared_noise=True).actor_loss(batch, 1)
         assert set(batch.keys(True)) == before
 
-    def test_shared_noise_needs_actors_that_read_it(self, unit_spec):
+    def test_shared_noise_requires_actors_that_read_noise(self, unit_spec):
         net = nn.Sequential(nn.Linear(3, 4), NormalParamExtractor())
         actor = ProbabilisticActor(
             TensorDictModule(net, ["observation"], ["loc", "scale"]),
@@ -451,6 +451,6 @@ class TestInTheLoss:
         with pytest.raises(ValueError, match="shared_noise"):
             POGOLoss(actor, make_qvalue(3, 2), action_spec=unit_spec, shared_noise=True)
 
-    def test_exact_needs_few_samples(self, make_loss):
+    def test_exact_limits_num_samples(self, make_loss):
         with pytest.raises(ValueError, match="num_samples"):
             make_loss(w2_backend="exact", num_samples=MAX_POINTS + 1)

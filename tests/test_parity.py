@@ -1,7 +1,7 @@
-"""The loss and its training against the method in plain PyTorch, examples/pogo_single_file.py.
+"""The loss and its training against plain PyTorch, examples/pogo_single_file.py.
 
-That file is written from the method's equations: nn.Sequential networks, GeomLoss called directly,
-one torch.optim.Adam per actor; it shares no code with the loss and the trainer.
+That file implements the equations directly, with nn.Sequential networks, GeomLoss and one
+torch.optim.Adam per actor. It shares no code with the loss and the trainer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BOUNDS = {
 
 
 class Plain(single_file.POGO):
-    """The method in plain PyTorch, with targets that differ from the online networks."""
+    """POGO in plain PyTorch, with targets that differ from the online networks."""
 
     def __init__(self, low, high, dtype, **settings):
         args = single_file.Args(
@@ -45,7 +45,7 @@ class Plain(single_file.POGO):
                     p.add_(0.1 * torch.randn_like(p))
 
     def as_pogo_loss(self, **settings):
-        """A POGOLoss of the same weights and settings."""
+        """Return a POGOLoss with the same weights and settings."""
         spec, args = Bounded(low=self.low, high=self.high), self.args
         dtype = self.low.dtype
         loss = POGOLoss(
@@ -65,7 +65,7 @@ class Plain(single_file.POGO):
         return loss
 
     def load_targets(self, loss):
-        """Have a loss's targets be the same."""
+        """Copy the targets to a loss."""
         stacked = loss.target_qvalue_network_params.data
         targets = [(net, stacked[i]) for i, net in enumerate(self.target_critics)]
         if self.args.delay_actor:
@@ -82,7 +82,7 @@ def copy_weights(source, destination):
 
 
 def layers(params):
-    """``{"0.weight": ..., "0.bias": ..., "2.weight": ...}`` of a network's TensorDict."""
+    """Map the TensorDict of a network to ``{"0.weight": ..., "0.bias": ..., ...}``."""
     return {
         ".".join(key[-2:]): value
         for key, value in params.items(True, True)
@@ -99,7 +99,7 @@ def make_plain():
 
 
 def make_rows(plain, count=BATCH):
-    """Transitions of which a quarter are terminal and a quarter mere time-outs."""
+    """Transitions of which a quarter are terminal and a quarter are time-outs."""
     rows, like = torch.arange(count)[:, None], plain.low
     return TensorDict(
         {
@@ -117,7 +117,7 @@ def make_rows(plain, count=BATCH):
 
 
 def columns(batch):
-    """A batch as the plain method takes it."""
+    """Convert a batch to the tuple that the plain implementation expects."""
     end = batch["next", "terminated"][:, 0].to(batch["action"])
     s, a, r = batch["observation"], batch["action"], batch["next", "reward"][:, 0]
     return s, a, r, batch["next", "observation"], end
@@ -125,7 +125,7 @@ def columns(batch):
 
 @pytest.fixture
 def draws(monkeypatch):
-    """The noise that ``draw_noise`` gave last."""
+    """Record the noise of the last call of ``draw_noise``."""
     recorded, draw_noise = {}, POGOLoss.draw_noise
 
     def recording(*args, **kwargs):
@@ -139,24 +139,24 @@ def draws(monkeypatch):
 
 
 def noise_of_qvalue_loss(draws):
-    """``z'`` and the smoothing noise."""
+    """``z'`` and the smoothing noise of the TD target."""
     return draws["target"], draws["smoothing"]
 
 
 def noise_of_actor_loss(draws, i):
-    """K draws for actor i, the first for the Q term too, and K for its reference."""
+    """K draws for actor i, the first also for the Q term, and K draws for its reference."""
     own = draws[f"actor_{i}"]
     return own[:, 0] if i else own, own, draws.get(f"reference_{i}")
 
 
 def noise_of_update(draws):
-    """All draws of an update, as the plain method takes them."""
+    """All draws of an update, in the format of the plain implementation."""
     noise = {i: noise_of_actor_loss(draws, i) for i in range(len(WEIGHTS)) if f"actor_{i}" in draws}
     return {"critic": noise_of_qvalue_loss(draws), **noise}
 
 
 def assert_gradients_equal(params, net, i=None):
-    """The gradients (or slice i of stacked ones) equal those of a plain network."""
+    """Check that gradients (or slice i of stacked ones) equal those of a plain network."""
     ours, plain = layers(params), dict(net.named_parameters())
     assert ours.keys() == plain.keys()
     for name, parameter in plain.items():
@@ -194,7 +194,7 @@ settings = pytest.mark.parametrize(
 
 
 class TestFixedNoise:
-    """The same noise gives the same value and the same gradients."""
+    """With the same noise, values and gradients are the same."""
 
     @pytest.mark.parametrize("bounds", BOUNDS)
     @pytest.mark.parametrize("delay_actor", [False, True])
@@ -247,8 +247,8 @@ class TestFixedNoise:
         torch.testing.assert_close(metadata["w2_2"], distance.detach())
 
 
-class TestOwnNoise:
-    """With noise of their own both implementations have the same mean."""
+class TestIndependentNoise:
+    """With independent noise, both implementations have the same mean and spread."""
 
     repeats = 150
 
@@ -259,7 +259,7 @@ class TestOwnNoise:
         assert (samples.std(1) > 0).all()
         error = (samples.var(1).sum() / self.repeats).sqrt()
         assert (samples[0].mean() - samples[1].mean()).abs() < 4 * error
-        # ... and about the same spread, within 4 standard errors of the ratio's logarithm
+        # the spreads agree within 4 standard errors of the logarithm of their ratio
         spread = samples.var(1).log().diff().abs()
         assert spread < 4 * (4 / (self.repeats - 1)) ** 0.5
 
@@ -282,7 +282,7 @@ class TestOwnNoise:
 
 
 class TestSequentialUpdate:
-    """Whole updates, with the targets' Polyak steps, end at the same weights."""
+    """Complete updates, including the targets, give the same weights."""
 
     @pytest.mark.parametrize("bounds", BOUNDS)
     @pytest.mark.parametrize("policy_freq", [1, 2])
@@ -292,7 +292,7 @@ class TestSequentialUpdate:
         loss = plain.as_pogo_loss()
         stepper = POGOOptimizationStepper(loss, lr=LR, policy_freq=policy_freq)
         updater = SoftUpdate(loss, tau=TAU)
-        plain.load_targets(loss)  # making the updater has set them to the online networks
+        plain.load_targets(loss)  # SoftUpdate has set them to the online networks
         trainer = SimpleNamespace(replay_buffer=None)
         for step in range(3):
             batch, with_actors = make_rows(plain), step % policy_freq == 0
@@ -322,7 +322,7 @@ class TestSequentialUpdate:
 
 
 class TestTraining:
-    """Whole trainings, from equal weights and noise to equal weights."""
+    """Training from equal weights with equal noise gives equal weights."""
 
     steps = 50
 
@@ -334,14 +334,14 @@ class TestTraining:
             loss, buffer, self.steps, lr=LR, tau=TAU, progress_bar=False, **settings
         )
         trainer.train()
-        torch.manual_seed(1)  # for whoever draws the same again
+        torch.manual_seed(1)  # lets the caller repeat the same draws
         return buffer
 
     @pytest.mark.parametrize("w2_backend", ["tensorized", "fast"])
     def test_the_trainer_equals_the_single_file(self, make_plain, draws, w2_backend):
         plain = make_plain()
-        plain.target_critics = copy.deepcopy(plain.critics)  # as the trainer starts
-        if w2_backend == "fast":  # it starts the annealing at the bounds' diameter
+        plain.target_critics = copy.deepcopy(plain.critics)  # the initial state of the trainer
+        if w2_backend == "fast":  # starts the annealing at the diameter of the bounds
             plain.divergence.diameter = 2 * ACT**0.5
         loss = plain.as_pogo_loss(w2_backend=w2_backend)
         again = copy.deepcopy(loss)
@@ -350,11 +350,11 @@ class TestTraining:
             batch = buffer.sample()
             again.draw_noise(batch)
             plain.update(columns(batch), noise_of_update(draws))
-        # Where a gradient is nearly 0, Adam divides its rounding by its size.
+        # Adam amplifies the rounding errors of gradients that are nearly 0.
         assert_all_weights_equal(loss, plain, 1e-7)
 
     @pytest.mark.parametrize("delay_actor", [False, True])
-    def test_the_trainer_equals_a_loop_with_ordinary_optimizers(self, make_plain, delay_actor):
+    def test_the_trainer_equals_a_loop_with_torch_optimizers(self, make_plain, delay_actor):
         plain = make_plain(delay_actor=delay_actor)
         loss = plain.as_pogo_loss()
         loop = copy.deepcopy(loss)

@@ -1,4 +1,4 @@
-"""Tables and curves from run folders."""
+"""Score table and learning curves of a single run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_scores_by_actor_and_mode(evaluations):
     assert curves == {key: ([100, 200], list(scores)) for key, scores in SCORES.items()}
 
 
-def test_table_of_last_and_best(evaluations):
+def test_table_of_last_and_best_scores(evaluations):
     table = score_table(evaluations, 45.04).splitlines()
     assert table[-3].split() == ["actor", "0", "48.2", "50.0", "46.0", "47.0"]
     assert table[-2].split() == ["actor", "1", "101.3", "101.3", "7.0", "7.0"]
@@ -49,6 +49,6 @@ def test_curves_are_drawn(evaluations, tmp_path):
     assert large.read_bytes() != small.read_bytes()
 
 
-def test_missing_file(tmp_path):
+def test_missing_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError):
         score_table(tmp_path / "evaluations.csv", 0.0)

@@ -1,4 +1,4 @@
-"""Reports over many runs, from synthetic run folders whose numbers are known."""
+"""Reports over many runs, from synthetic run folders with known scores."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MODES = ("deterministic", "stochastic")
 def make_run(
     logs: Path, task: str, weights: tuple[float, ...], seed: int, curves: np.ndarray, **options
 ) -> Path:
-    """A run folder; curves ``[T, N, 2]`` are its scores at 10, 20, ...; returns are tenfold."""
+    """Make a run folder with scores ``[T, N, 2]`` at steps 10, 20, ...; returns are tenfold."""
     name = "w2_" + "_".join(f"{w:g}" for w in weights)
     folder = logs / task / name / f"seed_{seed}"
     training = folder / "training"
@@ -65,12 +65,12 @@ def make_run(
 
 
 def constant(*actors: float, steps: int = 1) -> np.ndarray:
-    """Curves of actors that score the same at every step and one less in stochastic mode."""
+    """Curves of actors with constant scores, lower by one in stochastic mode."""
     return np.array([[[a, a - 1.0] for a in actors]] * steps)
 
 
 def make_study(logs: Path) -> Path:
-    """A task of two settings, with three and two seeds, and one task with shorter chains."""
+    """Make runs of a task with two settings, and of a task with shorter chains."""
     for seed, score in enumerate((10.0, 20.0, 60.0)):
         make_run(logs, HOPPER, (0.2, 0.2), seed, constant(5.0, score, steps=2))
     for seed, score in enumerate((50.0, 54.0)):
@@ -83,13 +83,13 @@ def make_study(logs: Path) -> Path:
 
 @pytest.fixture
 def logs(tmp_path):
-    """The run folders of a study, to be changed at will."""
+    """The run folders of a study; tests may modify them."""
     return make_study(tmp_path / "logs")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The report of that study, to be read only."""
+    """The report of the same study, shared by tests that only read it."""
     folder = tmp_path_factory.mktemp("study")
     return write_report(make_study(folder / "logs"), folder / "results").parent
 
@@ -114,28 +114,28 @@ def test_iqm_is_scipys_trimmed_mean(n):
 
 
 def test_iqm_by_hand():
-    # of nine numbers two are left out at each end
+    # of nine values, two are dropped at each end
     assert iqm([100, -100, 1, 2, 3, 4, 5, 99, -99]) == pytest.approx(3.0)
 
 
 def test_bootstrap_interval_against_all_resamples():
-    """Of two and three runs there are 4 x 27 resamples, all equally likely."""
+    """With two and three runs there are 4 x 27 resamples, all equally likely."""
     first, second = [0.0, 10.0], [20.0, 50.0, 90.0]
     exact = [np.mean([*a, *b]) for a in product(first, repeat=2) for b in product(second, repeat=3)]
     found = bootstrap([first, second], mean)
     assert found.value == 34.0
-    # a quantile of the resamples is near that of the whole distribution
+    # quantiles of the resamples are close to those of the full distribution
     for bound, p in ((found.low, 0.025), (found.high, 0.975)):
         assert np.mean(np.array(exact) < bound - 1e-9) <= p + 0.005
         assert np.mean(np.array(exact) <= bound + 1e-9) >= p - 0.005
 
 
-def test_bootstrap_resamples_each_task_by_itself():
-    # between tasks there is any difference, within none
+def test_bootstrap_resamples_within_each_task():
+    # tasks differ, the runs of a task do not
     assert bootstrap([[0.0] * 4, [100.0] * 4]) == Estimate(50.0, 50.0, 50.0)
 
 
-def test_bootstrap_repeats():
+def test_bootstrap_is_deterministic():
     x = [np.random.default_rng(0).normal(size=5)]
     assert bootstrap(x) == bootstrap(x)
 
@@ -155,7 +155,7 @@ def test_summary_has_a_row_for_each_actor_and_mode(results):
     }  # fmt: skip
 
 
-def test_a_run_without_an_evaluation_has_empty_cells(tmp_path):
+def test_a_run_without_evaluations_has_empty_cells(tmp_path):
     folder = make_run(tmp_path / "logs", HOPPER, (0.5,), 3, constant(1.0), total=500, done=False)
     (folder / "training" / "evaluations.csv").unlink()
     (folder / "training" / "metrics.csv").write_text("step,loss\n250,0.5\n300,0.")
@@ -188,7 +188,7 @@ def test_chain_differences_are_paired_by_run(logs):
     rows = {(r[0], r[1], r[3]): r[4:] for r in chain_table(settings(read_runs(logs)[0])).rows}
     gain, total = rows[HOPPER, "0.2, 0.3", "deterministic"]
     assert gain == total == pytest.approx((12.0, math.sqrt(8)))
-    assert (CHEETAH, "1", "deterministic") not in rows  # one actor makes no step
+    assert (CHEETAH, "1", "deterministic") not in rows  # a single actor has no predecessor
 
 
 def test_best_weights_are_chosen_by_the_last_checkpoint(logs):
@@ -200,12 +200,12 @@ def test_best_weights_are_chosen_by_the_last_checkpoint(logs):
     assert "selection on test returns" in table.full_caption
 
 
-def test_groups_are_told_once(tmp_path):
+def test_groups_with_the_same_tasks_are_reported_once(tmp_path):
     logs = tmp_path / "logs"
     for task in (HOPPER, "hopper-medium-expert-v2", CHEETAH):
         make_run(logs, task, (1.0,), 0, constant(10.0))
     found = groups(settings(read_runs(logs)[0]))
-    # locomotion is all tasks, too
+    # locomotion has the same tasks as "all tasks"
     assert {k: len(v) for k, v in found.items()} == {"all tasks": 3, "hopper": 2, "halfcheetah": 1}
     make_run(logs, MAZE, (1.0,), 0, constant(10.0))
     found = groups(settings(read_runs(logs)[0]))
@@ -239,7 +239,7 @@ def test_latex_is_escaped_and_balanced(results):
         assert {line.count(" & ") + 1 for line in rows} == {len(columns)}
 
 
-def test_every_special_character_of_latex():
+def test_latex_special_characters_are_escaped():
     row = (r"a&b%c$d#e_f{g}h~i^j\k",)
     tex = Table("t", "c", ("x",), [row]).latex()
     escaped = r"a\&b\%c\$d\#e\_f\{g\}h\textasciitilde{}i\textasciicircum{}j\textbackslash{}k"
@@ -260,13 +260,13 @@ def test_latex_compiles(results, tmp_path):
     assert done.returncode == 0, done.stdout
 
 
-# ------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------- damaged files
 
 
-def test_a_half_finished_study_is_reported_as_such(logs, tmp_path):
+def test_a_report_of_an_unfinished_study(logs, tmp_path):
     cut = make_run(logs, MAZE, (0.5, 0.5), 0, constant(1.0, 2.0, steps=3), total=100, done=False)
     evaluations = cut / "training" / "evaluations.csv"
-    evaluations.write_text(evaluations.read_text()[:-70])  # in the last evaluation
+    evaluations.write_text(evaluations.read_text()[:-70])  # truncate the last evaluation
     failed = logs / HOPPER / "w2_0.2_0.2" / "seed_2"
     (failed / "done.json").unlink()
     (failed / "failed.json").write_text(json.dumps({"error": "disk full", "exit_code": 2}))
@@ -277,16 +277,17 @@ def test_a_half_finished_study_is_reported_as_such(logs, tmp_path):
 
     page = write_report(logs, tmp_path / "results").read_text()
     where = f"* `{MAZE}/w2_0.5_0.5/seed_"
-    problems = page.partition("## Missing, failed, damaged\n\n")[2].partition("\n\n")[0]
+    problems = page.partition("## Unfinished, failed and damaged runs\n\n")[2].partition("\n\n")[0]
     assert sorted(problems.splitlines()) == sorted([
-        f"{where}0`: 20 of 100; evaluations.csv: 1 damaged row left out, "
-        "1 incomplete evaluation left out",
+        f"{where}0`: 20 of 100; evaluations.csv: 1 damaged row skipped, "
+        "1 incomplete evaluation skipped",
         f"{where}1`: training/config.yaml cannot be read: it is damaged",
         f"{where}2`: failed: no data",
         f"* `{HOPPER}/w2_0.2_0.2/seed_2`: failed at 20 of 20; disk full",
     ])  # fmt: skip
-    assert "8 runs (3 tasks, 4 choices of task and w2_weights): 6 done, 1 unfinished, 1 failed" in (
-        page
+    assert (
+        "8 runs (3 tasks, 4 combinations of task and w2_weights): 6 done, 1 unfinished, 1 failed"
+        in (page)
     )
     rows = read_csv(tmp_path / "results" / "summary.csv")
     assert {r["last_step"] for r in rows if r["task"] == MAZE} == {"20"}
@@ -297,7 +298,7 @@ ROW = b"10,0,deterministic,1,1,5.5,9,0.1\n10,0,stochastic,1,1,5.25,9,0.1\n"
 
 
 @pytest.mark.parametrize(
-    ("content", "whole"),
+    ("content", "complete"),
     [
         (b"", 0),
         (HEADER, 0),
@@ -306,22 +307,22 @@ ROW = b"10,0,deterministic,1,1,5.5,9,0.1\n10,0,stochastic,1,1,5.25,9,0.1\n"
         (b"\x00\xff\xfe\n" * 100, 0),
         (b"step,actor\n1,2\n", 0),
         (HEADER + ROW, 1),
-        (HEADER + ROW[:-1], 0),  # the last number may be cut
+        (HEADER + ROW[:-1], 0),  # the last number may be truncated
         (HEADER + ROW + b"20,0,deter", 1),
         (HEADER + ROW + b"20,0,deterministic,1,1,nan,9,0.1\n20,0,stochastic,1,1,5,9,0.1\n", 1),
         (HEADER + ROW + b"twenty,0,deterministic,1,1,6,9,0.1\n", 1),
         (HEADER + ROW + b"20,7,deterministic,1,1,6,9,0.1\n", 1),  # no such actor
         (HEADER + ROW + b"20,0,deterministic,1,1,6,9,0.1,8,8,8\n", 1),
-        (HEADER + b'"' + b"x" * 200_000 + b"\n" + ROW, 1),  # more than csv takes
+        (HEADER + b'"' + b"x" * 200_000 + b"\n" + ROW, 1),  # longer than the field limit of csv
         (HEADER + ROW + ROW, 1),
     ],
 )
-def test_damaged_evaluations_never_crash(tmp_path, content, whole):
+def test_damaged_evaluations_never_crash(tmp_path, content, complete):
     folder = make_run(tmp_path / "logs", HOPPER, (0.5,), 0, constant(1.0))
     (folder / "training" / "evaluations.csv").write_bytes(content)
     (run,), _ = read_runs(tmp_path / "logs")
-    assert len(run.evaluations.steps) == whole
-    if whole:
+    assert len(run.evaluations.steps) == complete
+    if complete:
         assert run.last.tolist() == [[5.5, 5.25]]
     clean = content in (b"", HEADER, HEADER + ROW, HEADER + ROW + ROW)
     assert bool(run.evaluations.damage) != clean
@@ -334,7 +335,7 @@ def test_damaged_evaluations_never_crash(tmp_path, content, whole):
      "task: x\nseed: 0\nw2_weights: [a]\ntotal_steps: 1",
      "task: x\nseed: 0\nw2_weights: [1]\ntotal_steps: 1\ndata: 5"],
 )  # fmt: skip
-def test_a_damaged_config_leaves_the_folder_out(tmp_path, config):
+def test_a_folder_with_a_damaged_config_is_skipped(tmp_path, config):
     folder = make_run(tmp_path / "logs", HOPPER, (0.5,), 0, constant(1.0))
     (folder / "training" / "config.yaml").write_text(config)
     runs, left_out = read_runs(tmp_path / "logs")
@@ -342,7 +343,7 @@ def test_a_damaged_config_leaves_the_folder_out(tmp_path, config):
     assert "cannot be read" in left_out[f"{HOPPER}/w2_0.5/seed_0"]
 
 
-def test_a_study_without_any_run_that_can_be_read(tmp_path):
+def test_a_study_without_readable_runs(tmp_path):
     folder = make_run(tmp_path / "logs", HOPPER, (0.5,), 0, constant(1.0))
     (folder / "training" / "config.yaml").write_text("")
     page = write_report(tmp_path / "logs", tmp_path / "results").read_text()
@@ -353,14 +354,14 @@ def test_a_study_without_any_run_that_can_be_read(tmp_path):
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"total_steps": "many"}', '{"total_steps": 5}']
 )
-def test_only_a_whole_done_file_ends_a_run(tmp_path, content):
+def test_a_damaged_done_file_does_not_complete_a_run(tmp_path, content):
     folder = make_run(tmp_path / "logs", HOPPER, (0.5,), 0, constant(1.0))
     (folder / "done.json").write_text(content)
     (run,), _ = read_runs(tmp_path / "logs")
     assert run.status == "10 of 10"
 
 
-# ------------------------------------------------------------------------------- the whole
+# ------------------------------------------------------------------------------- page and figures
 
 
 def test_the_same_files_give_the_same_bytes(results, logs, tmp_path):
@@ -393,20 +394,20 @@ def test_a_second_report_replaces_the_first(logs, tmp_path):
     assert CHEETAH not in (results / "summary.csv").read_text()
 
 
-def test_page_shows_its_figures(results):
+def test_page_links_its_figures(results):
     page = (results / "README.md").read_text()
     linked = re.findall(r"!\[.*?\]\((.*?)\)", page)
     assert len(linked) == 7
     assert page.count("## Sensitivity to w2_weights") == page.count("| rank |") == 1
     assert all((results / name).is_file() for name in linked)
     assert f"| {HOPPER} | 0.2, 0.3 | 2 | 2 | 20 | 23.4 | 52.0 ± 2.8 | 82.0 ± 2.8 |" in page
-    assert "Not comparable" not in page
+    assert "Not directly comparable" not in page
 
 
-def test_page_says_what_is_not_comparable(tmp_path):
+def test_page_warns_about_other_data(tmp_path):
     make_run(tmp_path / "logs", MAZE, (1.0,), 0, constant(3.0), source="local")
     page = write_report(tmp_path / "logs", tmp_path / "results").read_text()
-    assert "these runs learned from other data (data.source: local)" in page
+    assert "these runs were trained on other data (data.source: local)" in page
 
 
 def lines_of(axes, label):
@@ -444,7 +445,7 @@ def test_one_seed_has_no_band(tmp_path):
     assert [list(axes.collections) for axes in figure.get_axes()] == [[], []]
 
 
-def test_curves_of_seeds_that_are_at_different_steps(tmp_path):
+def test_curves_of_seeds_at_different_steps(tmp_path):
     logs = tmp_path / "logs"
     make_run(logs, HOPPER, (1.0,), 0, constant(10.0, steps=3))
     make_run(logs, HOPPER, (1.0,), 1, constant(20.0, steps=2), done=False, total=30)
@@ -454,19 +455,19 @@ def test_curves_of_seeds_that_are_at_different_steps(tmp_path):
     assert line.get_ydata().tolist() == [15.0, 15.0, 10.0]
 
 
-def test_dots_of_the_other_figures(logs):
+def test_markers_of_the_other_figures(logs):
     found = settings(read_runs(logs)[0])
     selected = best_settings(found)
 
     def dots(figure):
-        """Labelled means in all panels."""
+        """Labels of the means in all panels."""
         return [c.get_label() for axes in figure.get_axes() for c in axes.containers]
 
     assert sorted(dots(chain_figure(found))) == sorted(["π1 − π0", "last actor − π0"] * 2 * 2)
     assert len(dots(weights_figure(found))) == 3 * 2
     assert set(dots(published_figure(selected))) == {*ALGORITHMS, "POGO, these runs (data: d4rl)"}
     intervals = intervals_figure(group_scores(selected))
-    # all tasks and halfcheetah: the last actor alone; hopper: two
+    # only the last actor in "all tasks" and halfcheetah, two actors in hopper
     assert len(dots(intervals)) == 2 * 2 * (1 + 1 + 2)
     for figure in (chain_figure(found), weights_figure(found), intervals):
         assert not any(axes.get_legend() for axes in figure.get_axes())  # it would hide data
@@ -482,7 +483,7 @@ def test_published_scores_have_the_means_of_their_tables():
         name: [np.mean([PER_TASK[t][name].mean for t in part]) for part in (tasks[:9], tasks[9:])]
         for name in ALGORITHMS
     }
-    # the last row of the paper's table 3, which cuts and does not round
+    # the last row of table 3 of the paper, which truncates instead of rounding
     assert [math.floor(10 * means[name][1]) / 10 for name in ALGORITHMS] == [28.7, 58.3, 76.8]
     given = {row.algorithm: row[1:3] for row in GROUP_MEANS}
     for name, row in (("TD3+BC", "TD3+BC, tuned"), ("IQL", "IQL, tuned"), ("ReBRAC", "ReBRAC")):
@@ -495,7 +496,7 @@ def test_published_scores_have_the_means_of_their_tables():
 def test_the_command_reports_a_real_run(tmp_path):
     process = pogo(tmp_path, f"data.cache_dir={tmp_path / 'cache'}", "total_steps=12")
     assert process.returncode == 0, process.stderr
-    done = subprocess.run(  # by default from logs to results
+    done = subprocess.run(  # reads logs and writes results by default
         [sys.executable, "-m", "pogo_torchrl.report"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -510,30 +511,30 @@ def test_the_command_reports_a_real_run(tmp_path):
             expected["actor"], expected["mode"], "done",
         )  # fmt: skip
         assert float(row["last_score"]) == pytest.approx(float(expected["score"]), abs=1e-4)
-        assert math.isfinite(float(row["data_score"]))  # told in the run's log
+        assert math.isfinite(float(row["data_score"]))  # read from the log of the run
 
 
 @pytest.mark.parametrize(
-    ("argument", "sentence"),
+    ("argument", "message"),
     [
-        ("log_dir=nowhere", "pogo: log_dir=nowhere holds no runs"),
+        ("log_dir=nowhere", "pogo: log_dir=nowhere contains no runs"),
         ("log_dri=logs", "pogo: unknown option 'log_dri'; did you mean log_dir?"),
         ("--fast", "pogo: unknown option 'fast'"),
         ("log_dir=", "pogo: log_dir needs a value"),
     ],
 )
-def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, argument, sentence):
+def test_bad_input_gives_a_one_line_error(tmp_path, monkeypatch, capsys, argument, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["report", argument])
     out, error = capsys.readouterr()
     assert (stop.value.code, out) == (2, "")
-    assert error.startswith(sentence)
+    assert error.startswith(message)
     assert len(error.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_results_dir_that_is_a_file_is_one_sentence(logs, tmp_path, capsys):
+def test_a_results_dir_that_is_a_file_gives_a_one_line_error(logs, tmp_path, capsys):
     (tmp_path / "results").write_text("")
     with pytest.raises(SystemExit) as stop:
         main(["report", f"log_dir={logs}", f"results_dir={tmp_path / 'results'}"])

@@ -1,4 +1,4 @@
-"""Generated data: layout, determinism and the cache."""
+"""Tests of the generated data: layout, determinism and cache."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def forbid_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     def generate(*args):
-        raise AssertionError("generated although the file is there")
+        raise AssertionError("generated although the file exists")
 
     monkeypatch.setattr(rollouts, "_generate", generate)
 
@@ -72,7 +72,7 @@ def test_layout(hopper):
 
 
 @pytest.mark.parametrize("name", ["hopper", "halfcheetah"])
-def test_rows_follow_each_other_within_an_episode(name, request):
+def test_rows_are_contiguous_within_an_episode(name, request):
     rows = read(request.getfixturevalue(name))
     ends = rows["terminals"] | rows["timeouts"]
     assert not (rows["terminals"] & rows["timeouts"]).any()
@@ -84,20 +84,20 @@ def test_rows_follow_each_other_within_an_episode(name, request):
     assert restarts.any(axis=1).all()
 
 
-def test_halfcheetah_ends_by_time_outs_only(halfcheetah):
+def test_halfcheetah_ends_only_by_time_outs(halfcheetah):
     rows = read(halfcheetah)
     assert not rows["terminals"].any()
     np.testing.assert_array_equal(np.flatnonzero(rows["timeouts"]), [999, 1999])
 
 
-def test_the_cut_row_does_not_bootstrap_across(tmp_path):
+def test_truncated_row_does_not_bootstrap_across(tmp_path):
     rows = read(make(tmp_path, size=10))
     np.testing.assert_array_equal(np.flatnonzero(rows["timeouts"]), [9])
     assert not rows["terminals"].any()
 
 
 @pytest.mark.parametrize("name", ["hopper", "halfcheetah"])
-def test_rewards_are_those_of_the_environment(name, request):
+def test_rewards_match_the_environment(name, request):
     rows = read(request.getfixturevalue(name))
     env = make_env(f"{name}-medium-v2")
     chosen = np.union1d(np.flatnonzero(rows["terminals"]), np.arange(0, 2000, 50))
@@ -119,7 +119,7 @@ def test_metadata(hopper):
     assert json.loads(metadata["policies"]) == load_manifest()["hopper"]
 
 
-def test_data_are_a_function_of_task_size_and_seed(hopper, tmp_path):
+def test_data_are_determined_by_task_size_and_seed(hopper, tmp_path):
     again = make(tmp_path, workers=2)
     assert again.name == hopper.name
     assert again.read_bytes() == hopper.read_bytes()
@@ -133,7 +133,7 @@ def test_tiny_datasets(size, tmp_path):
     assert rows["timeouts"][-1]
 
 
-def test_a_smaller_size_is_a_prefix(hopper, tmp_path):
+def test_smaller_dataset_is_a_prefix(hopper, tmp_path):
     small, large = read(make(tmp_path, size=500)), read(hopper)
     np.testing.assert_array_equal(small["observations"], large["observations"][:500])
 
@@ -161,7 +161,7 @@ def test_cache_is_used(hopper, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "empty", "unsigned"])
-def test_a_damaged_file_is_generated_again(hopper, damage, tmp_path, caplog):
+def test_damaged_file_is_regenerated(hopper, damage, tmp_path, caplog):
     content = hopper.read_bytes()
     path = tmp_path / hopper.name
     if damage == "unsigned":
@@ -174,16 +174,16 @@ def test_a_damaged_file_is_generated_again(hopper, damage, tmp_path, caplog):
         path.write_bytes({"truncated": content[:middle], "changed": flipped, "empty": b""}[damage])
     assert make(tmp_path) == path
     assert path.read_bytes() == content
-    assert caplog.messages == [f"{path} is damaged and is generated again"]
+    assert caplog.messages == [f"{path} is damaged; regenerating it."]
 
 
-def test_leftover_temporary_files_do_not_count(hopper, tmp_path):
+def test_leftover_temporary_files_are_ignored(hopper, tmp_path):
     (tmp_path / f".{hopper.name}.0123.tmp").write_bytes(hopper.read_bytes())
     path = make(tmp_path)
     assert path.read_bytes() == hopper.read_bytes()
 
 
-def test_of_runs_that_start_at_once_one_generates(tmp_path, monkeypatch):
+def test_concurrent_runs_generate_once(tmp_path, monkeypatch):
     generate, calls = rollouts._generate, []
 
     def count(*args):
@@ -198,7 +198,7 @@ def test_of_runs_that_start_at_once_one_generates(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_full_disk_leaves_nothing_behind(step, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_files(step, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -211,7 +211,7 @@ def test_a_full_disk_leaves_nothing_behind(step, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", ["playing", "writing"])
-def test_interruption_leaves_nothing_behind(moment, tmp_path, monkeypatch):
+def test_interruption_leaves_no_files(moment, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -224,7 +224,7 @@ def test_interruption_leaves_nothing_behind(moment, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_fails_before_the_work(tmp_path, monkeypatch):
+def test_unwritable_folder_fails_before_generation(tmp_path, monkeypatch):
     forbid_generation(monkeypatch)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write to .*file/cache"):
@@ -251,7 +251,7 @@ def test_progress_goes_to_stderr(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task", ["antmaze-umaze-v2", "hopper-expert-v2"])
-def test_a_task_without_policies_lists_those_with(task, tmp_path):
+def test_task_without_policies_lists_supported_tasks(task, tmp_path):
     with pytest.raises(ValueError, match=task) as error:
         make(tmp_path, task)
     assert "hopper-medium-replay-v2" in str(error.value)
@@ -261,12 +261,12 @@ def test_a_task_without_policies_lists_those_with(task, tmp_path):
     ("name", "value"),
     [("size", 0), ("size", 1.5), ("size", True), ("seed", -1), ("seed", None), ("workers", 0)],
 )
-def test_numbers_out_of_range(name, value, tmp_path):
-    with pytest.raises(ValueError, match=f"{name}={value!r} must be an integer of at least"):
+def test_arguments_out_of_range(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be an integer >="):
         make(tmp_path, **{name: value})
 
 
-def test_new_policies_never_meet_old_data(hopper, tmp_path, monkeypatch):
+def test_new_policies_do_not_reuse_old_data(hopper, tmp_path, monkeypatch):
     policies = load_policies("hopper")
     policies["medium"] = LinearPolicy(policies["medium"].gain * 1.01, policies["medium"].mean)
     monkeypatch.setattr(rollouts, "load_policies", lambda environment: policies)
@@ -279,11 +279,11 @@ def test_policy_in_closed_form():
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_bundled_policies_score_what_the_manifest_says(environment):
+def test_scores_of_bundled_policies_match_the_manifest(environment):
     entry = load_manifest()[environment]
     policies = load_policies(environment)
     assert list(policies) == list(entry["levels"]) == list(LEVELS)
-    # what the data show: how the levels score with their noise
+    # Scores with noise, which determine the quality of the data.
     noisy = [level["noisy_score"] for level in entry["levels"].values()]
     assert noisy == sorted(noisy)
     env = make_env(f"{environment}-medium-v2")
@@ -307,7 +307,7 @@ def test_running_moments():
     np.testing.assert_allclose(moments.std, values.std(axis=0))
 
 
-def test_levels_are_shares_of_the_best_met_on_the_way_to_it():
+def test_levels_are_picked_by_fraction_of_the_best_return():
     policy = LinearPolicy(np.zeros((1, 1)), np.zeros(1))
     returns = [0.0, 9.0, 26.0, 55.0, 70.0, 100.0, 50.0]
     snapshots = [Snapshot(steps, policy, value) for steps, value in enumerate(returns)]
@@ -321,7 +321,7 @@ def test_search_improves():
     assert best > 1.2 * snapshots[0].mean_return
 
 
-def test_search_is_a_function_of_its_seed_and_is_saved(tmp_path):
+def test_search_is_deterministic_and_saved(tmp_path):
     first, again = (search("hopper", seed=3, steps=2000, minutes=np.inf)[-1] for _ in range(2))
     assert first.steps == again.steps > 0
     np.testing.assert_array_equal(first.policy.gain, again.policy.gain)

@@ -1,4 +1,4 @@
-"""Files of others: nothing in them runs, leads elsewhere or takes more memory than there is."""
+"""Tests of untrusted files: no code execution, no access to other files, no memory exhaustion."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pogo_torchrl.trainers.checkpoints import FORMAT_VERSION, is_intact
 
 
 class Attack:
-    """Unpickled with Python's own pickle, it writes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -37,13 +37,13 @@ class Attack:
 
 @pytest.fixture
 def mark(tmp_path):
-    """What the attacks write; it must not be there in the end."""
+    """The file that an attack would create, which must not exist after the test."""
     mark = tmp_path / "the attack has run"
     yield mark
     assert not mark.exists()
 
 
-def test_the_attack_works(tmp_path):
+def test_attack_works_with_plain_pickle(tmp_path):
     pickle.loads(pickle.dumps(Attack(tmp_path / "ran")))
     assert (tmp_path / "ran").exists()
 
@@ -53,7 +53,7 @@ def test_the_attack_works(tmp_path):
 
 @pytest.fixture
 def trainer(make_loss, make_buffer, tmp_path):
-    """Makes trainers on one folder, the first of which has left checkpoints there."""
+    """Factory of trainers that share a folder, which already contains checkpoints."""
 
     def make() -> POGOTrainer:
         torch.manual_seed(0)
@@ -71,13 +71,13 @@ def newest(tmp_path) -> Path:
 
 
 def sign(checkpoint: Path) -> None:
-    """Checksums that fit: an attacker can compute them, too."""
+    """Update the checksums, as an attacker could."""
     (checkpoint / "sha256.json").write_text(json.dumps(digests(checkpoint, without="sha256.json")))
     assert is_intact(checkpoint)
 
 
-def in_torch_s_zip(path: Path, content: bytes) -> None:
-    """A file as ``torch.save`` writes it, around another pickle."""
+def write_torch_zip(path: Path, content: bytes) -> None:
+    """Write a file in the format of ``torch.save`` with another pickle inside."""
     torch.save({"a": torch.zeros(2)}, path)
     with zipfile.ZipFile(path) as old:
         entries = {name: old.read(name) for name in old.namelist()}
@@ -87,37 +87,39 @@ def in_torch_s_zip(path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_a_pickle_in_a_checkpoint_does_not_run(trainer, tmp_path, mark, wrapped):
+def test_pickle_in_checkpoint_is_not_executed(trainer, tmp_path, mark, wrapped):
     files = sorted(newest(tmp_path).rglob("state.pt"))
     assert len(files) > 2
     for file in files:
-        whole = file.read_bytes()
+        original = file.read_bytes()
         content = pickle.dumps({"a": Attack(mark)}, protocol=2)
         if wrapped:
-            in_torch_s_zip(file, content)
+            write_torch_zip(file, content)
         else:
             file.write_bytes(content)
         sign(newest(tmp_path))
         with pytest.raises(ValueError, match="does not fit this run"):
             trainer().resume()
-        file.write_bytes(whole)
+        file.write_bytes(original)
     sign(newest(tmp_path))
     assert trainer().resume() == 4
 
 
-@pytest.mark.parametrize("place", ["../outside", "/tmp", "components/../../outside", "..\\outside"])
-def test_a_checkpoint_s_manifest_leads_nowhere_else(trainer, tmp_path, mark, place):
+@pytest.mark.parametrize(
+    "target", ["../outside", "/tmp", "components/../../outside", "..\\outside"]
+)
+def test_checkpoint_manifest_cannot_point_outside(trainer, tmp_path, mark, target):
     (tmp_path / "checkpoints" / "outside").mkdir()
     (tmp_path / "checkpoints" / "outside" / "state.pt").write_bytes(pickle.dumps(Attack(mark)))
     manifest = json.loads((newest(tmp_path) / "manifest.json").read_text())
-    next(iter(manifest["components"].values()))["path"] = place
+    next(iter(manifest["components"].values()))["path"] = target
     (newest(tmp_path) / "manifest.json").write_text(json.dumps(manifest))
     sign(newest(tmp_path))
     with pytest.raises(ValueError, match="Unsafe archive member path"):
         trainer().resume()
 
 
-def test_a_checkpoint_with_links_is_passed_over(trainer, tmp_path):
+def test_checkpoint_with_links_is_skipped(trainer, tmp_path):
     file = next(newest(tmp_path).rglob("state.pt"))
     outside = tmp_path / "outside.pt"
     file.rename(outside)
@@ -137,7 +139,7 @@ def test_a_checkpoint_with_links_is_passed_over(trainer, tmp_path):
         lambda m: m["components"].popitem(),
     ],
 )
-def test_a_manifest_of_another_make(trainer, tmp_path, change):
+def test_invalid_manifest(trainer, tmp_path, change):
     path = newest(tmp_path) / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -147,8 +149,8 @@ def test_a_manifest_of_another_make(trainer, tmp_path, change):
         trainer().resume()
 
 
-def test_a_checkpoint_that_declares_what_it_does_not_hold(trainer, tmp_path):
-    """A tensor of a terabyte over a storage of some bytes."""
+def test_checkpoint_with_oversized_tensor(trainer, tmp_path):
+    """A tensor of a terabyte backed by a storage of a few bytes."""
     file = newest(tmp_path) / "components"
     file = next(file.rglob("*loss_module*/state.pt"))
     state = torch.load(file, weights_only=True)
@@ -163,14 +165,14 @@ def test_a_checkpoint_that_declares_what_it_does_not_hold(trainer, tmp_path):
 # ------------------------------------------------------------------------------------ policies
 
 
-def test_a_pickle_for_a_policy_does_not_run(tmp_path, mark):
+def test_pickle_in_policy_file_is_not_executed(tmp_path, mark):
     path = tmp_path / "policy.safetensors"
     attack = pickle.dumps(Attack(mark))
     for content in (attack, pickle.dumps(Attack(mark), protocol=2), b"\x80\x02" + attack):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"policy\.safetensors"):
             load_actors(path)
-    in_torch_s_zip(path, attack)
+    write_torch_zip(path, attack)
     with pytest.raises(ValueError, match=r"torch\.save and is not opened"):
         load_actors(path)
 
@@ -186,7 +188,7 @@ def test_a_pickle_for_a_policy_does_not_run(tmp_path, mark):
         {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
     ],
 )
-def test_a_policy_that_declares_what_it_does_not_hold(tmp_path, entry):
+def test_policy_with_invalid_header(tmp_path, entry):
     header = json.dumps({"__metadata__": {"format": "pogo_torchrl.actors"}, "a": entry}).encode()
     path = tmp_path / "policy.safetensors"
     for length in (len(header), 10**15):
@@ -195,11 +197,13 @@ def test_a_policy_that_declares_what_it_does_not_hold(tmp_path, entry):
             load_actors(path)
 
 
-def test_other_safetensors_are_no_policy(tmp_path):
+def test_safetensors_files_of_other_programs(tmp_path):
     path = tmp_path / "model.safetensors"
     for metadata in (None, {"format": "pt"}):
         path.write_bytes(safetensors.torch.save({"w": torch.zeros(2)}, metadata))
-        with pytest.raises(ValueError, match=r"model\.safetensors is no policy of pogo_torchrl"):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors is not a policy written by pogo_torchrl"
+        ):
             load_actors(path)
 
 
@@ -216,7 +220,7 @@ KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 @pytest.fixture
 def outside(tmp_path):
-    """Another file, whose arrays would fit."""
+    """Another file, with matching arrays."""
     return write(tmp_path / "secret.hdf5", random_rows())
 
 
@@ -241,7 +245,7 @@ def soft_link_over_an_external_one(file, key, outside):
     file[key] = h5py.SoftLink(f"/elsewhere/{key}")
 
 
-def soft_link_in_a_circle(file, key, outside):
+def circular_soft_link(file, key, outside):
     del file[key]
     file[key] = h5py.SoftLink(f"/{key}")
 
@@ -262,13 +266,13 @@ def virtual(file, key, outside):
 
 LINKS = [
     external_link, relative_link, missing_link, soft_link_over_an_external_one,
-    soft_link_in_a_circle, external_storage, virtual,
+    circular_soft_link, external_storage, virtual,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("link", LINKS, ids=lambda link: link.__name__)
 @pytest.mark.parametrize("key", KEYS)
-def test_links_of_hdf5_are_not_followed(tmp_path, outside, link, key, monkeypatch):
+def test_hdf5_links_are_not_followed(tmp_path, outside, link, key, monkeypatch):
     path = write(tmp_path / "data.hdf5", random_rows())
     with h5py.File(path, "r+") as file:
         link(file, key, outside)
@@ -279,7 +283,7 @@ def test_links_of_hdf5_are_not_followed(tmp_path, outside, link, key, monkeypatc
     assert opened == []
 
 
-def test_a_cache_with_links_is_made_again(tmp_path, outside):
+def test_cached_file_with_links_is_regenerated(tmp_path, outside):
     path = behaviour_dataset("hopper-medium-v2", size=20, cache_dir=tmp_path, progress=False)
     before = path.read_bytes()
     with h5py.File(path, "r+") as file:
@@ -290,16 +294,16 @@ def test_a_cache_with_links_is_made_again(tmp_path, outside):
     assert path.read_bytes() == before
 
 
-def limited() -> None:
-    """Before a process starts: whoever takes 8 GB in it fails."""
+def limit_memory() -> None:
+    """Limit the address space to 8 GB; run in a child process before it starts."""
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 
 
 BOMBS = {
     "rows that were never written": {"shape": (10**12,), "chunks": (1000,)},
     "rows of a fill value": {"shape": (10**12,), "chunks": (1000,), "fillvalue": 1.0},
-    "some rows of many": {"shape": (10**11,), "chunks": (1000,), "compression": "gzip"},
-    "one chunk larger than all": {
+    "some of many rows": {"shape": (10**11,), "chunks": (1000,), "compression": "gzip"},
+    "a chunk larger than the array": {
         "shape": (40,),
         "maxshape": (None,),
         "chunks": (500_000_000,),
@@ -310,7 +314,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 @pytest.mark.parametrize("key", KEYS)
-def test_sizes_are_checked_before_memory_is_taken(tmp_path, name, key):
+def test_sizes_are_checked_before_allocation(tmp_path, name, key):
     options = dict(BOMBS[name])
     width = {"observations": 3, "actions": 2}.get(key)
     if width:
@@ -324,19 +328,19 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path, name, key):
         if "some" in name:
             array[:40] = 1.0
         rows = array.shape[0]
-        for other in KEYS if rows > 40 else ():  # all of one length: only the size is wrong
+        for other in KEYS if rows > 40 else ():  # equal lengths, so that only the size is wrong
             if other != key:
                 tail = (*file[other].shape[1:],)
                 del file[other]
                 file.create_dataset(other, (rows, *tail), "f8", chunks=(1000, *tail))
     assert path.stat().st_size < 100_000
-    with pytest.raises(ValueError, match=r"data\.hdf5: \w+ declares .* GB") as refused:
+    with pytest.raises(ValueError, match=r"data\.hdf5: \w+ declares .* GB") as error:
         read_hdf5(path)
-    assert "make or download it again" in str(refused.value)
+    assert "recreate it or download it again" in str(error.value)
 
 
-def test_a_bomb_is_refused_in_little_memory(tmp_path):
-    """In a process that may not take the memory, there is the sentence, and no MemoryError."""
+def test_oversized_file_fails_without_allocation(tmp_path):
+    """A process with limited memory raises the documented error, not a MemoryError."""
     path = tmp_path / "data.hdf5"
     with h5py.File(path, "w") as file:
         for key in KEYS:
@@ -344,22 +348,22 @@ def test_a_bomb_is_refused_in_little_memory(tmp_path):
             file.create_dataset(key, (10**12, *tail), "f4", chunks=(1000, *tail))
     code = f"from pogo_torchrl.data import read_hdf5; read_hdf5({str(path)!r})"
     process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=limited
+        [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=limit_memory
     )
     last = process.stderr.strip().splitlines()[-1]
     assert last.startswith("pogo_torchrl.data.hdf5.UnsupportedFileError: ")
     assert "data.hdf5: observations declares 4.4e+04 GB" in last
 
 
-def test_more_than_the_machine_has(tmp_path, monkeypatch):
+def test_file_larger_than_physical_memory(tmp_path, monkeypatch):
     path = write(tmp_path / "data.hdf5", random_rows())
     monkeypatch.setattr("pogo_torchrl.data.hdf5.physical_memory", lambda: 1000.0)
-    with pytest.raises(ValueError, match=r"needs .* GB of memory, this machine has 1e-06 GB"):
+    with pytest.raises(ValueError, match=r"needs .* GB of memory, but this machine has 1e-06 GB"):
         read_hdf5(path)
 
 
 def test_compressed_files_are_read(tmp_path):
-    """Flags and rewards of D4RL's files are mostly zeros and shrink a thousandfold."""
+    """Flags and rewards in D4RL's files are mostly zeros and compress a thousandfold."""
     rows = {
         "observations": np.random.default_rng(0).normal(size=(300_000, 3)).astype("f4"),
         "actions": np.zeros((300_000, 2), "f4"),
@@ -369,5 +373,5 @@ def test_compressed_files_are_read(tmp_path):
     with h5py.File(tmp_path / "data.hdf5", "w") as file:
         for key, values in rows.items():
             file.create_dataset(key, data=values, compression="gzip", compression_opts=9)
-        file.create_dataset("timeouts", (300_000,), bool)  # declared, never written: all False
+        file.create_dataset("timeouts", (300_000,), bool)  # declared but never written: all False
     assert len(read_hdf5(tmp_path / "data.hdf5").transitions) == 299_999

@@ -61,7 +61,7 @@ def test_value_and_gradient_are_those_of_geomloss(shape, other, blur):
 
 @pytest.mark.parametrize("offset", [[0.3, -0.4], [1.0, 2.0]])
 @pytest.mark.parametrize("k", [1, 4])
-def test_a_translated_cloud_is_half_the_squared_shift_away(offset, k):
+def test_a_translated_cloud_has_half_the_squared_shift(offset, k):
     offset = torch.tensor(offset, dtype=torch.float64)
     x, _ = clouds(3, k, 2)
     value, grad_x, grad_y = value_and_gradients(sinkhorn_divergence, x, x + offset)
@@ -73,7 +73,7 @@ def test_a_translated_cloud_is_half_the_squared_shift_away(offset, k):
     torch.testing.assert_close(grad_y.sum(-2), per_cloud, rtol=1e-2, atol=1e-3)
 
 
-def test_two_diracs_are_exactly_half_their_squared_distance_apart():
+def test_diracs_have_half_their_squared_distance():
     x, y = clouds(6, 1, 3)
     value, grad_x, _ = value_and_gradients(lambda x, y: 1.0 * sinkhorn_divergence(x, y), x, y)
     torch.testing.assert_close(value, (x - y).square().sum((-2, -1)) / 2)
@@ -93,7 +93,7 @@ def test_it_vanishes_with_its_gradient_between_equal_clouds():
         torch.testing.assert_close(out, torch.zeros_like(out), rtol=0, atol=1e-12)
 
 
-def test_it_does_not_depend_on_the_order_of_points():
+def test_it_is_invariant_to_the_order_of_points():
     x, y = clouds(5, 4, 3)
     shuffled = sinkhorn_divergence(x[:, [2, 0, 3, 1]], y[:, [1, 3, 0, 2]])
     torch.testing.assert_close(shuffled, sinkhorn_divergence(x, y))
@@ -106,7 +106,7 @@ def test_with_a_small_blur_it_is_close_to_half_the_exact_optimal_transport_cost(
     )
     exact = costs.min(0)[0] / 2
     value = sinkhorn_divergence(x, y, blur=0.01)
-    # GeomLoss stops annealing before it has converged: single states are off by several per cent
+    # GeomLoss stops before convergence: single states deviate by several per cent
     torch.testing.assert_close(value.mean(), exact.mean(), rtol=3e-2, atol=0)
     torch.testing.assert_close(value, exact, rtol=0.2, atol=5e-3)
 
@@ -129,7 +129,7 @@ def test_an_empty_batch_gives_an_empty_result():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_measured_in_float32(dtype):
+def test_half_precision_is_computed_in_float32(dtype):
     x, y = (c.to(dtype) for c in clouds(5, 4, 3))
     value, grad_x, _ = value_and_gradients(sinkhorn_divergence, x, y)
     exact, exact_grad, _ = value_and_gradients(sinkhorn_divergence, x.double(), y.double())
@@ -139,14 +139,14 @@ def test_half_precision_is_measured_in_float32(dtype):
     torch.testing.assert_close(grad_x, exact_grad.to(dtype), rtol=2e-2, atol=1e-3)
 
 
-def test_the_gradient_reaches_only_the_cloud_that_is_not_detached():
+def test_no_gradient_flows_to_a_detached_cloud():
     x, y = (c.requires_grad_() for c in clouds(5, 4, 3))
     sinkhorn_divergence(x, y.detach()).sum().backward()
     assert x.grad.abs().sum() > 0
     assert y.grad is None
 
 
-def test_the_grad_mode_of_the_caller_is_kept():
+def test_the_grad_mode_of_the_caller_is_restored():
     x, y = (c.requires_grad_() for c in clouds(5, 4, 3))
     with torch.no_grad():
         assert not sinkhorn_divergence(x, y).requires_grad
@@ -163,7 +163,7 @@ def test_inputs_without_gradient_give_values_without_gradient():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", [0, 1])
-def test_points_that_are_not_finite_raise(bad, side):
+def test_non_finite_points_raise(bad, side):
     pair = clouds(5, 4, 3)
     pair[side][2, 1, 0] = bad
     with pytest.raises(ValueError, match="not finite"):
@@ -184,18 +184,18 @@ def test_points_that_are_not_finite_raise(bad, side):
     ],
     ids=["1d", "rank", "batch", "dim", "no points", "no dims", "mixed dtype", "integer"],
 )
-def test_clouds_that_do_not_fit_raise(x, y):
+def test_mismatched_clouds_raise(x, y):
     with pytest.raises(ValueError, match="cloud"):
         sinkhorn_divergence(x, y)
 
 
 @pytest.mark.parametrize("blur", [0.0, -1.0, math.nan])
-def test_a_blur_that_is_not_positive_raises(blur):
+def test_a_non_positive_blur_raises(blur):
     with pytest.raises(ValueError, match="blur"):
         sinkhorn_divergence(*clouds(5, 4, 3), blur=blur)
 
 
-def test_an_unknown_backend_raises_and_names_the_known_ones():
+def test_an_unknown_backend_raises_and_lists_the_choices():
     with pytest.raises(ValueError, match="tensorized"):
         sinkhorn_divergence(*clouds(5, 4, 3), backend="fancy")
     assert {"tensorized", "online", "auto"} <= set(BACKENDS)
@@ -208,6 +208,6 @@ def test_auto_is_tensorized_for_small_clouds():
 
 
 @needs_no_keops
-def test_online_without_keops_says_what_to_install():
+def test_online_without_keops_names_the_extra():
     with pytest.raises(ImportError, match=r"pogo_torchrl\[keops\]"):
         sinkhorn_divergence(*clouds(5, 4, 3), backend="online")

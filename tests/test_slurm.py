@@ -1,6 +1,6 @@
-"""Sweeps through submitit: its own processes here, and a Slurm of which only the answers are real.
+"""Sweeps through submitit, with local processes and with a fake Slurm.
 
-tests/slurm/check.sh is the check on a whole Slurm.
+tests/slurm/check.sh runs a sweep on a real Slurm.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def threads():
-    """Sets back the threads of this process."""
+    """Restore the number of threads of this process."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-def task_of(worker: int) -> int:
-    """The process of submitit's job that has started a run's."""
+def parent_process(worker: int) -> int:
+    """Process of the submitit job that started a worker."""
     status = Path(f"/proc/{worker}/status").read_text()
     return int(status.partition("PPid:")[2].split()[0])
 
 
-def test_jobs_cut_short_are_queued_again_and_killed_runs_are_failures(folder, threads, capsys):
+def test_preempted_jobs_are_requeued_and_killed_runs_fail(folder, threads, capsys):
     behaviour_dataset("hopper-medium-v2", size=2000, cache_dir="cache", progress=False)
     longer = ("data.cache_dir=cache", "total_steps=300", "eval_interval=300")
     longer = (*longer, "checkpoint_interval=20")
@@ -74,28 +74,28 @@ def test_jobs_cut_short_are_queued_again_and_killed_runs_are_failures(folder, th
     saved = [folder / "logs" / run / "checkpoints" for run in RUNS]
     wait_for(lambda: list(saved[0].glob("step-*")))
     (worker,) = workers(folder, "seed=0")
-    os.kill(worker, signal.SIGUSR1)  # as Slurm does, to every process of the job
-    os.kill(task_of(worker), signal.SIGUSR1)
+    os.kill(worker, signal.SIGUSR1)  # like Slurm, signal every process of the job
+    os.kill(parent_process(worker), signal.SIGUSR1)
     wait_for(lambda: list(saved[1].glob("step-*")))
     os.kill(*workers(folder, "seed=1"), signal.SIGKILL)
     code, out, err = finish(process)
     assert code == 1, err
     assert started(out) == sorted(RUNS)
     assert f"{RUNS[1]}: failed after" in out
-    assert "the process was ended by SIGKILL" in out
+    assert "the process was killed by SIGKILL" in out
 
     capsys.readouterr()
     assert sweep(["sweep=sweep.yaml", *arguments, "slurm.runs_per_job=2"]) == 0
     assert started(capsys.readouterr().out) == [RUNS[1]]
-    torch.set_num_threads(1)  # as the runs have had
-    for name, run in zip(RUNS, read_sweep("sweep.yaml", [*longer, "log_dir=whole"])):
+    torch.set_num_threads(1)  # like the runs above
+    for name, run in zip(RUNS, read_sweep("sweep.yaml", [*longer, "log_dir=uninterrupted"])):
         train(run.cfg)
         assert "Resumed at" in (folder / "logs" / name / "training" / "train.log").read_text()
-        assert_same(state(folder / "logs" / name), state(folder / "whole" / name))
+        assert_same(state(folder / "logs" / name), state(folder / "uninterrupted" / name))
 
 
-class Silent:
-    """A screen that remembers."""
+class RecordingReporter:
+    """Progress reporter that records what is reported."""
 
     def __init__(self):
         self.lines = []
@@ -109,9 +109,9 @@ class Silent:
 
 @pytest.fixture
 def slurm(folder, monkeypatch):
-    """Commands of a Slurm that queues what it is given, and does nothing of it."""
-    place = folder / "bin"
-    place.mkdir()
+    """Fake Slurm commands: jobs are queued but never executed."""
+    bin_folder = folder / "bin"
+    bin_folder.mkdir()
     scripts = {
         "srun": "",
         "sbatch": 'n=$(ls queued.* 2>/dev/null | wc -l); cp "$1" queued.$n; '
@@ -120,23 +120,23 @@ def slurm(folder, monkeypatch):
         "squeue": "cat states",
     }
     for name, text in scripts.items():
-        (place / name).write_text(f"#!/bin/sh\n{text}\n")
-        (place / name).chmod(0o755)
+        (bin_folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (bin_folder / name).chmod(0o755)
     (folder / "states").touch()
-    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
-    monkeypatch.setattr(engines._Slurm, "poll_seconds", 0.05)
+    monkeypatch.setenv("PATH", f"{bin_folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(engines._SlurmBackend, "poll_seconds", 0.05)
     return folder
 
 
-def carry_out(*arguments: str, screen=None, engine=engines.run_on_slurm):
+def execute(*arguments: str, screen=None, engine=engines.run_on_slurm):
     options, _ = sweep_options(["launcher=slurm", *arguments])
     jobs = [Job.of(run) for run in read_sweep("sweep.yaml")]
-    return engine(jobs, options, screen or Silent())
+    return engine(jobs, options, screen or RecordingReporter())
 
 
-def test_the_options_reach_sbatch_and_a_lost_job_is_a_failure(slurm):
-    screen = Silent()
-    outcomes = carry_out(
+def test_options_reach_sbatch_and_lost_jobs_fail(slurm):
+    screen = RecordingReporter()
+    outcomes = execute(
         "slurm.partition=gpu", "slurm.timeout_min=30", "slurm.gpus_per_node=1", "slurm.mem_gb=8",
         "slurm.cpus_per_task=4", "slurm.array_parallelism=1", "slurm.signal_delay_s=45",
         "slurm.additional_parameters={qos: long}", screen=screen,
@@ -152,57 +152,59 @@ def test_the_options_reach_sbatch_and_a_lost_job_is_a_failure(slurm):
     assert screen.lines == [("failed", run) for run in RUNS]
 
 
-def test_runs_side_by_side_in_one_job(slurm):
-    outcomes = carry_out("slurm.runs_per_job=2")
+def test_parallel_runs_in_one_job(slurm):
+    outcomes = execute("slurm.runs_per_job=2")
     assert "--array" not in (slurm / "queued.0").read_text()
     assert {outcome.error.split()[2] for outcome in outcomes} == {"7"}
 
 
-def test_what_is_queued_is_not_submitted_again(slurm):
+def test_queued_jobs_are_not_submitted_again(slurm):
     (slurm / "states").write_text("7_0 PENDING\n7_1 PENDING\n")
 
-    class Impatient(Silent):
+    class InterruptingReporter(RecordingReporter):
         def started(self, runs):
             super().started(runs)
             os.kill(os.getpid(), signal.SIGINT)
 
     (slurm / "bin" / "squeue").write_text("#!/bin/sh\ncat states; sed -i s/PENDING/RUNNING/ states")
-    screen = Impatient()
+    screen = InterruptingReporter()
     with pytest.raises(Interrupted):
-        carry_out(screen=screen)
-    assert screen.lines == [("started", RUNS[0])]  # and still in the queue
+        execute(screen=screen)
+    assert screen.lines == [("started", RUNS[0])]  # it stays in the queue
 
     for run in read_sweep("sweep.yaml"):
         run.folder.root.mkdir(parents=True)
         run.folder.done.write_text('{"total_steps": 40}')
-    assert [outcome.status for outcome in carry_out()] == [DONE, DONE]
+    assert [outcome.status for outcome in execute()] == [DONE, DONE]
     assert sorted(slurm.glob("queued.*")) == [slurm / "queued.0"]
 
 
-def test_a_slurm_that_does_not_answer_ends_no_run(slurm):
+def test_unresponsive_slurm_does_not_end_runs(slurm):
     (slurm / "bin" / "squeue").write_text(
         "#!/bin/sh\necho >>asked; test $(wc -l <asked) -gt 5 || exit 1"
     )
-    assert [outcome.status for outcome in carry_out()] == [FAILED, FAILED]
+    assert [outcome.status for outcome in execute()] == [FAILED, FAILED]
     assert len((slurm / "asked").read_text().splitlines()) >= 7
 
 
-def test_what_slurm_refuses_is_one_sentence(slurm):
+def test_rejected_job_gives_a_clear_error(slurm):
     (slurm / "refuse").touch()
-    with pytest.raises(ValueError, match=r"^sbatch refuses the job: .*invalid partition"):
-        carry_out("slurm.partition=none")
+    with pytest.raises(ValueError, match=r"^sbatch rejected the job: .*invalid partition"):
+        execute("slurm.partition=none")
 
 
-def test_no_slurm_is_one_sentence(folder, monkeypatch):
+def test_missing_slurm_gives_a_clear_error(folder, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match=r"^launcher=slurm, but there is no sbatch here"):
-        carry_out()
+    with pytest.raises(
+        ValueError, match=r"^launcher=slurm needs the command sbatch, which was not found"
+    ):
+        execute()
     with pytest.raises(ValueError, match=r"slurm.runs_per_job=0 must be an integer >= 1"):
         sweep(["sweep=sweep.yaml", "launcher=slurm", "slurm.runs_per_job=0"])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("slurmctld") is None, reason="needs slurm-wlm")
-def test_a_whole_slurm():
+def test_real_slurm():
     script = Path(__file__).parent / "slurm" / "check.sh"
     subprocess.run([script], check=True)

@@ -1,4 +1,4 @@
-"""Stacked runs against the same runs one by one."""
+"""Stacked runs against the same runs trained one by one."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CASES = [(0, (0.2, 0.5), 1.0), (1, (0.2, 0.5), 1.0), (1, (0.7, 0.1), 0.3)]
 TAU = 0.1
 
 
-class Together:
-    """Trainers of CASES, made alike whether they are stacked or not."""
+class Runs:
+    """The trainers of CASES, created identically whether they are stacked or not."""
 
     def __init__(self, spec, buffer, *, stacked, folder=None, total=30, dtype, **settings):
         lr = settings.pop("lr", 1e-2)
         policy_freq = settings.pop("policy_freq", 1)
         self.rng, self.streams, self.trainers, self.sinks = GlobalRNGState(), [], [], []
-        for number, (seed, weights, alpha) in enumerate(CASES):
+        for index, (seed, weights, alpha) in enumerate(CASES):
             torch.manual_seed(seed)
             actor, qvalue = make_actor(3, spec, (8, 8)), make_qvalue(3, 2, (8, 8))
             loss = POGOLoss(
@@ -47,7 +47,7 @@ class Together:
                 lr=lr,
                 tau=TAU,
                 policy_freq=policy_freq,
-                checkpoint_dir=folder and folder / str(number),
+                checkpoint_dir=folder and folder / str(index),
                 checkpoint_interval=10,
                 progress_bar=False,
                 hooks=[LogMetrics([sink], 7)],
@@ -57,14 +57,14 @@ class Together:
             self.streams.append(self.rng.state_dict())
 
     @contextmanager
-    def active(self, place):
-        self.rng.load_state_dict(self.streams[place])
+    def active(self, index):
+        self.rng.load_state_dict(self.streams[index])
         yield
-        self.streams[place] = self.rng.state_dict()
+        self.streams[index] = self.rng.state_dict()
 
     def resume(self):
-        for place, trainer in enumerate(self.trainers):
-            with self.active(place):
+        for index, trainer in enumerate(self.trainers):
+            with self.active(index):
                 trainer.resume()
         return self
 
@@ -72,8 +72,8 @@ class Together:
         return TrainerStack(self.trainers, self.active, compile=compile).train()
 
     def train_singly(self):
-        for place, trainer in enumerate(self.trainers):
-            with self.active(place):
+        for index, trainer in enumerate(self.trainers):
+            with self.active(index):
                 trainer.train()
         return self
 
@@ -84,14 +84,14 @@ def make(unit_spec, make_batch):
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(64), batch_size=16)
     buffer.extend(make_batch(64, dtype=torch.float64))
 
-    def together(**settings):
+    def make_runs(**settings):
         settings.setdefault("w2_backend", "fast")
-        return Together(spec, buffer, dtype=torch.float64, **settings)
+        return Runs(spec, buffer, dtype=torch.float64, **settings)
 
-    return together
+    return make_runs
 
 
-def of(trainer):
+def training_state(trainer):
     stepper = trainer.optimization_stepper
     found = stepper.state_dict()
     found["optimizers"] = {name: one["state"] for name, one in found["optimizers"].items()}
@@ -109,24 +109,24 @@ def of(trainer):
     ],
     ids=lambda settings: "_".join(settings) or "default",
 )
-def test_each_run_of_a_stack_equals_the_run_alone(make, settings):
+def test_each_run_of_a_stack_equals_the_single_run(make, settings):
     alone = make(stacked=False, **settings).train_singly()
     stack = make(stacked=True, **settings)
     assert stack.train() == [None] * 3
     for one, other in zip(alone.trainers, stack.trainers):
-        assert_close(of(other), of(one), rtol=1e-9, atol=1e-9)
+        assert_close(training_state(other), training_state(one), rtol=1e-9, atol=1e-9)
     for one, other in zip(alone.sinks, stack.sinks):
         assert [step for step, _ in one.rows] == [7, 14, 21, 28, 30]
         assert_close(other.numbers(), one.numbers(), rtol=1e-9, atol=1e-9)
-    # ... and they are three different runs
+    # the three runs differ from each other
     weights = [trainer.loss_module.state_dict() for trainer in stack.trainers]
     key = next(key for key in weights[0] if key.endswith("weight"))
     assert not torch.allclose(weights[0][key], weights[1][key])
     assert not torch.allclose(weights[1][key], weights[2][key])
 
 
-def test_a_run_goes_on_alone_or_in_a_stack(make, tmp_path):
-    whole = make(stacked=False).train_singly()
+def test_a_run_resumes_alone_or_in_a_stack(make, tmp_path):
+    uninterrupted = make(stacked=False).train_singly()
     first = make(stacked=True, folder=tmp_path, total=20)
     first.train()
     sizes = {sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in tmp_path.iterdir()}
@@ -137,12 +137,12 @@ def test_a_run_goes_on_alone_or_in_a_stack(make, tmp_path):
         second = make(stacked=stacked, folder=folder).resume()
         assert {trainer.collected_frames for trainer in second.trainers} == {20}
         _ = second.train() if stacked else second.train_singly()
-        for one, other in zip(whole.trainers, second.trainers):
-            assert_close(of(other), of(one), rtol=1e-9, atol=1e-9)
+        for one, other in zip(uninterrupted.trainers, second.trainers):
+            assert_close(training_state(other), training_state(one), rtol=1e-9, atol=1e-9)
     assert alone.trainers[0].collected_frames == 20
 
 
-def test_what_ends_one_run_ends_no_other(make):
+def test_an_error_in_one_run_ends_only_that_run(make):
     alone = make(stacked=False).train_singly()
     stack = make(stacked=True)
     broken = stack.trainers[1]
@@ -152,38 +152,43 @@ def test_what_ends_one_run_ends_no_other(make):
             raise DivergenceError("Training has diverged")
 
     broken.register_op("post_steps", diverge)
-    with torch.no_grad():  # its numbers reach no other run
+    with torch.no_grad():  # NaN must not spread to other runs
         broken.loss_module.actor_params(0)[0].fill_(torch.nan)
     first, second, third = stack.train()
     assert (first, third) == (None, None)
     assert isinstance(second, DivergenceError)
-    assert broken.collected_frames == 30  # its place in the stack is kept
-    for place in (0, 2):
-        assert_close(of(stack.trainers[place]), of(alone.trainers[place]), rtol=1e-9, atol=1e-9)
+    assert broken.collected_frames == 30  # it stays in the stack until the end
+    for index in (0, 2):
+        assert_close(
+            training_state(stack.trainers[index]),
+            training_state(alone.trainers[index]),
+            rtol=1e-9,
+            atol=1e-9,
+        )
 
 
-def test_trainers_at_different_updates_are_refused(make):
+def test_trainers_at_different_updates_are_rejected(make):
     stack = make(stacked=True)
     stack.trainers[0].collected_frames = 3
-    with pytest.raises(ValueError, match=r"must be at one update, not at \[0, 3\]"):
+    with pytest.raises(ValueError, match=r"must be at the same update, not at \[0, 3\]"):
         stack.train()
 
 
-def test_hooks_that_a_stack_would_leave_out_are_refused(make):
+def test_hooks_of_unsupported_stages_are_rejected(make):
     stack = make(stacked=True)
     stack.trainers[1].register_op("pre_epoch", lambda batch: batch)
-    with pytest.raises(ValueError, match="a stack has no stages pre_epoch"):
+    with pytest.raises(ValueError, match="a stack does not support the stages pre_epoch"):
         stack.train()
 
 
-def test_trainers_of_different_settings_are_refused(make):
+def test_trainers_with_different_settings_are_rejected(make):
     stack = make(stacked=True)
     stack.trainers[2].optimization_stepper.clip_grad_norm = 1.0
     with pytest.raises(ValueError, match="trainers of a stack must share their settings"):
         stack.train()
     stack = make(stacked=True)
     stack.trainers[1].optimization_stepper.optimizers["actor_0"].param_groups[0]["eps"] = 1e-3
-    with pytest.raises(ValueError, match="must share one optimizer's settings"):
+    with pytest.raises(ValueError, match="the optimizers of a stack must share their settings"):
         stack.train()
     stack = make(stacked=True)
     stack.trainers[1].optimization_stepper.optimizers["actor_0"].param_groups[0]["lr"] = 1.0
@@ -204,7 +209,7 @@ def options(folder, cache, *more):
     return [*SHORT, f"log_dir={folder}", f"data.cache_dir={cache}", *more]
 
 
-def test_stacked_runs_write_what_single_ones_write(tmp_path):
+def test_stacked_runs_write_the_same_files_as_single_runs(tmp_path):
     variants = [["seed=0", "w2_weights=[0.1]"], ["seed=1", "w2_weights=[0.3]"]]
     for own in variants:
         run(compose(options(tmp_path / "alone", tmp_path / "data", *own)))
@@ -223,14 +228,14 @@ def test_stacked_runs_write_what_single_ones_write(tmp_path):
         assert rows[0] == rows[1]
         assert len(rows[0]) == 5
     log = (tmp_path / "stack/hopper-medium-v2/w2_0.3/seed_1/training/train.log").read_text()
-    assert "seed_0" not in log  # each has its own
-    # a second start has nothing to do, and does nothing
+    assert "seed_0" not in log  # each run has its own log
+    # starting finished runs again changes nothing
     before = state(tmp_path / "stack/hopper-medium-v2/w2_0.1/seed_0")
     assert run_stack(cfgs) == [None, None]
     assert_same(state(tmp_path / "stack/hopper-medium-v2/w2_0.1/seed_0"), before)
 
 
-def test_a_run_that_cannot_start_leaves_the_others(tmp_path):
+def test_a_run_that_cannot_start_does_not_affect_the_others(tmp_path):
     (tmp_path / "hopper-medium-v2").mkdir()
     (tmp_path / "hopper-medium-v2" / "w2_0.3").write_text("in the way")
     cfgs = [
@@ -247,7 +252,7 @@ def runs_of(*variants):
     return [Run(tuple(v), compose([*SHORT, *v])) for v in variants]
 
 
-def test_runs_that_differ_in_seed_weights_and_alpha_make_a_stack():
+def test_runs_that_differ_only_in_seed_weights_and_alpha_are_stacked():
     runs = runs_of(
         ["seed=0"], ["seed=1"], ["w2_weights=[1,2,3]"], ["alpha=3"], ["w2_weights=[1]"], ["lr=0.1"],
         ["task=hopper-medium-replay-v2"],
@@ -257,14 +262,14 @@ def test_runs_that_differ_in_seed_weights_and_alpha_make_a_stack():
     assert [len(group) for group in group_stackable(many)] == [MAX_STACK_SIZE, MAX_STACK_SIZE, 1]
 
 
-def test_a_distance_that_looks_at_the_whole_batch_is_refused():
+def test_a_backend_that_reads_the_whole_batch_is_rejected():
     runs = runs_of(["w2_backend=tensorized"])
     with pytest.raises(ValueError, match="stack=true needs w2_backend=fast or exact"):
         make_jobs(runs, stack=True)
     assert [len(job.runs) for job in make_jobs(runs)] == [1]
 
 
-def test_a_job_of_several_runs_is_one_process(tmp_path):
+def test_a_job_with_several_runs_is_one_process(tmp_path):
     runs = runs_of(["seed=0"], ["seed=1"])
     (job,) = make_jobs(runs, stack=True)
     assert job.runs == tuple(runs)
@@ -273,8 +278,8 @@ def test_a_job_of_several_runs_is_one_process(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_stack_equals_the_runs_alone(make):
+def test_a_compiled_stack_equals_single_runs(make):
     alone, stack = make(stacked=False).train_singly(), make(stacked=True)
     assert stack.train(compile=True) == [None] * 3
     for one, other in zip(alone.trainers, stack.trainers):
-        assert_close(of(other), of(one), rtol=1e-9, atol=1e-9)
+        assert_close(training_state(other), training_state(one), rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Sweeps in real processes: whole, killed, stopped, failing, and two at once."""
+"""Sweeps in real processes: uninterrupted, killed, stopped, failing, and two at once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LONG = ("total_steps=1000000", "eval_interval=1000000", "compile=false")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """The data of all runs of this file."""
+    """Cache folder with the data of all runs of this file."""
     folder = tmp_path_factory.mktemp("cache")
     for task in ("hopper-medium-v2", "hopper-medium-replay-v2"):
         behaviour_dataset(task, size=2000, cache_dir=folder, progress=False)
@@ -77,14 +77,14 @@ def started(output: str) -> list[str]:
 
 
 def workers(folder: Path, *words: str) -> list[int]:
-    """Processes of runs that were started in a folder, with words of their command line."""
+    """Worker processes that run in a folder and have these arguments on their command line."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (process / "cmdline").read_text().split("\0")
             here = (process / "cwd").resolve() == folder.resolve()
         except OSError:
-            continue  # it has just ended, or is another user's
+            continue  # it has just ended, or belongs to another user
         if here and "pogo_torchrl.experiments.worker" in arguments and set(words) <= set(arguments):
             found.append(int(process.name))
     return found
@@ -98,14 +98,14 @@ def wait_for(condition) -> None:
 
 
 def states(folder: Path) -> dict[str, dict]:
-    """What all runs have computed."""
+    """Checkpoint and metrics of every run."""
     logs = folder / "logs"
     roots = [path.parent for path in logs.rglob("training")]
     return {root.relative_to(logs).as_posix(): state(root) for root in roots}
 
 
 def left_over(folder: Path) -> list[str]:
-    """Locks, unfinished files and reports of failures."""
+    """Names of remaining locks, temporary files and failure reports."""
     files = [p for p in folder.rglob("*") if p.name[0] == "." or p.suffix == ".log"]
     files += folder.rglob("failed.json")
     return [path.name for path in files if path.name != "train.log"]
@@ -113,7 +113,7 @@ def left_over(folder: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """A sweep in this process measures with the threads of its runs."""
+    """Restore the number of threads, which a sweep in this process changes for its estimate."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -121,22 +121,22 @@ def _threads():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with the sweep file."""
+    """Working folder with the sweep file."""
     (tmp_path / "sweep.yaml").write_text(FILE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
-def whole(cache, tmp_path_factory):
-    """An unbroken sweep of three runs: its folder and what it said."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(cache, tmp_path_factory):
+    """Folder, exit code and output of an uninterrupted sweep of three runs."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "sweep.yaml").write_text(FILE)
     return folder, finish(start(folder, cache, "jobs=2"))
 
 
-def test_a_sweep_makes_every_run(whole):
-    folder, (code, out, err) = whole
+def test_sweep_executes_every_run(uninterrupted):
+    folder, (code, out, err) = uninterrupted
     assert code == 0, err
     assert "hopper-medium-v2         0.1         0, 1 to run" in out
     assert "To do: 3 runs, 72 updates" in out
@@ -151,8 +151,8 @@ def test_a_sweep_makes_every_run(whole):
     assert left_over(folder) == []
 
 
-def test_what_is_done_is_not_done_again(whole, cache, folder, capsys):
-    shutil.copytree(whole[0] / "logs", folder / "logs")
+def test_completed_runs_are_not_repeated(uninterrupted, cache, folder, capsys):
+    shutil.copytree(uninterrupted[0] / "logs", folder / "logs")
     arguments = ["sweep=sweep.yaml", cache, "total_steps=20"]
     assert sweep(arguments) == 0
     out = capsys.readouterr().out
@@ -160,7 +160,7 @@ def test_what_is_done_is_not_done_again(whole, cache, folder, capsys):
     assert "To do: 0 of 3 runs, 0 updates" in out
     shutil.rmtree(folder / "logs" / MEDIUM / "seed_1")
     (folder / "sweep.yaml").write_text(FILE.replace("seeds: [0, 1]", "seeds: [1]"))
-    assert sweep([*arguments[:-1], "total_steps=28"]) == 0  # one from scratch, one goes on
+    assert sweep([*arguments[:-1], "total_steps=28"]) == 0  # one from scratch, one resumes
     out = capsys.readouterr().out
     assert "0.1         1 to run" in out
     assert "0.2, 0.3    0 to resume" in out
@@ -170,47 +170,47 @@ def test_what_is_done_is_not_done_again(whole, cache, folder, capsys):
     }
 
 
-def test_a_folder_that_holds_another_run(whole, cache, folder, capsys):
-    shutil.copytree(whole[0] / "logs", folder / "logs")
+def test_folder_of_a_run_with_other_settings(uninterrupted, cache, folder, capsys):
+    shutil.copytree(uninterrupted[0] / "logs", folder / "logs")
     shutil.rmtree(folder / "logs" / MEDIUM / "seed_1")
     (folder / "sweep.yaml").write_text(FILE.replace("[0.1]", "[0.1], lr: 1e-3"))
     assert sweep(["sweep=sweep.yaml", cache]) == 1
     out = capsys.readouterr().out
-    assert "0 holds another run; 1 to run" in out
+    assert "0 conflicting; 1 to run" in out
     assert started(out) == [f"{MEDIUM}/seed_1"]
     assert "2 of 3 runs are done." in out
     assert f"{MEDIUM}/seed_0: resume=true would change the run" in out
     assert "(lr: 0.0003 -> 0.001)" in out
-    assert left_over(folder) == []  # it is no failure of the run that lies there
+    assert left_over(folder) == []  # the existing run is not marked as failed
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "a: [", "5", "\0", "\xff"])
-def test_a_folder_with_a_damaged_config(folder, content):
+def test_folder_with_a_damaged_config(folder, content):
     run = read_sweep("sweep.yaml")[0]
     run.folder.training.mkdir(parents=True)
     (run.folder.training / "config.yaml").write_bytes(content.encode("latin1"))
     assert engine.run_state(run) == engine.CONFLICT
 
 
-def test_a_killed_sweep_goes_on(whole, cache, folder):
+def test_killed_sweep_resumes(uninterrupted, cache, folder):
     process = start(folder, cache, "jobs=2")
     for line in process.stdout:
         if ": done" in line:
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    wait_for(lambda: not workers(folder))  # the run notices, and ends itself
+    wait_for(lambda: not workers(folder))  # the workers notice and stop
     before = {run for run in RUNS if (folder / "logs" / run / "done.json").exists()}
     assert 0 < len(before) < 3
     code, out, err = finish(start(folder, cache, "jobs=2"))
     assert code == 0, err
     assert set(started(out)) == set(RUNS) - before
-    assert_same(states(folder), states(whole[0]))
+    assert_same(states(folder), states(uninterrupted[0]))
     for run in set(RUNS) - before:
         assert left_over(folder / "logs" / run) == []
 
 
-def test_failures_stop_nothing_else_and_are_tried_again(whole, cache, folder):
+def test_failures_do_not_affect_other_runs_and_are_retried(uninterrupted, cache, folder):
     (folder / "sweep.yaml").write_text(FILE.replace("[0.2, 0.3]", "[0.2, 0.3], tau: 2"))
     process = start(folder, cache, "jobs=2")
     wait_for(lambda: workers(folder, "seed=1"))
@@ -219,26 +219,26 @@ def test_failures_stop_nothing_else_and_are_tried_again(whole, cache, folder):
     assert code == 1
     assert started(out) == sorted(RUNS)
     assert "1 of 3 runs are done." in out
-    _, listed = out.split("Failed, and tried again by the same command:")
-    assert f"{MEDIUM}/seed_1: the process was ended by SIGKILL" in listed
+    _, listed = out.split("Failed (run the same command again to retry):")
+    assert f"{MEDIUM}/seed_1: the process was killed by SIGKILL" in listed
     assert f"{REPLAY}/seed_0: tau=2.0 must be in (0, 1]" in listed
     failed = json.loads((folder / "logs" / REPLAY / "seed_0" / "failed.json").read_text())
     assert failed["error"].startswith("tau=2.0")
     assert failed["exit_code"] == 2
 
-    # Two sweeps at once make every run that is missing once.
+    # Two sweeps in parallel execute every missing run exactly once.
     (folder / "sweep.yaml").write_text(FILE)
     results = [finish(process) for process in [start(folder, cache, "jobs=1") for _ in range(2)]]
     for code, out, err in results:
         assert code == 0, err
-        assert f"{MEDIUM}/seed_1 failed before: the process was ended by SIGKILL" in out
+        assert f"{MEDIUM}/seed_1 failed before: the process was killed by SIGKILL" in out
         assert "3 of 3 runs are done." in out
     assert sorted(started(results[0][1]) + started(results[1][1])) == sorted(RUNS[1:])
-    assert_same(states(folder), states(whole[0]))
+    assert_same(states(folder), states(uninterrupted[0]))
     assert left_over(folder) == []
 
 
-def test_a_signal_stops_the_runs_with_a_checkpoint(cache, folder):
+def test_signal_makes_runs_save_and_stop(cache, folder):
     process = start(folder, cache, "jobs=2", *LONG)
     metrics = [folder / "logs" / run / "training" / "metrics.csv" for run in RUNS[:2]]
     wait_for(lambda: all(path.exists() for path in metrics))
@@ -246,8 +246,9 @@ def test_a_signal_stops_the_runs_with_a_checkpoint(cache, folder):
     code, out, err = finish(process)
     assert code == 128 + signal.SIGINT
     assert err.splitlines() == [
-        "SIGINT: the runs save and stop (once more stops at once).",
-        "Stopped; the same command continues from here.",
+        "SIGINT: saving checkpoints and stopping all runs "
+        "(send the signal again to stop immediately).",
+        "Stopped; run the same command again to continue.",
     ]
     assert not workers(folder)
     assert out.count(": stopped after") == out.count("stopped") == 2
@@ -259,22 +260,22 @@ def test_a_signal_stops_the_runs_with_a_checkpoint(cache, folder):
     assert left_over(folder) == []
 
 
-def test_a_run_of_another_sweep_is_left_to_it(cache, folder):
+def test_run_locked_by_another_sweep_is_held(cache, folder):
     run = read_sweep("sweep.yaml", [cache])[0]
     job = engine.Job.of(run)
-    with engine._lock_run(run.folder) as is_ours:
-        assert is_ours
+    with engine._lock_run(run.folder) as acquired:
+        assert acquired
         assert engine.run_state(run) == engine.RUNNING
         assert [outcome.status for outcome in engine.Worker(job)()] == [engine.HELD]
-    # Its failure, too, is one: unknown when the job was made, so that it is not tried twice.
-    engine._record(run.folder, "it broke", 1)
+    # A failure that occurred after the job was created is reported and not retried.
+    engine._record_failure(run.folder, "it broke", 1)
     (outcome,) = engine.Worker(job)()
     assert (outcome.status, outcome.error) == (engine.FAILED, "it broke")
     assert engine.run_state(run) == engine.FAILED_BEFORE
     assert not run.folder.training.exists()
 
 
-def test_a_run_of_a_single_process_is_held(cache, folder):
+def test_run_locked_by_a_single_run_is_held(cache, folder):
     run = read_sweep("sweep.yaml", [cache])[0]
     with lock_run_folder(run.folder):
         (outcome,) = engine.Worker(engine.Job.of(run))()
@@ -282,19 +283,19 @@ def test_a_run_of_a_single_process_is_held(cache, folder):
     assert engine.run_state(run) == engine.NEW
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(cache, folder, capsys):
+def test_dry_run_prints_the_plan_and_writes_nothing(cache, folder, capsys):
     assert sweep(["sweep=sweep.yaml", cache, "dry_run=true", "total_steps=1000"]) == 0
     out = capsys.readouterr().out
     assert "To do: 3 runs, 3,000 updates" in out
-    assert re.search(r"Time: +about .* an estimate", out)
-    assert re.search(r"Disk: +about .* are free", out)
+    assert re.search(r"Time: +about .* an estimate from", out)
+    assert re.search(r"Disk: +about .* of .* free", out)
     assert [path.name for path in folder.iterdir()] == ["sweep.yaml"]
 
 
-def test_a_disk_that_is_too_small(cache, folder, monkeypatch):
+def test_too_small_disk_is_rejected(cache, folder, monkeypatch):
     monkeypatch.setattr(planner, "measure_cost", lambda cfg: Cost(1.0, 1.0, 10**6, 10**5))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
-    with pytest.raises(OSError, match=r"log_dir=logs: the runs need about 6\.91 MB, 1 kB are free"):
+    with pytest.raises(OSError, match=r"log_dir=logs: the runs need about 6\.91 MB, only 1 kB"):
         sweep(["sweep=sweep.yaml", cache])
     assert not (folder / "logs").exists()
 
@@ -309,10 +310,10 @@ def test_a_disk_that_is_too_small(cache, folder, monkeypatch):
         (["sweep=sweep.yaml", "dry_run=perhaps"], "dry_run=perhaps must be true or false"),
         (["sweep=sweep.yaml", "lr=high"], "lr=high must be a number"),
         (["sweep=sweep.yaml", "--multirun"], "unknown option 'multirun'"),
-        (["sweep=gone.yaml"], "sweep=gone.yaml is no file"),
+        (["sweep=gone.yaml"], "sweep=gone.yaml is neither a file"),
     ],
 )
-def test_bad_input_gets_one_sentence(folder, capsys, arguments, answer):
+def test_bad_input_gives_a_one_line_error(folder, capsys, arguments, answer):
     with pytest.raises(SystemExit) as exit:
         main(["sweep", *arguments])
     assert exit.value.code == 2
@@ -323,15 +324,15 @@ def test_bad_input_gets_one_sentence(folder, capsys, arguments, answer):
     assert not (folder / "logs").exists()
 
 
-def test_help_lists_the_options_of_a_sweep(capsys):
+def test_help_lists_the_sweep_options(capsys):
     main(["sweep", "--help"])
     out = capsys.readouterr().out
     for name in ("sweep", "results_dir", "launcher", "jobs", "dry_run"):
         assert f"\n  {name} " in out
 
 
-def test_the_estimate_knows_the_size_of_a_checkpoint(whole, monkeypatch):
-    monkeypatch.chdir(whole[0])
+def test_estimated_checkpoint_size(uninterrupted, monkeypatch):
+    monkeypatch.chdir(uninterrupted[0])
     run = read_sweep("sweep.yaml")[-1]
     cost = measure_cost(run.cfg, seconds=0.1)
     assert cost.update > 0
@@ -348,7 +349,7 @@ def test_the_estimate_knows_the_size_of_a_checkpoint(whole, monkeypatch):
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
-    """The jobs of the file, on any device and on the CPU."""
+    """Jobs of the sweep file with device=auto and with device=cpu."""
     file = tmp_path_factory.mktemp("jobs") / "sweep.yaml"
     file.write_text(FILE)
     return [
@@ -360,7 +361,7 @@ def jobs(tmp_path_factory):
 @pytest.mark.parametrize(
     ("most", "cores", "gpus", "threads", "count", "each"),
     [
-        (None, 8, [], "", 3, "1"),  # no more than there are runs
+        (None, 8, [], "", 3, "1"),  # at most one per run
         (None, 2, [], "", 2, "1"),
         (None, 8, [], "4", 2, "4"),
         (2, 8, [], "", 2, "4"),
@@ -374,10 +375,8 @@ def test_processes_share_cores_and_gpus(jobs, monkeypatch, most, cores, gpus, th
     monkeypatch.setattr(local, "_usable_cores", lambda: cores)
     monkeypatch.setattr(local, "_gpus", lambda: gpus)
     anywhere, on_cpu = jobs
-    places = local.process_environments(most, anywhere)
-    assert [place["OMP_NUM_THREADS"] for place in places] == [each] * count
-    seen = [place.get("CUDA_VISIBLE_DEVICES") for place in places]
+    environments = local.process_environments(most, anywhere)
+    assert [e["OMP_NUM_THREADS"] for e in environments] == [each] * count
+    seen = [e.get("CUDA_VISIBLE_DEVICES") for e in environments]
     assert seen == ([None] * count if len(gpus) < 2 else (gpus * 2)[:count])
-    assert all(
-        "CUDA_VISIBLE_DEVICES" not in place for place in local.process_environments(most, on_cpu)
-    )
+    assert all("CUDA_VISIBLE_DEVICES" not in e for e in local.process_environments(most, on_cpu))

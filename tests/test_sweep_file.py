@@ -1,4 +1,4 @@
-"""Sweep files: what they expand to, and what is refused."""
+"""Sweep files: expansion to runs, and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def weights(runs):
     return [list(run.cfg.w2_weights) for run in runs]
 
 
-def test_the_file_of_the_original_s_users(tmp_path):
+def test_file_format_of_the_original_code(tmp_path):
     runs = expand(
         tmp_path,
         """
@@ -43,11 +43,11 @@ def test_the_file_of_the_original_s_users(tmp_path):
         assert (cfg.task, cfg.total_steps, cfg.eval_interval) == ("hopper-medium-v2", 5000, 1000)
         assert (cfg.num_samples, cfg.blur, cfg.w2_backend) == (8, 0.1, "tensorized")
         assert cfg.lr == 3e-4
-        assert cfg.alpha == 0.03  # of the preset
+        assert cfg.alpha == 0.03  # from the preset
     assert runs[1].name == "hopper-medium-v2/w2_0.2_0.2_0.1/seed_5"
 
 
-def test_a_run_s_arguments_compose_to_its_configuration(tmp_path):
+def test_arguments_of_a_run_compose_to_its_config(tmp_path):
     runs = expand(
         tmp_path,
         """
@@ -70,7 +70,7 @@ def test_a_run_s_arguments_compose_to_its_configuration(tmp_path):
     [
         ("{w2_weights: [1, 0.5]}", [[1, 0.5]]),
         ("{w2_weights: [0.3]}", [[0.3]]),
-        ("", [[0.1, 0.5, 0.5]]),  # the preset's
+        ("", [[0.1, 0.5, 0.5]]),  # from the preset
         ("{w2_weights_grid: [[1, 2], [3], [4, 5e-1]]}",
          [[1, 3, 4], [1, 3, 0.5], [2, 3, 4], [2, 3, 0.5]]),
         ("{w2_weights_grid: [[1], [2], [3], [4], [5]]}", [[1, 2, 3, 4, 5]]),
@@ -95,7 +95,7 @@ def test_names_of_tasks(tmp_path, environments):
     assert run.cfg.task == "hopper-medium-replay-v2"
 
 
-def test_the_task_goes_before_common_and_the_command_line_before_both(tmp_path):
+def test_precedence_of_task_common_and_command_line(tmp_path):
     text = """
     common: {seeds: [0], lr: 1e-3, batch_size: 32, gamma: 0.9, w2_weights: [7, 8]}
     environments:
@@ -117,8 +117,8 @@ HOPPER = "environments: {hopper: {medium: {w2_weights: [0.1]}}}"
     [
         ("", ["environments is empty"]),
         ("[1, 2]", ["must be a mapping"]),
-        ("a: [", ["no YAML"]),
-        ("common: {seeds: [0], seeds: [1]}\n" + HOPPER, ["no YAML", "seeds"]),
+        ("a: [", ["not valid YAML"]),
+        ("common: {seeds: [0], seeds: [1]}\n" + HOPPER, ["not valid YAML", "seeds"]),
         ("comon: {seeds: [0]}\n" + HOPPER, ["comon is unknown", "did you mean common"]),
         (HOPPER, ["environments.hopper.medium", "seeds are missing"]),
         ("common: {seeds: 5}\n" + HOPPER, ["seeds=5", "list of integers"]),
@@ -134,9 +134,9 @@ HOPPER = "environments: {hopper: {medium: {w2_weights: [0.1]}}}"
         ("common: {seeds: [0], max_timesteps: 1, total_steps: 2}\n" + HOPPER,
          ["total_steps is given twice"]),
         ("common: {seeds: [0], eval_episodes: 0}\n" + HOPPER, ["eval_episodes=0", "1 to 10000"]),
-        ("common: {seeds: [0], seed: 1}\n" + HOPPER, ["seed cannot stand here", "seeds"]),
-        ("common: {seeds: [0], resume: true}\n" + HOPPER, ["resume cannot stand here"]),
-        ("common: {seeds: [0], checkpoint_dir: x}\n" + HOPPER, ["checkpoint_dir cannot"]),
+        ("common: {seeds: [0], seed: 1}\n" + HOPPER, ["seed is not allowed here", "seeds"]),
+        ("common: {seeds: [0], resume: true}\n" + HOPPER, ["resume is not allowed here"]),
+        ("common: {seeds: [0], checkpoint_dir: x}\n" + HOPPER, ["checkpoint_dir is not allowed"]),
         ("common: {seeds: [0], lr: [1e-3, 1e-4]}\n" + HOPPER, ["lr=[0.001,0.0001]", "a number"]),
         (SEEDS + "sinkhorn: {k: 4}\n" + HOPPER, ["k is unknown"]),
         (SEEDS + "sinkhorn: {K: four}\n" + HOPPER, ["num_samples='four'"]),
@@ -164,7 +164,7 @@ HOPPER = "environments: {hopper: {medium: {w2_weights: [0.1]}}}"
          ["more than 10000"]),
     ],
 )  # fmt: skip
-def test_what_is_refused(tmp_path, text, answers):
+def test_invalid_files_are_rejected(tmp_path, text, answers):
     with pytest.raises(ValueError, match=r"sweep\.yaml") as error:
         expand(tmp_path, text)
     for answer in answers:
@@ -176,24 +176,24 @@ def test_what_is_refused(tmp_path, text, answers):
     [
         ("seed=1", "seeds: "),
         ("task=hopper-medium-v2", "environments"),
-        ("w2_weights=[1,2]", "the weights tell the runs apart"),
-        ("resume=false", "a sweep goes on"),
+        ("w2_weights=[1,2]", "the weights differ between runs"),
+        ("resume=false", "a sweep always resumes"),
         ("checkpoint_dir=x", "below log_dir"),
     ],
 )
-def test_options_that_cannot_hold_for_all_runs(tmp_path, override, answer):
+def test_options_that_cannot_apply_to_all_runs(tmp_path, override, answer):
     with pytest.raises(ValueError, match=answer) as error:
         expand(tmp_path, SEEDS + HOPPER, override)
     assert override in str(error.value)
 
 
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"is no file, and none of .*\(antmaze, locomotion\)"):
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"is neither a file nor a .*\(antmaze, locomotion\)"):
         read_sweep(str(tmp_path / "sweep.yaml"))
 
 
 @pytest.mark.parametrize("name", sweep_names())
-def test_the_package_s_sweeps_surround_the_presets(name):
+def test_bundled_sweeps_contain_the_presets(name):
     runs = read_sweep(name)
     tasks = {run.cfg.task for run in runs}
     antmaze = {task for task in config.tasks() if task.startswith("antmaze")}

@@ -1,4 +1,4 @@
-"""POGOTrainer as a TorchRL trainer: every stage, replay priorities, a loss that moves."""
+"""POGOTrainer as a TorchRL trainer: stages, replay priorities, losses that are moved."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from pogo_torchrl.modules import make_transport_net
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.trainers.trainer import OfflineStepIterator
 
-# As the installed TorchRL names them.
+# Stage names of the installed TorchRL.
 STAGES = re.findall(r'dest == "(\w+)"', inspect.getsource(Trainer.register_op))
-REFUSED = ("process_loss", "optimizer")
+UNSUPPORTED = ("process_loss", "optimizer")
 TOTAL, INTERVAL = 12, 4
 
 
 class OneUpdate(OptimizationStepper):
-    """An update of TorchRL's trainer to compare with, and the stage that it leaves out."""
+    """Reference stepper for TorchRL's trainer, including the stage that steppers have to run."""
 
     def __init__(self, loss, optimizer):
         self.loss, self.optimizer = loss, optimizer
@@ -62,16 +62,16 @@ def pogo_trainer(loss, buffer, **settings):
 
 
 def calls(trainer, stages):
-    """Stages in the order in which a training runs them, with what each operation is given."""
+    """Stages in the order in which training runs them, with the arguments of each operation."""
     found = []
 
     def record(stage):
         def op(*arguments):
-            kinds = [
+            types = [
                 sorted(map(str, a.keys())) if isinstance(a, TensorDict) else type(a)
                 for a in arguments
             ]
-            found.append((stage, len(kinds), kinds if stage in AT_EACH else None))
+            found.append((stage, len(types), types if stage in AT_EACH else None))
             return arguments[0] if stage in ("pre_epoch", "process_optim_batch") else None
 
         return op
@@ -87,24 +87,24 @@ def calls(trainer, stages):
 AT_EACH = ("process_optim_batch",)
 
 
-def test_torchrl_has_the_stages_that_are_known_here():
+def test_torchrl_has_the_expected_stages():
     assert {"setup", "shutdown", "pre_epoch", "post_optim_complete_log", "post_loss"} <= set(STAGES)
     assert len(STAGES) >= 18
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "all"])
-def test_each_stage_runs_where_torchrl_runs_it(make_loss, make_buffer, stage):
-    if stage in REFUSED:
+def test_each_stage_runs_in_the_same_order_as_in_torchrl(make_loss, make_buffer, stage):
+    if stage in UNSUPPORTED:
         with pytest.raises(ValueError, match=f"POGOTrainer has no {stage!r} stage"):
             pogo_trainer(make_loss(), make_buffer()).register_op(stage, print)
         return
-    stages = [s for s in STAGES if s not in REFUSED] if stage == "all" else [stage]
+    stages = [s for s in STAGES if s not in UNSUPPORTED] if stage == "all" else [stage]
     expected = calls(torchrl_trainer(make_loss(), make_buffer()), stages)
     assert calls(pogo_trainer(make_loss(), make_buffer()), stages) == expected
     assert {name for name, *_ in expected} == set(stages)
 
 
-def test_the_stepper_s_step_is_what_trains(make_loss, make_buffer):
+def test_training_calls_the_step_method_of_the_stepper(make_loss, make_buffer):
     trainer, seen = pogo_trainer(make_loss(), make_buffer()), []
     trainer.register_op("post_optim_log", lambda batch: seen.append(set(batch.keys())))
     step = trainer.optimization_stepper.step
@@ -114,7 +114,7 @@ def test_the_stepper_s_step_is_what_trains(make_loss, make_buffer):
     assert {"td_error", "action"} <= seen[1]
 
 
-def test_hooks_at_each_update_leave_the_training_as_it_is(make_loss, make_buffer):
+def test_hooks_at_each_update_do_not_affect_training(make_loss, make_buffer):
     loss, buffer, states = make_loss(), make_buffer(), []
     for watched in (False, True):
         trainer = pogo_trainer(copy.deepcopy(loss), buffer)
@@ -126,7 +126,7 @@ def test_hooks_at_each_update_leave_the_training_as_it_is(make_loss, make_buffer
     assert_close(*states, rtol=0, atol=0)
 
 
-def test_averages_are_those_of_the_tick(make_loss, make_buffer):
+def test_averages_are_taken_over_the_tick(make_loss, make_buffer):
     single, means = [], []
     loss, buffer = make_loss(), make_buffer()
     for watched in (False, True):
@@ -157,13 +157,13 @@ def prioritized(rows, alpha=1.0):
             alpha=alpha, beta=0.5, storage=LazyTensorStorage(len(rows)), batch_size=16
         )
     except (ImportError, AttributeError, RuntimeError) as error:
-        pytest.skip(f"TorchRL's compiled sum trees are missing here: {error}")
+        pytest.skip(f"TorchRL's compiled sum trees are not available: {error}")
     buffer.extend(rows)
     return buffer
 
 
-def surprising(make_batch):
-    """Rows of which the first 16 hold rewards that no critic expects."""
+def rows_with_large_td_errors(make_batch):
+    """Rows of which the first 16 have rewards far from any critic's prediction."""
     rows = make_batch(256)
     rows["next", "reward"][:16] += 100.0
     rows["next", "terminated"].fill_(True)
@@ -172,11 +172,11 @@ def surprising(make_batch):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_prioritized_replay_samples_what_surprises(make_loss, make_batch, monkeypatch, compiled):
+def test_prioritized_replay_samples_large_td_errors(make_loss, make_batch, monkeypatch, compiled):
     monkeypatch.setattr(
         "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
     )
-    buffer, seen = prioritized(surprising(make_batch)), []
+    buffer, seen = prioritized(rows_with_large_td_errors(make_batch)), []
     trainer = POGOTrainer(
         make_loss(w2_backend="fast"), buffer, 60, progress_bar=False, compile=compiled
     )
@@ -186,8 +186,8 @@ def test_prioritized_replay_samples_what_surprises(make_loss, make_batch, monkey
     assert last > 0.4 > 0.25 > first
 
 
-def test_priorities_are_part_of_a_checkpoint(make_loss, make_batch, tmp_path):
-    rows, loss = surprising(make_batch), make_loss()
+def test_checkpoints_contain_priorities(make_loss, make_batch, tmp_path):
+    rows, loss = rows_with_large_td_errors(make_batch), make_loss()
 
     def trained(total, cut=None, **settings):
         trainer = POGOTrainer(
@@ -200,12 +200,12 @@ def test_priorities_are_part_of_a_checkpoint(make_loss, make_batch, tmp_path):
         trainer.train()
         return dict(trainer.loss_module.state_dict())
 
-    whole = trained(12)
+    uninterrupted = trained(12)
     trained(6, checkpoint_dir=tmp_path)
-    assert_close(trained(12, checkpoint_dir=tmp_path), whole, rtol=0, atol=0)
+    assert_close(trained(12, checkpoint_dir=tmp_path), uninterrupted, rtol=0, atol=0)
 
 
-def test_a_buffer_that_reads_other_priorities_is_refused(make_loss, make_batch):
+def test_a_buffer_with_another_priority_key_is_rejected(make_loss, make_batch):
     buffer = prioritized(make_batch(64))
     loss = make_loss()
     loss.set_keys(priority="surprise")
@@ -213,7 +213,7 @@ def test_a_buffer_that_reads_other_priorities_is_refused(make_loss, make_batch):
         POGOTrainer(loss, buffer, 3)
 
 
-# --------------------------------------------------------------------------- a loss that moves
+# --------------------------------------------------------------------------- moved losses
 
 
 def assign(loss):
@@ -229,7 +229,7 @@ def replace(loss):
 @pytest.mark.parametrize("change", [lambda loss: loss.double().float(), assign, replace])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("when", ["before", "between"])
-def test_what_trains_is_what_the_loss_holds(
+def test_training_updates_the_parameters_that_the_loss_holds(
     make_loss, make_buffer, monkeypatch, change, compiled, when
 ):
     monkeypatch.setattr(
@@ -252,7 +252,7 @@ def test_what_trains_is_what_the_loss_holds(
     assert {"qvalue", "target", "actor"} <= {k.split("_")[0] for k in moved}
 
 
-def test_a_loss_of_another_dtype_is_trained_as_it_is(make_loss, make_batch):
+def test_a_loss_of_another_dtype_keeps_its_dtype(make_loss, make_batch):
     rows = make_batch(64, dtype=torch.float64)
     trainer = POGOTrainer(make_loss(), Rows(rows), 8, progress_bar=False, lr=1e-2)
     trainer.loss_module.double()
@@ -268,7 +268,7 @@ def test_a_loss_of_another_dtype_is_trained_as_it_is(make_loss, make_batch):
 
 
 class Rows:
-    """The least of a replay buffer."""
+    """A minimal replay buffer."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -289,9 +289,9 @@ def test_weights_and_alpha_are_read_at_each_update(make_loss, make_buffer, monke
     losses.append(copy.deepcopy(losses[0]))
     buffer, states = make_buffer(), []
     losses[0].w2_weights, losses[0].alpha = (3.0, 0.1), 0.3
-    for place, loss in enumerate(losses):
+    for index, loss in enumerate(losses):
         trainer = POGOTrainer(loss, buffer, 8, progress_bar=False, lr=1e-2, compile=compiled)
-        if place:
+        if index:
             loss.w2_weights, loss.alpha = (3.0, 0.1), 0.3
         torch.manual_seed(1)
         trainer.train()
@@ -300,7 +300,7 @@ def test_weights_and_alpha_are_read_at_each_update(make_loss, make_buffer, monke
 
 
 @pytest.mark.parametrize("updater", [SoftUpdate, HardUpdate])
-def test_targets_move_as_their_updater_says(make_loss, make_buffer, updater):
+def test_targets_are_updated_by_the_target_net_updater(make_loss, make_buffer, updater):
     loss = make_loss()
     chosen = (
         SoftUpdate(loss, tau=1.0)
@@ -313,7 +313,7 @@ def test_targets_move_as_their_updater_says(make_loss, make_buffer, updater):
     assert_close(target.data.to_dict(), online.data.to_dict(), rtol=0, atol=0)
 
 
-def test_actors_that_draw_their_own_noise_get_some(unit_spec, make_buffer):
+def test_actors_that_draw_noise_internally_draw_nonzero_noise(unit_spec, make_buffer):
     drawn = []
 
     class Encoded(TransportActor):

@@ -1,4 +1,4 @@
-"""The trainer: order, boundaries, checkpoints, resume."""
+"""POGOTrainer: order of updates, intervals, checkpoints, resuming."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pogo_torchrl.trainers.trainer import OfflineStepIterator
 
 @pytest.fixture
 def make_trainer(make_loss, make_buffer):
-    """Trainers that start from the same weights, data and random state."""
+    """Factory of trainers with identical weights, data and random state."""
     loss, buffer = make_loss(), make_buffer()
 
     def make(total=10, *, log=None, evaluate=None, hooks=(), **settings):
@@ -52,7 +52,7 @@ def state(trainer):
     }
 
 
-def test_ticks_meet_every_multiple_and_the_end():
+def test_ticks_end_at_every_multiple_and_at_the_total():
     ends, step = set(), 0
     for tick in OfflineStepIterator(47, [10, 15]):
         step += tick.numel()
@@ -61,7 +61,7 @@ def test_ticks_meet_every_multiple_and_the_end():
     assert step == 47
 
 
-def test_rows_are_written_at_the_multiples_and_at_the_end(make_trainer):
+def test_rows_are_written_at_multiples_of_the_interval_and_at_the_end(make_trainer):
     trainer = make_trainer(11, log=4)
     trainer.train()
     assert trainer.rows.steps == [4, 8, 11]
@@ -77,16 +77,17 @@ def test_a_row_is_the_mean_over_its_interval(make_trainer):
     assert [row["loss_qvalue"] for _, row in third.rows.rows] == pytest.approx(means, rel=1e-5)
 
 
-def test_the_log_names_every_actor(make_trainer):
+def test_rows_contain_metrics_of_every_actor(make_trainer):
     trainer = make_trainer(2, log=2)
     trainer.train()
     row = trainer.rows.rows[0][1]
-    for name in ("loss_actor", "q_actor", "w2", "lmbd", "std"):
+    for name in ("loss_actor", "q_actor", "lmbd", "std"):
         assert {f"{name}_0", f"{name}_1"} <= set(row)
+    assert {"bc_mse", "w2_1"} <= set(row)
     assert list(row)[-2:] == ["updates_per_second", "seconds"]
 
 
-def test_evaluations_run_at_the_multiples_and_once_at_the_end(make_trainer):
+def test_evaluations_run_at_multiples_of_the_interval_and_once_at_the_end(make_trainer):
     import numpy as np
 
     one = np.ones(2)
@@ -97,7 +98,7 @@ def test_evaluations_run_at_the_multiples_and_once_at_the_end(make_trainer):
         assert sink.steps == steps
 
 
-def test_logging_leaves_the_training_alone(make_trainer):
+def test_logging_does_not_affect_training(make_trainer):
     plain = make_trainer(9)
     plain.train()
     logged = make_trainer(9, log=2)
@@ -107,13 +108,15 @@ def test_logging_leaves_the_training_alone(make_trainer):
 
 @pytest.mark.parametrize("policy_freq", [1, 2])
 @pytest.mark.parametrize("cut", [3, 7])
-def test_a_resumed_run_equals_the_uninterrupted_one(make_trainer, tmp_path, cut, policy_freq):
+def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(
+    make_trainer, tmp_path, cut, policy_freq
+):
     settings = {"log": 4, "policy_freq": policy_freq}
-    whole = make_trainer(10, **settings)
-    whole.train()
+    uninterrupted = make_trainer(10, **settings)
+    uninterrupted.train()
     folder = tmp_path / "checkpoints"
     first = make_trainer(cut, checkpoint_dir=folder, **settings)
-    # what a cut run would have logged: nothing at its last step
+    # an interrupted run would not have logged its last step
     first.rows.write = lambda *_: None
     stop_at(first, cut)
     first.total_frames = first.collector.total = 10
@@ -122,8 +125,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(make_trainer, tmp_path, cut,
     torch.manual_seed(99)
     assert second.resume() == cut
     second.train()
-    assert_close(state(whole), state(second), rtol=0, atol=0)
-    assert [r for r in whole.rows.numbers() if r[0] > cut] == second.rows.numbers()
+    assert_close(state(uninterrupted), state(second), rtol=0, atol=0)
+    assert [r for r in uninterrupted.rows.numbers() if r[0] > cut] == second.rows.numbers()
 
 
 def stop_at(trainer, step):
@@ -136,7 +139,7 @@ def stop_at(trainer, step):
     trainer.register_op("post_steps", stop)
 
 
-def test_checkpoints_are_rotated_and_leave_the_data_out(make_trainer, tmp_path):
+def test_checkpoints_are_rotated_and_do_not_contain_the_data(make_trainer, tmp_path):
     trainer = make_trainer(10, checkpoint_dir=tmp_path, checkpoint_interval=3)
     trainer.train()
     names = sorted(p.name for p in tmp_path.iterdir())
@@ -148,30 +151,31 @@ def test_a_damaged_newest_checkpoint_is_skipped(make_trainer, tmp_path, caplog):
     make_trainer(10, checkpoint_dir=tmp_path, checkpoint_interval=6).train()
     (tmp_path / "step-000000000010" / "manifest.json").write_text("{")
     assert make_trainer(10, checkpoint_dir=tmp_path).resume() == 6
-    assert "step-000000000010 is damaged or unfinished and is passed over" in caplog.text
+    damaged = tmp_path / "step-000000000010"
+    assert f"Skipping damaged or incomplete checkpoint {damaged}." in caplog.text
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_checkpoint_cut_or_changed_anywhere_is_not_intact(make_trainer, tmp_path, seed):
+def test_a_truncated_or_corrupted_checkpoint_is_not_intact(make_trainer, tmp_path, seed):
     make_trainer(2, checkpoint_dir=tmp_path).train()
     (checkpoint,) = tmp_path.iterdir()
     assert is_intact(checkpoint)
-    chance = random.Random(seed)
-    file = chance.choice([p for p in sorted(checkpoint.rglob("*")) if p.is_file()])
+    rng = random.Random(seed)
+    file = rng.choice([p for p in sorted(checkpoint.rglob("*")) if p.is_file()])
     content = bytearray(file.read_bytes())
-    where = chance.randrange(len(content))
+    position = rng.randrange(len(content))
     if seed % 3 == 0:
         file.unlink()
     elif seed % 3 == 1:
-        file.write_bytes(content[:where])
+        file.write_bytes(content[:position])
     else:
-        content[where] ^= 1 << chance.randrange(8)
+        content[position] ^= 1 << rng.randrange(8)
         file.write_bytes(content)
     assert not is_intact(checkpoint)
     assert make_trainer(2, checkpoint_dir=tmp_path).resume() is None
 
 
-def test_what_a_killed_process_left_is_removed(make_trainer, tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(make_trainer, tmp_path):
     make_trainer(2, checkpoint_dir=tmp_path).train()
     for name in (".step-000000000004.stage-1f", ".step-000000000001.backup-2e"):
         (tmp_path / name / "components").mkdir(parents=True)
@@ -179,14 +183,14 @@ def test_what_a_killed_process_left_is_removed(make_trainer, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000000002"]
 
 
-def test_a_checkpoint_with_another_fingerprint_is_refused(make_trainer, tmp_path):
+def test_a_checkpoint_with_another_fingerprint_is_rejected(make_trainer, tmp_path):
     make_trainer(2, checkpoint_dir=tmp_path, fingerprint={"data": "a", "lr": 0.1}).train()
     other = make_trainer(4, checkpoint_dir=tmp_path, fingerprint={"data": "b", "lr": 0.1})
     with pytest.raises(ValueError, match=r"step-000000000002 is .* another run \(data: a -> b\)"):
         other.resume()
 
 
-def test_a_checkpoint_of_another_format_is_refused(make_trainer, tmp_path, monkeypatch):
+def test_a_checkpoint_with_another_format_version_is_rejected(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr("pogo_torchrl.trainers.trainer.FORMAT_VERSION", 7)
     make_trainer(2, checkpoint_dir=tmp_path).train()
     monkeypatch.undo()
@@ -194,7 +198,7 @@ def test_a_checkpoint_of_another_format_is_refused(make_trainer, tmp_path, monke
         make_trainer(4, checkpoint_dir=tmp_path).resume()
 
 
-def test_a_resumed_run_leaves_the_checkpoint_it_came_from_as_it_was(make_trainer, tmp_path):
+def test_a_resumed_run_does_not_modify_earlier_checkpoints(make_trainer, tmp_path):
     settings = {"checkpoint_dir": tmp_path, "keep_checkpoints": 9}
     make_trainer(3, **settings).train()
     second = make_trainer(8, **settings)
@@ -204,26 +208,26 @@ def test_a_resumed_run_leaves_the_checkpoint_it_came_from_as_it_was(make_trainer
 
 
 def guarded(make_trainer, largest_return=None, **settings):
-    metrics, said = LogMetrics([Rows()], 4), []
-    guard = StopOnDivergence(metrics, largest_return, warn=said.append)
-    return make_trainer(12, hooks=[guard, metrics], checkpoint_interval=3, **settings), said
+    metrics, warnings = LogMetrics([Rows()], 4), []
+    guard = StopOnDivergence(metrics, largest_return, warn=warnings.append)
+    return make_trainer(12, hooks=[guard, metrics], checkpoint_interval=3, **settings), warnings
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(make_loss, make_buffer, tmp_path):
+def test_a_non_finite_loss_stops_the_run(make_loss, make_buffer, tmp_path):
     def make(total, **settings):
         return POGOTrainer(
             make_loss(w2_weights=(0.2,)), make_buffer(), total, progress_bar=False, **settings
         )
 
-    trainer, said = guarded(make, checkpoint_dir=tmp_path)
+    trainer, warnings = guarded(make, checkpoint_dir=tmp_path)
     spoil_at(trainer, 9)
     with pytest.raises(DivergenceError, match=r"at update 12.*loss_qvalue.*larger w2_weights"):
         trainer.train()
     assert sorted(p.name[-2:] for p in tmp_path.iterdir()) == ["06", "09"]
-    assert not said
+    assert not warnings
 
 
-def test_an_actor_that_is_not_finite_stops_the_run(make_trainer):
+def test_a_non_finite_actor_stops_the_run(make_trainer):
     trainer = make_trainer(12)
     trainer.loss_module.actor_params(0)[0].data.fill_(float("nan"))
     with pytest.raises(
@@ -232,24 +236,24 @@ def test_an_actor_that_is_not_finite_stops_the_run(make_trainer):
         trainer.train()
 
 
-def test_critics_beyond_the_largest_return_are_warned_of_once(make_trainer, monkeypatch, tmp_path):
+def test_critics_beyond_the_largest_return_trigger_one_warning(make_trainer, monkeypatch, tmp_path):
     monkeypatch.setattr(StopOnDivergence, "explosion", 1e12)
-    trainer, said = guarded(make_trainer, largest_return=1e-6, checkpoint_dir=tmp_path)
+    trainer, warnings = guarded(make_trainer, largest_return=1e-6, checkpoint_dir=tmp_path)
     trainer.train()
-    assert len(said) == 1
-    assert said[0].startswith("The critics overestimate: at update 3 Q is")
+    assert len(warnings) == 1
+    assert warnings[0].startswith("The critics overestimate: at update 3 the mean Q value is")
 
 
 def test_critics_far_beyond_the_largest_return_stop_the_run(make_trainer):
     trainer, _ = guarded(make_trainer, largest_return=1e-12)
     with pytest.raises(DivergenceError, match=r"Training has diverged.*no return beyond 1e-12"):
         trainer.train()
-    trainer, said = guarded(make_trainer, largest_return=1e6)
+    trainer, warnings = guarded(make_trainer, largest_return=1e6)
     trainer.train()
-    assert not said
+    assert not warnings
 
 
-def test_a_gap_that_an_interrupted_evaluation_left_is_filled(make_trainer, tmp_path):
+def test_an_interrupted_evaluation_is_repeated_on_resume(make_trainer, tmp_path):
     import numpy as np
 
     one = np.ones(2)
@@ -264,7 +268,7 @@ def test_a_gap_that_an_interrupted_evaluation_left_is_filled(make_trainer, tmp_p
     first.evaluate = lambda: (trainer.request_stop("test"), interrupted())
     trainer.train()
     assert (trainer.collected_frames, sink.steps) == (4, [])
-    # cut off once more, in the evaluation that catches up: no update is made before it is there
+    # interrupted again while repeating the evaluation: no update may run before it is written
     second = Evaluate(interrupted, sinks=[sink], interval=4)
     trainer = make_trainer(8, evaluate=second, checkpoint_dir=tmp_path)
     assert trainer.resume() == 4
@@ -277,7 +281,7 @@ def test_a_gap_that_an_interrupted_evaluation_left_is_filled(make_trainer, tmp_p
     assert sink.steps == [4, 8]
 
 
-def test_an_evaluation_that_fails_costs_no_update(make_trainer, tmp_path):
+def test_a_failed_evaluation_loses_no_updates(make_trainer, tmp_path):
     def fail():
         raise OSError("gone")
 
@@ -289,18 +293,18 @@ def test_an_evaluation_that_fails_costs_no_update(make_trainer, tmp_path):
     assert make_trainer(9, checkpoint_dir=tmp_path).resume() == 5
 
 
-def test_nothing_to_resume(make_trainer, tmp_path):
+def test_resume_without_checkpoints_returns_none(make_trainer, tmp_path):
     assert make_trainer(checkpoint_dir=tmp_path).resume() is None
     assert make_trainer().resume() is None
 
 
-def test_nothing_piles_up_in_the_trainer(make_trainer):
+def test_the_trainer_accumulates_no_logs(make_trainer):
     trainer = make_trainer(60, log=10)
     trainer.train()
     assert not trainer._log_dict
 
 
-def test_targets_follow_by_tau(make_trainer):
+def test_tau_one_copies_the_networks_to_the_targets(make_trainer):
     trainer = make_trainer(1, tau=1.0)
     trainer.train()
     loss = trainer.loss_module
@@ -313,11 +317,11 @@ def test_targets_follow_by_tau(make_trainer):
     "settings",
     [{"lr": 0}, {"lr": float("nan")}, {"tau": 0}, {"tau": 2}, {"policy_freq": 0}],
 )
-def test_settings_out_of_range_are_named(make_trainer, settings):
+def test_out_of_range_settings_are_named(make_trainer, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         make_trainer(**settings)
 
 
-def test_no_updates_are_refused(make_trainer):
+def test_zero_updates_are_rejected(make_trainer):
     with pytest.raises(ValueError, match="total_steps=0"):
         make_trainer(0)

@@ -1,4 +1,4 @@
-"""What users install: the wheel holds everything and runs elsewhere."""
+"""The wheel is complete and runs outside the repository."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built by the project's build backend."""
+    """Path of the wheel, built by the project's build backend."""
     folder = tmp_path_factory.mktemp("dist")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
@@ -28,7 +28,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_the_wheel_is_complete(wheel):
+def test_wheel_is_complete(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder in (
         "experiments/conf",
@@ -42,7 +42,7 @@ def test_the_wheel_is_complete(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_example_runs_from_the_wheel(wheel, tmp_path):
+def test_example_runs_from_the_wheel(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     example = shutil.copy(ROOT / "examples" / "pogo_offline.py", tmp_path)

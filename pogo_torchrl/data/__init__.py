@@ -1,4 +1,4 @@
-"""Offline data as TorchRL replay buffers: one function, one layout, several sources."""
+"""Offline datasets as TorchRL replay buffers."""
 
 from pogo_torchrl.data.d4rl import D4RLReplay
 from pogo_torchrl.data.hdf5 import read_hdf5

@@ -1,4 +1,4 @@
-"""Downloads that end whole or not at all."""
+"""Atomic downloads with retries."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ from pogo_torchrl.files import atomic_write
 _LOGGER = logging.getLogger(__name__)
 
 RETRY_SECONDS = (1.0, 4.0, 16.0)
-"""Waits before the second, third and fourth attempt."""
+"""Delays before the second, third and fourth attempt, in seconds."""
 
 _TRANSIENT = (408, 425, 429)
-"""HTTP errors below 500 that may pass."""
+"""HTTP status codes below 500 worth a retry."""
 
 
 def download(url: str, path: Path, *, timeout: float = 30.0, progress: bool = True) -> None:
     """Download a file, with a progress bar and retries.
 
-    It is written under a temporary name beside ``path`` and renamed when it is whole: ``path``
-    never holds a part of it.
+    The file is written atomically: it is downloaded to a temporary name next to ``path`` and
+    renamed once complete.
 
     Args:
-        url: ``http``, ``https`` or ``file``. Proxies are taken from the environment.
-        path: where the file goes; its folder must exist.
-        timeout: seconds to wait for the server, at the start and at every pause. Defaults to
-            ``30.0``.
+        url: an ``http``, ``https`` or ``file`` URL. Proxies are read from the environment.
+        path: destination of the file; its folder must exist.
+        timeout: timeout for connecting and for each read, in seconds. Defaults to ``30.0``.
         progress: show a progress bar on stderr. Defaults to ``True``.
 
     Raises:
-        FileNotFoundError: when the server has no such file.
-        ConnectionError: when the server cannot be reached, is silent, breaks off or answers with
-            another error, also after three more attempts; the message says which.
+        FileNotFoundError: when the server does not have the file.
+        ConnectionError: when the server is unreachable, times out, closes the connection early or
+            returns another error. Transient errors are retried three times first.
         OSError: when the file cannot be written.
 
     Example:
@@ -68,7 +67,7 @@ def download(url: str, path: Path, *, timeout: float = 30.0, progress: bool = Tr
             reason = str(error) or type(error).__name__
         if wait is None:
             raise ConnectionError(f"{url}: {reason}")
-        _LOGGER.warning("%s: %s; once more in %g s.", url, reason, wait)
+        _LOGGER.warning("%s: %s; retrying in %g s.", url, reason, wait)
         time.sleep(wait)
 
 
@@ -82,4 +81,4 @@ def _attempt(url: str, path: Path, timeout: float, progress: bool) -> None:
                 file.write(block)
                 bar.update(len(block))
             if total is not None and file.tell() != total:
-                raise ConnectionError(f"broke off after {file.tell()} of {total} bytes")
+                raise ConnectionError(f"connection closed after {file.tell()} of {total} bytes")

@@ -1,7 +1,7 @@
-"""Files in D4RL's HDF5 layout -> the transitions that offline RL learns from.
+"""Read transitions from HDF5 files in D4RL's layout.
 
-Such files may come from anywhere: only arrays that lie in the file itself are read, and what they
-say about their size is checked before memory is taken.
+The files are untrusted: only arrays stored in the file itself are read, and their declared sizes
+are checked before any memory is allocated.
 """
 
 from __future__ import annotations
@@ -18,53 +18,53 @@ from tensordict import TensorDict
 from pogo_torchrl.files import physical_memory
 
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals")
-PIECE = 65_536
-"""Rows read at a time."""
+CHUNK_ROWS = 65_536
+"""Number of rows processed at a time."""
 
-# A kilobyte is the most that a byte of HDF5's deflate grows to; below this size it does not matter.
+# HDF5's deflate compresses by a factor of about a thousand at most. Small arrays are not checked.
 _MAX_COMPRESSION, _SMALL = 1100, 64 << 20
 
 
 class UnsupportedFileError(ValueError):
-    """A file that is read as far as it can be, and does not hold what it should."""
+    """Raised when an HDF5 file is damaged, unsafe or not in D4RL's layout."""
 
 
 class Dataset(NamedTuple):
-    """A dataset as read from disk."""
+    """Transitions and episode returns of a dataset."""
 
     transitions: TensorDict
     """Rows of ``d4rl.qlearning_dataset`` under TorchRL's keys, float32, batch size ``[rows]``."""
 
     episode_returns: np.ndarray
-    """Undiscounted return of each complete episode in the file, float64."""
+    """Undiscounted return of each complete episode in the file, ``[episodes]``, float64."""
 
 
 def read_hdf5(path: str | Path, *, max_episode_steps: int = 1000) -> Dataset:
-    """Read a file in D4RL's layout.
+    """Read the transitions of an HDF5 file in D4RL's layout.
 
-    The rows are exactly those of ``d4rl.qlearning_dataset``, in its order: the next observation
-    is the file's next row; rows that end an episode by a time-out are dropped (their true next
-    observation is not the next row), and so is the last row of the file. A time-out therefore
-    never appears as a terminal state, and every kept row that is not terminal bootstraps from its
-    true next observation.
-
-    Source: Fu et al. (2020), D4RL; ``d4rl.qlearning_dataset``.
+    The rows are exactly those of ``d4rl.qlearning_dataset``, in the same order. The next
+    observation of a row is the observation of the following row in the file. Rows that end an
+    episode by a time-out are dropped, because their true next observation is not the following
+    row, and so is the last row of the file. A time-out therefore never appears as a terminal state,
+    and every remaining non-terminal row bootstraps from its true next observation.
 
     Args:
         path: an HDF5 file with ``observations [n, obs]``, ``actions [n, d]``, ``rewards [n]``,
-            ``terminals [n]`` (any dtype; nonzero is terminal) and, where it is there,
-            ``timeouts [n]``.
+            ``terminals [n]`` (any dtype; nonzero is terminal) and, optionally, ``timeouts [n]``.
         max_episode_steps: horizon of the task, in steps, used only for files without
             ``timeouts``. Defaults to ``1000``.
 
     Returns:
-        The transitions and the returns of the episodes.
+        The transitions and the episode returns.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it is no HDF5 file, lacks keys, holds rows that do not fit or are not
-            finite, links to other files, or would not fit into memory; the message names the file
-            and the key.
+        FileNotFoundError: when the file does not exist.
+        ValueError: an :class:`UnsupportedFileError` naming the file and the key, when the file is
+            not valid HDF5, lacks keys, has shapes that do not match or values that are not finite,
+            links to other files, or does not fit into memory.
+
+    Source: Fu et al., *D4RL: Datasets for Deep Data-Driven Reinforcement Learning*, 2020,
+    arXiv:2004.07219; ``d4rl.qlearning_dataset``.
 
     Example:
         >>> import h5py, numpy as np, tempfile
@@ -86,51 +86,59 @@ def read_hdf5(path: str | Path, *, max_episode_steps: int = 1000) -> Dataset:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"data.path={str(path)!r} is not a file; give one in D4RL's HDF5 layout."
+            f"data.path={str(path)!r} is not a file; give the path of an HDF5 file in D4RL's "
+            "layout."
         )
     try:
         with h5py.File(path) as file:
             return _read(file, path, max_episode_steps)
     except UnsupportedFileError:
         raise
-    # all that h5py raises for a file that is damaged
+    # The exceptions that h5py raises for a damaged file.
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UnsupportedFileError(
-            f"{path} is not a readable HDF5 file ({reason}): make or download it again."
+            f"{path} is not a readable HDF5 file ({reason}): recreate it or download it again."
         ) from error
 
 
-def own_array(file: h5py.File, key: str) -> h5py.Dataset | None:
-    """An array that lies in the file itself, in its root or in groups; None where there is none.
+def get_local_array(file: h5py.File, key: str) -> h5py.Dataset | None:
+    """Look up an array that is stored in the file itself, without following any links.
+
+    Args:
+        file: an open HDF5 file.
+        key: path of the array inside the file, e.g. ``"infos/qpos"``.
+
+    Returns:
+        The array, or ``None`` if the key does not exist.
 
     Raises:
-        ValueError: when the key leads anywhere else, to another file or another place, or is no
-            array. Nothing is followed.
+        ValueError: when the key is a link, its data are stored in another file, or it is not an
+            array.
     """
-    name, place, item = str(file.filename), "", file
+    name, location, item = str(file.filename), "", file
     for part in key.split("/"):
-        place = f"{place}/{part}".lstrip("/")
+        location = f"{location}/{part}".lstrip("/")
         if not isinstance(item, h5py.Group):
             return None
         link = item.get(part, getlink=True)
         if link is None:
             return None
         if not isinstance(link, h5py.HardLink):
-            raise _foreign(name, key, f"{place} is a link ({type(link).__name__})")
+            raise _link_error(name, key, f"{location} is a link ({type(link).__name__})")
         item = item[part]
     if not isinstance(item, h5py.Dataset):
         raise UnsupportedFileError(
-            f"{name}: {key} is no array; store one under this key, or drop the key."
+            f"{name}: {key} is not an array; store an array under this key or remove the key."
         )
     if item.is_virtual or item.external:
-        raise _foreign(name, key, f"{key} has its numbers in other files")
+        raise _link_error(name, key, f"{key} stores its values in other files")
     return item
 
 
-def _foreign(name: str, key: str, why: str) -> ValueError:
+def _link_error(name: str, key: str, reason: str) -> ValueError:
     return UnsupportedFileError(
-        f"{name}: {why}, and links are not followed; copy the array {key} into the file."
+        f"{name}: {reason}, and links are not followed; copy the array {key} into the file."
     )
 
 
@@ -145,8 +153,9 @@ def _read(file: h5py.File, path: Path, max_episode_steps: int) -> Dataset:
     rows = np.flatnonzero(~timeouts[:-1])
     if rows.size == 0:
         raise UnsupportedFileError(
-            f"{path} holds no transition to learn from: all but the last of its {len(timeouts)} "
-            "rows are timeouts, whose next observation is not known; use another file."
+            f"{path} contains no transition to learn from: all but the last of its "
+            f"{len(timeouts)} rows are timeouts, whose next observation is unknown; use another "
+            "file."
         )
     observation, next_observation = _gather(arrays, "observations", path, rows, rows + 1)
     (action,) = _gather(arrays, "actions", path, rows)
@@ -172,14 +181,14 @@ def _read(file: h5py.File, path: Path, max_episode_steps: int) -> Dataset:
 
 
 def _check_layout(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
-    """The file's arrays, as far as D4RL's layout has them; no number has been read."""
-    found = {key: own_array(file, key) for key in (*REQUIRED_KEYS, "timeouts")}
+    """Validate keys, dtypes, shapes and sizes without reading any values; returns the arrays."""
+    found = {key: get_local_array(file, key) for key in (*REQUIRED_KEYS, "timeouts")}
     arrays = {key: array for key, array in found.items() if array is not None}
     missing = [key for key in REQUIRED_KEYS if key not in arrays]
     if missing:
         raise UnsupportedFileError(
-            f"{path} lacks {', '.join(missing)}: a file in D4RL's layout holds "
-            f"{', '.join(REQUIRED_KEYS)} (and timeouts)."
+            f"{path} lacks {', '.join(missing)}: a file in D4RL's layout has "
+            f"{', '.join(REQUIRED_KEYS)} and, optionally, timeouts."
         )
     shapes: dict[str, tuple[int, ...]] = {key: array.shape or () for key, array in arrays.items()}
     rows = shapes["observations"][0] if shapes["observations"] else 0
@@ -187,49 +196,49 @@ def _check_layout(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
         shape, dtype = shapes[key], array.dtype
         if dtype.kind not in "biuf":
             raise UnsupportedFileError(
-                f"{path}: {key} holds {dtype}; store real numbers or booleans there."
+                f"{path}: {key} has dtype {dtype}; store real numbers or booleans."
             )
-        matrix = key in ("observations", "actions")
-        fits = len(shape) == 2 and shape[1] > 0 if matrix else shape in ((rows,), (rows, 1))
+        is_matrix = key in ("observations", "actions")
+        fits = len(shape) == 2 and shape[1] > 0 if is_matrix else shape in ((rows,), (rows, 1))
         if not fits or shape[0] != rows:
-            needed = f"({rows}, its size)" if matrix else f"({rows},)"
+            expected = f"({rows}, dim)" if is_matrix else f"({rows},)"
             raise UnsupportedFileError(
-                f"{path}: {key} has shape {shape}, which does not fit {rows} observations; store "
-                f"it as {needed}."
+                f"{path}: {key} has shape {shape}, which does not match {rows} observations; "
+                f"store it with shape {expected}."
             )
     if rows < 2:
         raise UnsupportedFileError(
-            f"{path} holds {rows} rows; at least 2 are needed, so use another file."
+            f"{path} has {rows} rows; at least 2 are needed, so use another file."
         )
     _check_sizes(arrays, path)
     return arrays
 
 
 def _check_sizes(arrays: dict[str, h5py.Dataset], path: Path) -> None:
-    """A small file can declare arrays of any size: HDF5 fills what was never written."""
+    """Check memory use: a small file can declare huge arrays, as HDF5 fills unwritten values."""
     needed = 0.0
     for key, array in arrays.items():
-        # HDF5 reads chunks, whole, and they may be larger than the array.
+        # HDF5 reads entire chunks, which may be larger than the array.
         size = array.dtype.itemsize * max(array.size, math.prod(array.chunks or (0,)))
         stored = array.id.get_storage_size()
         if size > max(_SMALL, _MAX_COMPRESSION * stored):
             raise UnsupportedFileError(
-                f"{path}: {key} declares {size / 1e9:.3g} GB (shape {array.shape}) but only "
-                f"{stored} bytes of it are stored; the file is unfinished or damaged, so make or "
-                "download it again."
+                f"{path}: {key} declares {size / 1e9:.3g} GB (shape {array.shape}) but stores only "
+                f"{stored} bytes; the file is incomplete or damaged: recreate it or download it "
+                "again."
             )
-        # observations are taken twice, as float32
+        # Observations are copied twice, as current and as next observations.
         needed += size + 4.0 * array.size * (2 if key == "observations" else 1)
     if needed > physical_memory():
         raise UnsupportedFileError(
-            f"{path} needs {needed / 1e9:.3g} GB of memory, this machine has "
-            f"{physical_memory() / 1e9:.3g} GB: use a smaller file or a larger machine."
+            f"{path} needs {needed / 1e9:.3g} GB of memory, but this machine has "
+            f"{physical_memory() / 1e9:.3g} GB; use a smaller file or a larger machine."
         )
 
 
 def _column(arrays: dict[str, h5py.Dataset], key: str, path: Path) -> np.ndarray:
     column = arrays[key][()].reshape(-1)
-    with np.errstate(over="ignore"):  # what leaves float32 is refused as not finite
+    with np.errstate(over="ignore"):  # overflows to infinity, which the check rejects
         _check_finite(column.astype(np.float32, copy=False), key, path, 0)
     return column
 
@@ -247,36 +256,36 @@ def _check_finite(array: np.ndarray, key: str, path: Path, first_row: int) -> No
 def _gather(
     arrays: dict[str, h5py.Dataset], key: str, path: Path, *selections: np.ndarray
 ) -> tuple[torch.Tensor, ...]:
-    """The given rows of an array, as float32 tensors.
+    """Select rows of an array as float32 tensors, one tensor per selection.
 
-    The array is read piece by piece: D4RL's largest files hold two million transitions, and
-    whole copies on the way would double the memory.
+    The array is read in chunks: D4RL's largest files have two million transitions, and temporary
+    copies of entire arrays would double the memory use.
     """
     array = arrays[key]
     out = tuple(torch.empty(len(rows), array.shape[1]) for rows in selections)
-    for start in range(0, len(array), PIECE):
+    for start in range(0, len(array), CHUNK_ROWS):
         with np.errstate(over="ignore"):
-            piece = array[start : start + PIECE].astype(np.float32, copy=False)
-        _check_finite(piece, key, path, start)
+            chunk = array[start : start + CHUNK_ROWS].astype(np.float32, copy=False)
+        _check_finite(chunk, key, path, start)
         for rows, tensor in zip(selections, out):
-            first, last = np.searchsorted(rows, (start, start + len(piece)))
-            tensor[first:last] = torch.from_numpy(piece[rows[first:last] - start])
+            first, last = np.searchsorted(rows, (start, start + len(chunk)))
+            tensor[first:last] = torch.from_numpy(chunk[rows[first:last] - start])
     return out
 
 
 def _horizon_timeouts(terminals: np.ndarray, max_episode_steps: int) -> np.ndarray:
-    """Steps that end an episode by reaching the horizon, counted as d4rl does."""
+    """Mark steps that end an episode by reaching the horizon, counting as d4rl does."""
     timeouts = np.zeros_like(terminals)
     step = 0
     for i, terminal in enumerate(terminals):
         timeouts[i] = step == max_episode_steps - 1
-        # d4rl resets its count at a terminal and then adds that very row to it
+        # d4rl resets its counter at a terminal row and then still counts that row.
         step = 0 if timeouts[i] else (0 if terminal else step) + 1
     return timeouts
 
 
 def _episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Returns of the complete episodes; of the one unfinished episode where none is complete."""
+    """Returns of the complete episodes, or of the only, unfinished episode if there are none."""
     cumulative = np.cumsum(rewards, dtype=np.float64)
     last = np.flatnonzero(ends) if ends.any() else np.array([len(rewards) - 1])
     return np.diff(cumulative[last], prepend=0.0)

@@ -1,4 +1,4 @@
-"""Minari's datasets -> the transitions that offline RL learns from, through Minari's own API."""
+"""Read transitions from Minari datasets, using Minari's own API."""
 
 from __future__ import annotations
 
@@ -24,47 +24,48 @@ from pogo_torchrl.data.hdf5 import Dataset
 
 _LOGGER = logging.getLogger(__name__)
 _ID = re.compile(r"([-\w]+/)*[-\w]+-v\d+", re.ASCII)
-# D4RL's antmaze observation is [x, y, rest]; Gymnasium-Robotics splits it in these two.
+# D4RL's antmaze observation is [x, y, rest]; Gymnasium-Robotics splits it into these two keys.
 _GOAL_KEYS = ("achieved_goal", "observation")
-_DAMAGED = "delete {folder} and read it again, or restore it where it is yours"
+_REPAIR_HINT = "delete {folder} to download it again, or restore it if it is your own"
 
 
 def read_minari(dataset_id: str) -> Dataset:
-    """Read a Minari dataset, downloaded on first use.
+    """Read a Minari dataset, downloading it on first use.
 
-    The rows are those that ``d4rl.qlearning_dataset`` keeps, in its order: every step of every
-    episode but the truncated ones and the very last one. Minari stores the observation that
-    follows each step, so that ``next.observation`` is always the true one, also where an episode
-    ends, and no row crosses into the next episode. A truncation is never a terminal state, not
-    even where a step is marked as both.
+    The rows are those that ``d4rl.qlearning_dataset`` keeps, in the same order: all steps of all
+    episodes except truncated steps and the very last step. Minari stores the observation that
+    follows each step, so ``next.observation`` is always the true next observation, even at the end
+    of an episode, and no row crosses into the next episode. A truncation is never a terminal
+    state, even if a step is marked as both.
 
-    Observations and actions are vectors (``Box`` spaces of one dimension). A ``Dict`` space with
-    ``observation`` and ``achieved_goal`` is read as ``[achieved_goal, observation]``: D4RL's 29
-    antmaze observations, which Gymnasium-Robotics' AntMaze splits in these two. ``desired_goal``
-    is left out, as D4RL does.
+    Observations and actions must be vectors (one-dimensional ``Box`` spaces). A ``Dict`` space with
+    ``observation`` and ``achieved_goal`` is read as ``[achieved_goal, observation]``, which
+    restores D4RL's 29-dimensional antmaze observation from the two parts of Gymnasium-Robotics'
+    AntMaze. ``desired_goal`` is dropped, as in D4RL.
 
-    Episodes are read one by one into float32 tensors allocated once. No global random state is
-    touched.
-
-    Source: https://minari.farama.org; Fu et al. (2020), D4RL; ``d4rl.qlearning_dataset``.
+    Episodes are read one at a time into preallocated float32 tensors. Global random state is not
+    modified.
 
     Args:
-        dataset_id: the id of a dataset, e.g. ``"D4RL/antmaze/umaze-v1"``, in the folder
-            ``MINARI_DATASETS_PATH`` (default ``~/.minari/datasets``) or else at ``MINARI_REMOTE``
-            (default ``hf://farama-minari``), both environment variables of Minari's. Processes
-            that ask for the same dataset at once download it once.
+        dataset_id: ID of a dataset, e.g. ``"D4RL/antmaze/umaze-v1"``. It is read from the folder
+            ``MINARI_DATASETS_PATH`` (default ``~/.minari/datasets``) or downloaded from
+            ``MINARI_REMOTE`` (default ``hf://farama-minari``); both are Minari's environment
+            variables. When several processes request the same dataset, only one downloads it.
 
     Returns:
-        The transitions and the returns of the complete episodes, those that end by a termination
-        or truncation (of all episodes where none does).
+        The transitions and the returns of the complete episodes, i.e. those that end with a
+        termination or truncation (of all episodes if none is complete).
 
     Raises:
-        ImportError: when Minari, or what it needs for this dataset, is not installed.
-        FileNotFoundError: when there is no such dataset, here or at the remote.
+        ImportError: when Minari or one of its optional dependencies is not installed.
+        FileNotFoundError: when the dataset exists neither locally nor at the remote.
         OSError: when the download fails.
-        ValueError: for a malformed id, spaces that are not vectors, or a dataset that is damaged
-            or empty, whose shapes or number of steps do not fit, that holds values that are not
-            finite, or whose observations are all zero; the message names the id.
+        ValueError: naming the ID, when it is malformed, the spaces are not vectors, or the dataset
+            is damaged or empty, has mismatched shapes or an unexpected number of steps, or has
+            values that are not finite or observations that are all zero.
+
+    Source: https://minari.farama.org; Fu et al., *D4RL: Datasets for Deep Data-Driven Reinforcement
+    Learning*, 2020, arXiv:2004.07219; ``d4rl.qlearning_dataset``.
 
     Example:
         >>> import tempfile, unittest.mock
@@ -94,9 +95,9 @@ def read_minari(dataset_id: str) -> Dataset:
     """
     if not _ID.fullmatch(dataset_id):
         raise ValueError(
-            f"data.path={dataset_id!r} is not the id of a Minari dataset; write "
-            "namespace/name-vN, e.g. D4RL/antmaze/umaze-v1 (another remote is set by the "
-            "environment variable MINARI_REMOTE)."
+            f"data.path={dataset_id!r} is not a valid Minari dataset ID; expected "
+            "namespace/name-vN, e.g. D4RL/antmaze/umaze-v1. To use another remote, set the "
+            "environment variable MINARI_REMOTE."
         )
     with _quiet():
         minari = _import_minari()
@@ -105,7 +106,7 @@ def read_minari(dataset_id: str) -> Dataset:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Minari prints and what it and Gymnasium warn of."""
+    """Suppress Minari's output and the warnings of Minari and Gymnasium."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -117,17 +118,17 @@ def _import_minari() -> Any:
         import minari.storage
     except ImportError as error:
         raise ImportError(
-            f'data.source=minari needs Minari ({error}): pip install "pogo_torchrl[minari]".'
+            f'data.source=minari needs Minari ({error}): run pip install "pogo_torchrl[minari]".'
         ) from error
     return minari
 
 
 def _load(minari: Any, dataset_id: str) -> Any:
-    """The dataset, on this machine afterwards."""
+    """Load a dataset, downloading it if it is not available locally."""
     root: Path = minari.storage.get_dataset_path()
     folder = root / dataset_id
     lock = root / f".{dataset_id.replace('/', '.')}.lock"
-    # the lock file is there for as long as some process downloads
+    # The lock file exists while a process is downloading.
     if lock.exists() or not (folder / "data").exists():
         try:
             with FileLock(lock):
@@ -139,43 +140,45 @@ def _load(minari: Any, dataset_id: str) -> Any:
     try:
         return minari.load_dataset(dataset_id)
     except ImportError as error:
-        raise ImportError(f"data.path={dataset_id!r} cannot be read: {_first(error)}") from error
+        raise ImportError(
+            f"data.path={dataset_id!r} cannot be read: {_first_line(error)}"
+        ) from error
     except Exception as error:
-        raise _damaged(dataset_id, folder, error) from error
+        raise _damaged_error(dataset_id, folder, error) from error
 
 
 def _download(minari: Any, dataset_id: str, folder: Path) -> None:
     remote = os.environ.get("MINARI_REMOTE", "Minari's default remote")
-    _LOGGER.info("downloading %s from %s to %s", dataset_id, remote, folder)
+    _LOGGER.info("Downloading %s from %s to %s.", dataset_id, remote, folder)
     missing = f"data.path={dataset_id!r} is not at {folder} and "
     is_new = not folder.exists()
     try:
         with _no_progress_bars():
             minari.download_dataset(dataset_id)
     except BaseException as error:
-        if is_new:  # what has arrived so far would pass for the whole dataset
+        if is_new:  # a partial download would be mistaken for the complete dataset
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, ImportError):
-            raise ImportError(f"{missing}cannot be downloaded: {_first(error)}") from error
-        if isinstance(error, ValueError):  # Minari's word for an id that it does not find
+            raise ImportError(f"{missing}cannot be downloaded: {_first_line(error)}") from error
+        if isinstance(error, ValueError):  # raised by Minari for an unknown ID
             near = difflib.get_close_matches(dataset_id, _local_ids(minari), n=3, cutoff=0.5)
             raise FileNotFoundError(
-                f"{missing}not to be had from {remote} ({_first(error)}); "
-                f"{f'near it here: {near}' if near else 'no id here resembles it'}; "
-                "`minari list remote` lists what can be downloaded, `minari list local` the rest."
+                f"{missing}was not found at {remote} ({_first_line(error)}); "
+                f"{f'similar local IDs: {near}' if near else 'no local ID is similar'}. "
+                "`minari list remote` and `minari list local` list the available datasets."
             ) from error
         if isinstance(error, Exception):
             raise OSError(
                 f"{missing}could not be downloaded from {remote} ({type(error).__name__}: "
-                f"{_first(error)}); check the network and MINARI_REMOTE, or copy the dataset there "
-                "from a machine that has it."
+                f"{_first_line(error)}); check the network and MINARI_REMOTE, or copy the dataset "
+                "there from another machine."
             ) from error
         raise
 
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Hugging Face shows one per file, hundreds of them for a namespace."""
+    """Disable Hugging Face's progress bars: one per file, hundreds for a namespace."""
     try:
         from huggingface_hub import utils
     except ImportError:
@@ -194,35 +197,35 @@ def _no_progress_bars() -> Iterator[None]:
 def _local_ids(minari: Any) -> list[str]:
     try:
         return list(minari.list_local_datasets())
-    except Exception:  # a stray folder is enough
+    except Exception:  # an unrelated folder is enough to make Minari fail
         return []
 
 
-def _first(error: BaseException) -> str:
-    """The first line of what it says."""
+def _first_line(error: BaseException) -> str:
+    """First line of the message of an exception, or its type if there is no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _damaged(dataset_id: str, folder: Path, error: Exception) -> ValueError:
+def _damaged_error(dataset_id: str, folder: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"data.path={dataset_id!r} is damaged, or not for this version of Minari "
-        f"({type(error).__name__}: {_first(error)}); {_DAMAGED.format(folder=folder)}."
+        f"data.path={dataset_id!r} is damaged or incompatible with this version of Minari "
+        f"({type(error).__name__}: {_first_line(error)}); {_REPAIR_HINT.format(folder=folder)}."
     )
 
 
 def _read(dataset: Any, dataset_id: str) -> Dataset:
-    goal, observation_dim = _observation_layout(dataset.observation_space, dataset_id)
+    has_goal, observation_dim = _observation_layout(dataset.observation_space, dataset_id)
     action_dim = _vector_dim(dataset.action_space)
     if action_dim is None:
         raise ValueError(
-            f"data.path={dataset_id!r} has actions in {dataset.action_space}; a Box of one "
-            "dimension is read, so choose a dataset with continuous actions."
+            f"data.path={dataset_id!r} has actions in {dataset.action_space}; only a "
+            "one-dimensional Box is supported, so choose a dataset with continuous actions."
         )
     folder = Path(dataset.storage.data_path).parent
     steps, episodes = dataset.total_steps, dataset.total_episodes
     if steps < 2:
         raise ValueError(
-            f"data.path={dataset_id!r} holds {steps} steps; at least 2 are needed, so choose "
+            f"data.path={dataset_id!r} has {steps} steps; at least 2 are needed, so choose "
             "another dataset."
         )
     columns = {
@@ -235,9 +238,11 @@ def _read(dataset: Any, dataset_id: str) -> Dataset:
     returns, complete = np.empty(episodes), np.empty(episodes, dtype=bool)
     found = rows = 0
     for number, episode in enumerate(_episodes(dataset, dataset_id, folder)):
-        arrays = _arrays(episode, goal)
+        arrays = _to_arrays(episode, has_goal)
         length = len(episode)
-        _check(arrays, length, observation_dim, action_dim, f"{dataset_id!r}, episode {number}")
+        _check_episode(
+            arrays, length, observation_dim, action_dim, f"{dataset_id!r}, episode {number}"
+        )
         found += length
         if found > steps:
             break
@@ -246,28 +251,28 @@ def _read(dataset: Any, dataset_id: str) -> Dataset:
         complete[number] = arrays["terminations"][-1:].any() or not keep[-1:].all()
         if number == episodes - 1:
             keep[-1:] = False
-        into = slice(rows, rows + int(keep.sum()))
+        target = slice(rows, rows + int(keep.sum()))
         arrays["next_observations"] = arrays["observations"][1:]
         arrays["observations"] = arrays["observations"][:-1]
         for key, array in arrays.items():
-            columns[key][into] = torch.from_numpy(array[keep])
-        rows = into.stop
+            columns[key][target] = torch.from_numpy(array[keep])
+        rows = target.stop
     if found != steps:
         raise ValueError(
-            f"data.path={dataset_id!r} holds {'more than' if found > steps else 'only'} "
-            f"{min(found, steps)} steps where its metadata says {steps}: it is damaged; "
-            f"{_DAMAGED.format(folder=folder)}."
+            f"data.path={dataset_id!r} has {'more than' if found > steps else 'only'} "
+            f"{min(found, steps)} steps, but its metadata says {steps}: it is damaged; "
+            f"{_REPAIR_HINT.format(folder=folder)}."
         )
     if rows == 0:
         raise ValueError(
-            f"data.path={dataset_id!r} holds no transition to learn from: all its {steps} steps "
-            "are truncated or the last; choose another dataset."
+            f"data.path={dataset_id!r} contains no transition to learn from: each of its {steps} "
+            "steps is truncated or the last one; choose another dataset."
         )
     columns = {key: column[:rows] for key, column in columns.items()}
     if not columns["observations"].any():
         raise ValueError(
-            f"data.path={dataset_id!r} has nothing but zeros as observations: it is damaged or "
-            f"was never written; {_DAMAGED.format(folder=folder)}."
+            f"data.path={dataset_id!r} has only zeros as observations: it is damaged or was never "
+            f"written; {_REPAIR_HINT.format(folder=folder)}."
         )
     return Dataset(_to_tensordict(columns), returns[complete] if complete.any() else returns)
 
@@ -278,36 +283,36 @@ def _vector_dim(space: Any) -> int | None:
 
 
 def _observation_layout(space: Any, dataset_id: str) -> tuple[bool, int]:
-    """Whether observations are split in ``_GOAL_KEYS``, and their dimension."""
-    goal = isinstance(space, gymnasium.spaces.Dict)
-    parts = [space.spaces.get(key) for key in _GOAL_KEYS] if goal else [space]
+    """Whether observations are split into ``_GOAL_KEYS``, and their total dimension."""
+    has_goal = isinstance(space, gymnasium.spaces.Dict)
+    parts = [space.spaces.get(key) for key in _GOAL_KEYS] if has_goal else [space]
     dims = [_vector_dim(part) for part in parts]
     if None in dims:
         raise ValueError(
-            f"data.path={dataset_id!r} has observations in {space}; a Box of one dimension is "
-            "read, or a Dict whose observation and achieved_goal are such, so choose another "
-            "dataset."
+            f"data.path={dataset_id!r} has observations in {space}; only a one-dimensional Box, or "
+            "a Dict with such a Box for observation and achieved_goal, is supported, so choose "
+            "another dataset."
         )
-    return goal, sum(dim for dim in dims if dim is not None)
+    return has_goal, sum(dim for dim in dims if dim is not None)
 
 
 def _episodes(dataset: Any, dataset_id: str, folder: Path) -> Iterator[Any]:
     try:
         yield from dataset.iterate_episodes()
-    except Exception as error:  # whatever Minari meets in a file that is not whole
-        raise _damaged(dataset_id, folder, error) from error
+    except Exception as error:  # a damaged file can make Minari raise anything
+        raise _damaged_error(dataset_id, folder, error) from error
 
 
-def _arrays(episode: Any, goal: bool) -> dict[str, np.ndarray]:
-    """One episode: n+1 observations and n of each other, float32 and bool."""
+def _to_arrays(episode: Any, has_goal: bool) -> dict[str, np.ndarray]:
+    """Arrays of one episode, float32 or bool: n+1 observations and n of everything else."""
     observations = episode.observations
-    parts = [observations[key] for key in _GOAL_KEYS] if goal else [observations]
-    # what leaves the range of float32 becomes infinite, which is refused afterwards
+    parts = [observations[key] for key in _GOAL_KEYS] if has_goal else [observations]
+    # Values outside the range of float32 become infinite, which _check_episode() rejects.
     with np.errstate(over="ignore"):
         parts = [np.asarray(part, dtype=np.float32) for part in parts]
         fits = len({len(part) for part in parts}) == 1
         return {
-            # parts that do not fit each other are told by their first
+            # Parts of different lengths cannot be joined: _check_episode() rejects the first.
             "observations": np.concatenate(parts, axis=-1) if fits else parts[0],
             "actions": np.asarray(episode.actions, dtype=np.float32),
             "rewards": np.asarray(episode.rewards, dtype=np.float32),
@@ -316,7 +321,7 @@ def _arrays(episode: Any, goal: bool) -> dict[str, np.ndarray]:
         }
 
 
-def _check(
+def _check_episode(
     arrays: dict[str, np.ndarray], length: int, observation_dim: int, action_dim: int, where: str
 ) -> None:
     shapes: dict[str, tuple[int, ...]] = {
@@ -327,8 +332,8 @@ def _check(
         expected = shapes.get(key, (length,))
         if array.shape != expected:
             raise ValueError(
-                f"data.path={where}: {key} has shape {array.shape} where {expected} is needed "
-                f"for {length} steps; repair the dataset or choose another."
+                f"data.path={where}: {key} has shape {array.shape}, expected {expected} for "
+                f"{length} steps; repair the dataset or choose another."
             )
         if not np.isfinite(array).all():
             bad = np.argwhere(~np.isfinite(array))[0].tolist()

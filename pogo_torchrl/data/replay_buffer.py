@@ -1,11 +1,11 @@
-"""Datasets as TorchRL replay buffers, normalised once and kept in memory."""
+"""In-memory TorchRL replay buffers over normalised offline datasets."""
 
 from __future__ import annotations
 
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,27 +14,40 @@ from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
 from pogo_torchrl.data.d4rl import read_d4rl
-from pogo_torchrl.data.hdf5 import PIECE, read_hdf5
+from pogo_torchrl.data.hdf5 import CHUNK_ROWS, read_hdf5
 from pogo_torchrl.data.minari import read_minari
 from pogo_torchrl.data.rollouts import behaviour_dataset
 from pogo_torchrl.envs import max_episode_steps
 
 SOURCES = ("local", "d4rl", "minari", "hdf5")
-"""Accepted values of ``source``, see :func:`make_replay_buffer`."""
+"""Supported values of ``source``, see :func:`make_replay_buffer`."""
 
 STD_EPSILON = 1e-3
-"""Added to each dimension's standard deviation, as in TD3+BC (Fujimoto and Gu, 2021)."""
+"""Added to the standard deviation of each observation dimension, as in TD3+BC.
+
+Source: Fujimoto & Gu, *A Minimalist Approach to Offline Reinforcement Learning*, 2021,
+arXiv:2106.06860.
+"""
 
 
 class Normalization(NamedTuple):
-    """Observations are seen as ``(observation - mean) / std``; ``std`` holds the epsilon."""
+    """Observation normalisation ``(observation - mean) / std``."""
 
     mean: torch.Tensor
+    """Mean, ``[obs]``."""
+
     std: torch.Tensor
+    """Standard deviation plus :data:`STD_EPSILON`, ``[obs]``."""
 
     @classmethod
     def of(cls, observation: torch.Tensor) -> Normalization:
-        """Statistics of a dataset's observations, shape ``[rows, obs]``.
+        """Compute the statistics of a dataset.
+
+        Args:
+            observation: observations, ``[rows, obs]``.
+
+        Returns:
+            The normalisation, in the dtype of ``observation``.
 
         Example:
             >>> import torch
@@ -42,27 +55,31 @@ class Normalization(NamedTuple):
             >>> n.mean.item(), round(n.std.item(), 6)
             (1.0, 1.001)
         """
-        # Piece by piece: a whole copy in float64 would be the largest array of all.
-        pieces, rows = observation.split(PIECE), len(observation)
-        mean = torch.stack([piece.double().sum(dim=0) for piece in pieces]).sum(dim=0) / rows
-        squares = torch.stack([((piece - mean) ** 2).sum(dim=0) for piece in pieces])
+        # In chunks: a float64 copy of all observations would be the largest array of all.
+        chunks, rows = observation.split(CHUNK_ROWS), len(observation)
+        mean = torch.stack([chunk.double().sum(dim=0) for chunk in chunks]).sum(dim=0) / rows
+        squares = torch.stack([((chunk - mean) ** 2).sum(dim=0) for chunk in chunks])
         std = (squares.sum(dim=0) / rows).sqrt() + STD_EPSILON
         return cls(mean.to(observation.dtype), std.to(observation.dtype))
 
     @classmethod
     def identity(cls, observation: torch.Tensor) -> Normalization:
-        """No normalisation: mean 0 and std 1."""
+        """Identity normalisation with mean 0 and standard deviation 1.
+
+        Args:
+            observation: observations, ``[rows, obs]``, which determine shape, dtype and device.
+        """
         return cls(torch.zeros_like(observation[0]), torch.ones_like(observation[0]))
 
 
 class OfflineReplayBuffer(TensorDictReplayBuffer):
-    """An immutable TorchRL replay buffer over a whole dataset, sampled uniformly.
+    """An immutable TorchRL replay buffer over an entire dataset, sampled uniformly.
 
     Args:
-        transitions: the rows as they are sampled, batch size ``[rows]``.
-        normalization: how their observations were normalised.
-        episode_returns: undiscounted returns of the episodes in the data.
-        batch_size: rows of a sample.
+        transitions: the transitions, already normalised, batch size ``[rows]``.
+        normalization: the normalisation applied to the observations.
+        episode_returns: undiscounted return of each episode of the dataset, ``[episodes]``.
+        batch_size: number of rows per sample. Defaults to ``256``.
     """
 
     def __init__(
@@ -74,7 +91,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         batch_size: int = 256,
     ) -> None:
         super().__init__(
-            # Indices are drawn where the rows are: drawn on the host, each sample would wait.
+            # Indices are drawn on the device of the data, which avoids a host-to-device copy and
+            # synchronisation per sample.
             storage=TensorStorage(
                 transitions, device=next(iter(transitions.values(True, True))).device
             ),
@@ -87,23 +105,30 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
         self._has_own_rng = False
 
     def set_rng(self, generator: torch.Generator | None) -> None:
-        """Draw from a generator of one's own instead of torch's global one."""
+        """Set the random generator of the sampler.
+
+        Args:
+            generator: the generator, or ``None`` for torch's global generator.
+        """
         super().set_rng(generator)
         self._has_own_rng = generator is not None
 
     def samples_on(self, device: torch.device) -> bool:
-        """Whether a sample takes the same work of this device each time, and nothing else's.
+        """Whether every sample runs the same operations on ``device`` and on no other device.
 
-        Then a CUDA graph can hold it.
+        Only then can sampling be captured in a CUDA graph.
+
+        Args:
+            device: the device.
         """
         plain = type(self.sampler) is RandomSampler and not self._has_own_rng
         return plain and len(self.transform) == 0 and self.storage.device == device
 
     def fingerprint(self) -> str:
-        """SHA-256 of the rows: equal for equal data, wherever they came from."""
+        """Hexadecimal SHA-256 of the transitions, which does not depend on their source."""
         return self._digest
 
-    @cached_property  # the runs of a stack share the data
+    @cached_property  # shared by the runs of a stack, which share the buffer
     def _digest(self) -> str:
         digest = hashlib.sha256()
         for key, values in sorted(self[:].flatten_keys(".").items()):
@@ -115,7 +140,7 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
 def make_replay_buffer(
     task: str,
     *,
-    source: str = "local",
+    source: Literal["local", "d4rl", "minari", "hdf5"] = "local",
     path: str | Path | None = None,
     mirror: str | Path | None = None,
     batch_size: int = 256,
@@ -126,40 +151,48 @@ def make_replay_buffer(
     cache_dir: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> OfflineReplayBuffer:
-    """The offline data of a task as a TorchRL replay buffer.
+    """Load the offline dataset of a task into a TorchRL replay buffer.
 
     Args:
         task: a D4RL task name, e.g. ``"hopper-medium-v2"``.
-        source: ``"local"``: rolled out once from the behaviour policies in the package and kept
-            in a cache folder (no download); ``"d4rl"``: D4RL's own dataset of the task,
-            downloaded once, see :class:`~pogo_torchrl.data.d4rl.D4RLReplay`; ``"minari"``: the
-            Minari dataset ``path``, downloaded unless it is there, see
-            :func:`~pogo_torchrl.data.minari.read_minari`; ``"hdf5"``: the file ``path`` in D4RL's
-            layout.
-        path: the file, with ``source="hdf5"``; the dataset's id, with ``source="minari"``.
-        mirror: with ``source="d4rl"``, the address or the folder of a copy of D4RL's files.
-            Defaults to D4RL's own server.
-        batch_size: rows of a sample. Defaults to ``256``.
-        normalize: see the observations as ``(observation - mean) / (std + 1e-3)``, statistics of
-            this dataset. Defaults to ``True``.
-        reward_shift: added to every reward; ``-1`` is usual for antmaze. ``rb.episode_returns``
-            are those of the rewards without it. Defaults to ``0``.
-        size: transitions to roll out, with ``source="local"``. Defaults to ``100_000``.
-        seed: seed of these rollouts. Defaults to ``0``: the data do not change with the seed of
-            the training.
-        cache_dir: folder of these rollouts and of D4RL's files. Defaults to
+        source: where the data come from. Defaults to ``"local"``.
+
+            - ``"local"``: generated by the bundled behaviour policies on first use and cached (no
+              download), see :func:`~pogo_torchrl.data.rollouts.behaviour_dataset`;
+            - ``"d4rl"``: D4RL's own dataset of the task, downloaded on first use, see
+              :class:`~pogo_torchrl.data.d4rl.D4RLReplay`;
+            - ``"minari"``: the Minari dataset ``path``, downloaded unless it is available locally,
+              see :func:`~pogo_torchrl.data.minari.read_minari`;
+            - ``"hdf5"``: the file ``path`` in D4RL's layout, see
+              :func:`~pogo_torchrl.data.hdf5.read_hdf5`.
+        path: file name for ``source="hdf5"`` or dataset ID for ``source="minari"``. Defaults to
+            ``None``.
+        mirror: for ``source="d4rl"``, the URL or folder of a copy of D4RL's files. Defaults to
+            D4RL's own server.
+        batch_size: number of rows per sample. Defaults to ``256``.
+        normalize: whether to normalise the observations to ``(observation - mean) / (std + 1e-3)``
+            with the statistics of this dataset. Defaults to ``True``.
+        reward_shift: constant added to every reward, usually ``-1`` for antmaze.
+            ``rb.episode_returns`` do not include it. Defaults to ``0``.
+        size: for ``source="local"``, number of transitions to generate. Defaults to ``100_000``.
+        seed: for ``source="local"``, seed of the generated data, independent of the training seed.
+            Defaults to ``0``.
+        cache_dir: cache folder for generated data and D4RL's files. Defaults to
             ``$XDG_CACHE_HOME/pogo_torchrl`` or ``~/.cache/pogo_torchrl``.
-        device: where the data live. Defaults to ``"cpu"``.
+        device: device of the data. Defaults to ``"cpu"``.
 
     Returns:
-        A replay buffer of the rows of ``d4rl.qlearning_dataset``, in its order: ``observation``,
-        ``action``, ``next.observation``, ``next.reward``, ``next.done``, ``next.terminated``,
-        ``next.truncated``; ``rb.normalization.mean`` and ``.std``; ``rb.episode_returns``.
+        A replay buffer with the rows of ``d4rl.qlearning_dataset``, in the same order, under the
+        keys ``observation``, ``action``, ``next.observation``, ``next.reward``, ``next.done``,
+        ``next.terminated`` and ``next.truncated``. Its attributes ``normalization`` and
+        ``episode_returns`` hold the observation statistics and the episode returns.
 
     Raises:
-        ValueError: for an unknown source, a source and path that do not go together, a batch size
-            below 1, or data that cannot be read.
-        FileNotFoundError: when ``path`` is not there.
+        ValueError: for an unknown source, an incompatible combination of source and path or mirror,
+            a batch size out of range, or data that cannot be read.
+        FileNotFoundError: when ``path`` does not exist.
+        OSError: when a download fails or the cache folder cannot be written.
+        ImportError: when ``source="minari"`` and Minari is not installed.
 
     Example:
         >>> rb = make_replay_buffer("hopper-medium-v2", size=1000)  # doctest: +SKIP
@@ -180,8 +213,8 @@ def make_replay_buffer(
             raise ValueError(f"data.path: {error}" if source == "hdf5" else str(error)) from error
     if batch_size > len(data.transitions):
         raise ValueError(
-            f"batch_size={batch_size} is more than the data's {len(data.transitions)} transitions: "
-            "lower it, or use more data."
+            f"batch_size={batch_size} exceeds the {len(data.transitions)} transitions of the "
+            "dataset; lower it or use more data."
         )
     raw, episode_returns = data.transitions.clone(recurse=False), data.episode_returns
     del data
@@ -198,9 +231,10 @@ def make_replay_buffer(
 def _prepare(
     raw: TensorDict, normalization: Normalization, reward_shift: float, device: torch.device | str
 ) -> TensorDict:
-    """The rows as they are sampled, in memory; ``raw`` is emptied, tensor by tensor.
+    """Normalise the transitions and move them to ``device``.
 
-    Datasets are large, and two whole copies may not fit.
+    Tensors are removed from ``raw`` one by one: two copies of a large dataset may not fit into
+    memory.
     """
     rows = TensorDict({}, raw.batch_size)
     for key in list(raw.keys(include_nested=True, leaves_only=True)):
@@ -210,7 +244,7 @@ def _prepare(
         elif key == ("next", "reward"):
             values = values + reward_shift
         else:
-            values = values.clone()  # it may be memory-mapped
+            values = values.clone()  # may be memory-mapped
         rows[key] = values.to(device)
     return rows
 
@@ -225,11 +259,11 @@ def _check_arguments(
         raise ValueError(f"data.source={source!r} needs data.path={needs[source]}.")
     if source not in needs and path is not None:
         raise ValueError(
-            f"data.path={str(path)!r} is read with data.source=hdf5 or minari only, got {source!r}."
+            f"data.path={str(path)!r} is only used with data.source=hdf5 or minari, got {source!r}."
         )
     if source != "d4rl" and mirror is not None:
         raise ValueError(
-            f"data.mirror={str(mirror)!r} is used with data.source=d4rl only, got {source!r}."
+            f"data.mirror={str(mirror)!r} is only used with data.source=d4rl, got {source!r}."
         )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be an integer >= 1, e.g. 256.")

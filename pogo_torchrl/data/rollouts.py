@@ -1,7 +1,8 @@
-"""Offline data without a download: bundled policies played in the D4RL environments.
+"""Generate offline datasets by rolling out bundled policies in the D4RL environments.
 
-The files have D4RL's layout, so that whatever reads D4RL's files reads these. They stand in for
-D4RL's datasets and are not the same data: scores reached on them compare only with each other.
+No download is needed. The files have D4RL's layout, so any reader of D4RL's files can read them.
+They replace D4RL's datasets but are not the same data: scores obtained on them are comparable only
+with each other.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pogo_torchrl.data.hdf5 import own_array
+from pogo_torchrl.data.hdf5 import get_local_array
 from pogo_torchrl.data.policies import LinearPolicy, load_manifest, load_policies
 from pogo_torchrl.envs import make_env, split_task
 from pogo_torchrl.envs.locomotion import clip
@@ -37,18 +38,18 @@ from pogo_torchrl.files import atomic_write, cache_folder, cannot_write, make_wr
 
 _LOGGER = logging.getLogger(__name__)
 
-# Raise this number with every change after which the same call would give other data.
+# Increment with every change that makes the same call yield different data.
 _VERSION = 2
 
-# Each episode adds Gaussian noise of one scale, drawn from U(0, MAX_NOISE), in units of half the
-# action range. A scale per episode gives episodes from nearly as good as the policy down to early
-# failures, so that there is something to gain from telling them apart. Measured on the bundled
-# medium policies (manifest.json): hopper scores 44 without and 25 with this noise, halfcheetah 13
-# and 9; walker2d falls so easily that it gets less of it.
+# Each episode adds Gaussian noise with one scale, drawn from U(0, MAX_NOISE), in units of half the
+# action range. With one scale per episode, episodes range from almost as good as the policy to
+# early failures, so an algorithm that distinguishes them can improve on the policy. Measured on the
+# bundled medium policies (manifest.json): hopper scores 44 without and 25 with this noise,
+# halfcheetah 13 and 9; walker2d falls so easily that its noise is smaller.
 MAX_NOISE: dict[str, float] = {"halfcheetah": 0.3, "hopper": 0.8, "walker2d": 0.1}
 
-# Parts of equal size, and the policies that play each part in a random order. "untrained" stands
-# for random actions.
+# Parts of equal size, each with the policies that generate its episodes in random order.
+# "untrained" stands for random actions.
 _UNTRAINED = "untrained"
 _PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "medium": (("medium",),),
@@ -71,31 +72,33 @@ def behaviour_dataset(
     progress: bool = True,
     workers: int | None = None,
 ) -> Path:
-    """The path of a dataset in D4RL's HDF5 layout, generated on first use and found afterwards.
+    """Generate a dataset in D4RL's HDF5 layout, or reuse the cached file.
 
-    `medium` is the bundled medium policy with exploration noise, `medium-replay` a mixture from
-    random actions to the best policy, `medium-expert` half medium and half the best policy, both
-    with noise. Arrays, one row per transition: `observations`, `actions`, `rewards`,
-    `next_observations`, `infos/qpos`, `infos/qvel` (float32), `terminals`, `timeouts` (bool). The
-    last row of each part is a time-out if its episode goes on. `metadata/` tells how it was made.
+    ``medium`` is the bundled medium policy with exploration noise, ``medium-replay`` a mixture
+    of policies from random actions to the best policy, and ``medium-expert`` half medium and half
+    best policy, both with noise. The arrays have one row per transition: ``observations``,
+    ``actions``, ``rewards``, ``next_observations``, ``infos/qpos``, ``infos/qvel`` (float32),
+    ``terminals`` and ``timeouts`` (bool). The last row of each part is marked as a time-out unless
+    it is terminal. ``metadata/`` describes how the file was generated.
 
     Args:
-        task: a locomotion task of level `medium`, `medium-replay` or `medium-expert`.
-        size: number of transitions.
-        seed: non-negative. The arrays are a function of task, size and seed, bit for bit on one
-            machine, however many workers there are.
-        cache_dir: folder of the file; default: `$XDG_CACHE_HOME/pogo_torchrl`, or
-            `~/.cache/pogo_torchrl`.
-        progress: show a progress bar on stderr while generating.
-        workers: threads; default: one per usable core, up to 4 (Python holds back any more).
+        task: a locomotion task of level ``medium``, ``medium-replay`` or ``medium-expert``.
+        size: number of transitions. Defaults to ``100_000``.
+        seed: non-negative seed. On one machine, the arrays are a bit-exact function of task, size
+            and seed, regardless of the number of workers. Defaults to ``0``.
+        cache_dir: folder of the file. Defaults to ``$XDG_CACHE_HOME/pogo_torchrl`` or
+            ``~/.cache/pogo_torchrl``.
+        progress: show a progress bar on stderr while generating. Defaults to ``True``.
+        workers: number of threads. Defaults to one per usable core, at most 4 (more are slowed
+            down by Python's global interpreter lock).
 
     Returns:
-        The file's path. A damaged file is generated again.
+        The path of the file. A damaged file is regenerated.
 
     Raises:
-        ValueError: for a task that has no bundled policies, or a size, seed or number of workers
-            out of range.
-        OSError: if the file cannot be written.
+        ValueError: for a task without bundled policies, or a size, seed or number of workers out of
+            range.
+        OSError: when the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -113,7 +116,7 @@ def behaviour_dataset(
         offered = [f"{name}-{part}-v2" for name in manifest for part in _PARTS]
         raise ValueError(
             f"task={task!r} has no bundled policies to generate data with; use one of "
-            f"{', '.join(offered)}, or another data source"
+            f"{', '.join(offered)}, or another data source."
         )
     _check_integer("size", size, 1)
     _check_integer("seed", seed, 0)
@@ -130,12 +133,12 @@ def behaviour_dataset(
     if path.exists():
         if _is_intact(path, size):
             return path
-        _LOGGER.warning("%s is damaged and is generated again", path)
-    make_writable(folder, "data.cache_dir")  # before the work, not after it
+        _LOGGER.warning("%s is damaged; regenerating it.", path)
+    make_writable(folder, "data.cache_dir")  # fail before the work, not after it
 
-    with _alone(folder / f".{name}.lock"):
+    with _generation_lock(folder / f".{name}.lock"):
         if _is_intact(path, size):
-            return path  # another process has just made it
+            return path  # generated by another process in the meantime
         bar = tqdm(total=size, unit="step", desc=f"Generating {task}", disable=not progress)
         with bar:
             rows = _generate(environment, policies, _PARTS[level], size, seed, workers, bar)
@@ -159,19 +162,20 @@ def behaviour_dataset(
 def rollout(
     env: gymnasium.Env, policy: LinearPolicy, max_noise: float, rng: np.random.Generator
 ) -> Rows:
-    """Play one episode.
+    """Roll out one episode.
 
     Args:
-        env: an environment of `make_env`.
+        env: an environment created by :func:`~pogo_torchrl.envs.make_env`.
         policy: the policy.
-        max_noise: the standard deviation of the Gaussian noise added to actions is drawn once
-            from U(0, max_noise), in units of half the action range; the sum of action and noise is
-            clipped to the bounds.
-        rng: draws the start state and the noise.
+        max_noise: upper bound of the noise scale. The standard deviation of the Gaussian noise
+            added to the actions is drawn once from U(0, max_noise), in units of half the action
+            range; noisy actions are clipped to the bounds.
+        rng: random generator for the start state and the noise.
 
     Returns:
-        The arrays of `behaviour_dataset`, one row per step. Observations are float32; the policy
-        sees them in float64. Stepping with the float32 actions repeats the episode exactly.
+        The arrays of :func:`behaviour_dataset`, one row per step. Observations are stored in
+        float32, while the policy receives them in float64. Stepping with the stored float32 actions
+        reproduces the episode exactly.
 
     Example:
         >>> env = make_env("hopper-medium-v2")
@@ -204,13 +208,13 @@ def rollout(
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process generates the same: of runs that start at once, one does."""
+def _generation_lock(lock: Path) -> Iterator[None]:
+    """Ensure that only one process at a time generates a file."""
     with FileLock(lock):
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)  # while it is ours
+            lock.unlink(missing_ok=True)  # while this process still holds it
 
 
 def _generate(
@@ -222,10 +226,10 @@ def _generate(
     workers: int,
     bar: tqdm,
 ) -> Rows:
-    """All parts of a dataset, one after the other."""
+    """Generate all parts of a dataset, one after the other."""
     shape = next(iter(policies.values())).gain.shape
     policies = {_UNTRAINED: LinearPolicy(np.zeros(shape), np.zeros(shape[1])), **policies}
-    # Physics runs outside of Python's lock: threads share the work without a process's start-up.
+    # MuJoCo releases the global interpreter lock: threads scale without the start-up of processes.
     envs: SimpleQueue[gymnasium.Env] = SimpleQueue()
     for _ in range(workers):
         envs.put(make_env(f"{environment}-medium-v2"))
@@ -246,24 +250,24 @@ def _generate(
         try:
             for part in range(len(parts)):
                 missing = borders[part + 1] - borders[part]
-                for whole in _in_order(pool, play, part, 2 * workers):
-                    episode = {key: values[:missing] for key, values in whole.items()}
+                for complete in _iter_episodes(pool, play, part, 2 * workers):
+                    episode = {key: values[:missing] for key, values in complete.items()}
                     episodes.append(episode)
                     missing -= len(episode["rewards"])
                     bar.update(len(episode["rewards"]))
                     if missing == 0:
                         break
-                # The next row belongs to another episode, also where this one was cut.
+                # The next row belongs to another episode, even if this one was truncated.
                 episode["timeouts"][-1:] = ~episode["terminals"][-1:]
         finally:
             pool.shutdown(cancel_futures=True)
     return {key: np.concatenate([episode[key] for episode in episodes]) for key in episodes[0]}
 
 
-def _in_order(
+def _iter_episodes(
     pool: ThreadPoolExecutor, play: Callable[[int, int], Rows], part: int, ahead: int
 ) -> Iterator[Rows]:
-    """Episodes 0, 1, 2, ... of a part, with up to `ahead` of them in progress."""
+    """Yield episodes 0, 1, 2, ... of a part, with ``ahead`` of them in progress."""
     pending = deque(pool.submit(play, part, index) for index in range(ahead))
     try:
         for index in count(ahead):
@@ -275,7 +279,7 @@ def _in_order(
 
 
 def _to_hdf5(rows: Rows, metadata: dict[str, Any]) -> memoryview:
-    # In memory first: a full disk then fails in a plain write, and not somewhere inside of HDF5.
+    # In memory first, so that a full disk fails in a plain write instead of inside HDF5.
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         for key, values in rows.items():
@@ -289,11 +293,11 @@ def _to_hdf5(rows: Rows, metadata: dict[str, Any]) -> memoryview:
 def _is_intact(path: Path, size: int) -> bool:
     try:
         with h5py.File(path) as file:
-            arrays: dict[str, Any] = {key: own_array(file, key) for key in _KEYS}
+            arrays: dict[str, Any] = {key: get_local_array(file, key) for key in _KEYS}
             if any(array is None or len(array) != size for array in arrays.values()):
                 return False
             return file.attrs["sha256"] == _digest({key: a[()] for key, a in arrays.items()})
-    # what h5py raises for a file that is not whole, and own_array for links
+    # Raised by h5py for damaged files, and by get_local_array() for links.
     except (OSError, RuntimeError, KeyError, TypeError, ValueError):
         return False
 
@@ -307,7 +311,7 @@ def _digest(rows: Rows) -> str:
 
 
 def _fingerprint(environment: str, policies: dict[str, LinearPolicy]) -> str:
-    """A short name for everything but task, size and seed that decides about the data."""
+    """Short hash of everything that determines the data besides task, size and seed."""
     weights = {
         f"{name} {field}": getattr(policy, field)
         for name, policy in policies.items()
@@ -325,4 +329,4 @@ def _usable_cores() -> int:
 
 def _check_integer(name: str, value: int, lowest: int) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {lowest}")
+        raise ValueError(f"{name}={value!r} must be an integer >= {lowest}.")

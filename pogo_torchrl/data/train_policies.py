@@ -1,9 +1,12 @@
-"""Finds the bundled policies by augmented random search (Mania et al. 2018).
+"""Train the bundled policies with augmented random search (Mania et al., 2018).
 
     python -m pogo_torchrl.data.train_policies hopper --seed 0 1 2 --minutes 10
 
-searches once per seed, keeps the seed with the best policy and writes its levels to `policies/`.
-A search is a function of its seed and its number of environment steps.
+runs one search per seed, selects the seed with the best policy and writes its levels to
+``policies/``. The result of a search depends only on its seed and number of environment steps.
+
+Source: Mania, Guy & Recht, *Simple random search provides a competitive approach to reinforcement
+learning*, 2018, arXiv:1803.07055.
 """
 
 from __future__ import annotations
@@ -28,8 +31,17 @@ from pogo_torchrl.envs import make_env, score
 class Search:
     """Hyperparameters of one environment.
 
-    As in Mania et al. (2018), but with fewer directions, which need fewer steps. Walker2d's returns
-    vary so much that its snapshots need more episodes to be told apart.
+    As in Mania et al. (2018), but with fewer directions, which need fewer steps. Returns of
+    Walker2d vary so much that ranking its snapshots takes more episodes.
+
+    Args:
+        directions: number of random directions per iteration.
+        best_directions: number of directions with the best returns used for the update.
+        step_size: step size of the update.
+        noise: standard deviation of the perturbation of the weights.
+        survival_bonus: reward per step for staying upright, subtracted during the search.
+        steps: number of environment steps.
+        snapshot_episodes: number of episodes used to evaluate a snapshot.
     """
 
     directions: int
@@ -52,7 +64,13 @@ EVALUATION_EPISODES = 20
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A policy met during a search, and its mean return without noise."""
+    """A policy recorded during a search.
+
+    Args:
+        steps: environment steps at which it was recorded.
+        policy: the policy.
+        mean_return: its mean return without noise.
+    """
 
     steps: int
     policy: LinearPolicy
@@ -60,7 +78,14 @@ class Snapshot:
 
 
 class RunningMoments:
-    """Mean and standard deviation of all observations seen so far."""
+    """Running mean and standard deviation of observations.
+
+    Args:
+        size: dimension of the observations.
+
+    Source: Chan, Golub & LeVeque, *Updating Formulae and a Pairwise Algorithm for Computing Sample
+    Variances*, 1979.
+    """
 
     def __init__(self, size: int) -> None:
         self.count = 0
@@ -68,7 +93,7 @@ class RunningMoments:
         self.squares = np.zeros(size)
 
     def update(self, observations: NDArray[np.floating]) -> None:
-        """Add observations, [steps, size] (Chan et al. 1979)."""
+        """Add observations ``[steps, size]``."""
         batch = observations.astype(np.float64)
         count = len(batch)
         shift = batch.mean(axis=0) - self.mean
@@ -79,7 +104,7 @@ class RunningMoments:
 
     @property
     def std(self) -> NDArray[np.float64]:
-        """The standard deviation, 1 where nothing has varied yet."""
+        """Standard deviation ``[size]``, or 1 for dimensions without any variation so far."""
         variance = self.squares / max(self.count, 1)
         return np.where(variance > 1e-8, np.sqrt(np.maximum(variance, 1e-8)), 1.0)
 
@@ -87,13 +112,14 @@ class RunningMoments:
 def mean_return(
     env: gymnasium.Env, policy: LinearPolicy, *, episodes: int, max_noise: float = 0.0
 ) -> float:
-    """Mean return over the same start states for every policy.
+    """Mean return of a policy, with the same start states for every policy.
 
     Args:
         env: the environment.
         policy: the policy.
         episodes: number of episodes.
-        max_noise: exploration noise of up to this scale, as in `rollout`.
+        max_noise: maximum scale of the exploration noise, see
+            :func:`~pogo_torchrl.data.rollouts.rollout`. Defaults to ``0``.
 
     Returns:
         The mean undiscounted return.
@@ -103,19 +129,19 @@ def mean_return(
 
 
 def search(environment: str, seed: int, steps: int, minutes: float) -> list[Snapshot]:
-    """Augmented random search, variant V2-t.
+    """Run augmented random search, variant V2-t.
 
     Args:
-        environment: `"halfcheetah"`, `"hopper"` or `"walker2d"`.
-        seed: of the search.
-        steps: environment steps, evaluations not counted.
-        minutes: stop earlier after this time.
+        environment: ``"halfcheetah"``, ``"hopper"`` or ``"walker2d"``.
+        seed: seed of the search.
+        steps: number of environment steps, not counting evaluations.
+        minutes: time limit in minutes.
 
     Returns:
-        Snapshots in the order in which they were met, the untrained policy first.
+        The snapshots in chronological order, starting with the untrained policy.
 
-    Source: Mania, Guy and Recht (2018), "Simple random search provides a competitive approach to
-    reinforcement learning", algorithm 2.
+    Source: Mania, Guy & Recht, *Simple random search provides a competitive approach to
+    reinforcement learning*, 2018, arXiv:1803.07055, algorithm 2.
     """
     settings = SEARCHES[environment]
     env = make_env(f"{environment}-medium-v2")
@@ -127,7 +153,7 @@ def search(environment: str, seed: int, steps: int, minutes: float) -> list[Snap
     snapshots: list[Snapshot] = []
     done = 0
     while done <= steps and time.monotonic() < deadline:
-        # A policy keeps the moments with which it was tried, not those updated by trying it.
+        # A policy keeps the moments it was evaluated with, not those updated by its rollouts.
         mean, std = moments.mean.copy(), moments.std
         if done >= len(snapshots) * steps / SNAPSHOTS:
             policy = LinearPolicy(weights / std, mean)
@@ -140,7 +166,7 @@ def search(environment: str, seed: int, steps: int, minutes: float) -> list[Snap
             for j, sign in enumerate((1, -1)):
                 gain = (weights + sign * settings.noise * direction) / std
                 episode = rollout(env, LinearPolicy(gain, mean), 0.0, rng)
-                # Without the bonus for staying upright, which rewards standing still.
+                # Exclude the bonus for staying upright, which rewards standing still.
                 returns[i, j] = (episode["rewards"] - settings.survival_bonus).sum()
                 moments.update(episode["observations"])
                 done += len(episode["rewards"])
@@ -152,7 +178,15 @@ def search(environment: str, seed: int, steps: int, minutes: float) -> list[Snap
 
 
 def pick_levels(snapshots: list[Snapshot]) -> dict[str, Snapshot]:
-    """The best snapshot and, up to it, those nearest to the levels' shares of its return."""
+    """Select a snapshot for each level.
+
+    Args:
+        snapshots: the snapshots of a search, in chronological order.
+
+    Returns:
+        For each level, of the snapshots up to the best one, the one whose return is closest to the
+        level's fraction of the best return.
+    """
     best = max(range(len(snapshots)), key=lambda i: snapshots[i].mean_return)
     candidates = snapshots[: best + 1]
     top = candidates[best].mean_return
@@ -163,7 +197,12 @@ def pick_levels(snapshots: list[Snapshot]) -> dict[str, Snapshot]:
 
 
 def describe(environment: str, level: Snapshot) -> dict[str, float]:
-    """A level's entry in the manifest."""
+    """Evaluate a level and return its entry in the manifest.
+
+    Args:
+        environment: ``"halfcheetah"``, ``"hopper"`` or ``"walker2d"``.
+        level: the snapshot selected for the level.
+    """
     env = make_env(f"{environment}-medium-v2")
     entry: dict[str, float] = {"steps": level.steps}
     for prefix, noise in (("", 0.0), ("noisy_", MAX_NOISE[environment])):
@@ -174,7 +213,14 @@ def describe(environment: str, level: Snapshot) -> dict[str, float]:
 
 
 def save(environment: str, levels: dict[str, Snapshot], entry: dict, folder: Path) -> None:
-    """Write an environment's policies and its part of the manifest."""
+    """Save the policies of an environment and update the manifest.
+
+    Args:
+        environment: ``"halfcheetah"``, ``"hopper"`` or ``"walker2d"``.
+        levels: the snapshot of each level.
+        entry: the environment's entry in the manifest.
+        folder: destination folder, created if it does not exist.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         folder / f"{environment}.npz",
@@ -186,13 +232,17 @@ def save(environment: str, levels: dict[str, Snapshot], entry: dict, folder: Pat
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command-line interface."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("environment", choices=sorted(SEARCHES))
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="the best one is kept")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="seeds to try; the best is kept"
+    )
     parser.add_argument("--steps", type=int, help="environment steps per seed")
-    parser.add_argument("--minutes", type=float, default=np.inf, help="stop earlier, per seed")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the policies")
+    parser.add_argument("--minutes", type=float, default=np.inf, help="time limit per seed")
+    parser.add_argument(
+        "--output", type=Path, default=FOLDER, help="destination folder of the policies"
+    )
     args = parser.parse_args()
     steps = args.steps or SEARCHES[args.environment].steps
     found = {

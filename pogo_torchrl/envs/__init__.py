@@ -1,6 +1,6 @@
 """Evaluation environments with the physics of D4RL's version 2 tasks, and D4RL's scores.
 
-Importing this package registers every task of `TASKS` with Gymnasium as `pogo_torchrl/{task}`.
+Importing this package registers every task in ``TASKS`` with Gymnasium as ``pogo_torchrl/{task}``.
 """
 
 from pogo_torchrl.envs.antmaze import MAZES

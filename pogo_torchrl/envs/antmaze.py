@@ -1,13 +1,13 @@
-"""AntMaze as D4RL's version 2 tasks saw it, built from Gymnasium's own `ant.xml`.
+"""AntMaze as in D4RL's version 2 tasks, built from Gymnasium's ``ant.xml``.
 
-Source: Fu et al. 2020, "D4RL: Datasets for Deep Data-Driven Reinforcement Learning", section 5, and
-the package d4rl 1.1 (`d4rl.locomotion`), from which the mazes, the solver's parameters, the motors'
-strength and the distributions of starts and goals are taken.
+Source: Fu et al., *D4RL: Datasets for Deep Data-Driven Reinforcement Learning*, 2020,
+arXiv:2004.07219, section 5, and the package d4rl 1.1 (``d4rl.locomotion``) for the mazes, solver
+parameters, motor strength and distributions of start states and goals.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import mujoco
 import numpy as np
@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from pogo_torchrl.envs.base import LegacyMujocoEnv
 from pogo_torchrl.envs.mujoco210 import runge_kutta_step
 
-# '#' is a wall, 'r' the cell where the ant starts, 'g' the cell of the goal. Columns lie along x,
-# rows along y, and the start cell's centre is the origin.
+# '#' is a wall, 'r' the start cell of the ant, 'g' the goal cell. Columns run along x, rows along
+# y; the origin is the centre of the start cell.
 MAZES: dict[str, tuple[str, ...]] = {
     "umaze": (
         "#####",
@@ -54,8 +54,9 @@ MAZES: dict[str, tuple[str, ...]] = {
 CELL = 4.0
 """Width of a cell; walls are half as high."""
 GOAL_RADIUS = 0.5
+"""Distance in the plane at which the goal counts as reached."""
 
-# The solver's impedance and the motors of D4RL's ant; Gymnasium's differ.
+# Solver impedance and motor strength of D4RL's ant, which differ from Gymnasium's.
 _SOLIMP = (0.8, 0.8, 0.01)
 _TORQUE = 30.0
 _TIMESTEP = 0.02
@@ -63,31 +64,33 @@ _FRAME_SKIP = 5
 
 
 class D4RLAntMaze(LegacyMujocoEnv, EzPickle):
-    """A four-legged ant that has to walk to a goal in a maze.
+    """A four-legged ant that has to reach a goal in a maze.
 
-    The observation [29], float64, is `qpos` [15] and `qvel` [14]; the goal is not part of it. The
-    action [8] in [-1, 1] is scaled to joint torques of up to 30 Nm; actions beyond are clipped. The
-    reward is 1 and the episode ends as soon as a step leads within 0.5 of the goal in the plane;
-    elsewhere the reward is 0. Falling over ends nothing.
+    The observation ``[29]``, float64, is ``qpos [15]`` and ``qvel [14]`` and does not include the
+    goal. The action ``[8]`` in [-1, 1] is scaled to joint torques of at most 30 Nm; actions outside
+    of the bounds are clipped. When a step ends within 0.5 of the goal in the plane, the reward is 1
+    and the episode terminates; otherwise the reward is 0. Falling over does not end an episode.
 
-    Every reset draws, from the environment's own generator, the ant's state
+    Every reset draws the state of the ant, around the centre of the start cell, from the
+    environment's own generator,
 
-        qpos = qpos_0 + U(-0.1, 0.1)^15,   qvel = 0.1 N(0, I)
+        qpos = qpos_0 + U(-0.1, 0.1)^15,   qvel = 0.1 N(0, I),
 
-    around the start cell's centre, and then a new goal, where g is the goal cell's centre,
+    and then a new goal, where g is the centre of the goal cell,
 
         goal = max(g + U(0, 1)^2 + U(0, 0.5)^2, 0).
 
-    `goal` [2] can be read and set, and is in every step's `info["goal"]`.
+    The goal is available as :attr:`goal`, which can be set, and as ``info["goal"]``.
 
     Args:
-        maze: a name in `MAZES`.
-        **kwargs: passed on to Gymnasium's `MujocoEnv`, such as `render_mode`.
+        maze: ``"umaze"``, ``"medium"`` or ``"large"``. Defaults to ``"umaze"``.
+        **kwargs: keyword arguments of Gymnasium's ``MujocoEnv``, such as ``render_mode``.
 
     Raises:
         ValueError: for an unknown maze.
 
-    Source: Fu et al. (2020), D4RL; d4rl 1.1, `AntMazeEnv` with `v2_resets`.
+    Source: Fu et al., *D4RL: Datasets for Deep Data-Driven Reinforcement Learning*, 2020,
+    arXiv:2004.07219; d4rl 1.1, ``AntMazeEnv`` with ``v2_resets``.
 
     Example:
         >>> env = D4RLAntMaze("umaze")
@@ -104,9 +107,9 @@ class D4RLAntMaze(LegacyMujocoEnv, EzPickle):
         "render_fps": round(1 / (_TIMESTEP * _FRAME_SKIP)),
     }
 
-    def __init__(self, maze: str = "umaze", **kwargs: Any) -> None:
+    def __init__(self, maze: Literal["umaze", "medium", "large"] = "umaze", **kwargs: Any) -> None:
         if maze not in MAZES:
-            raise ValueError(f"maze={maze!r} is unknown; use one of {', '.join(MAZES)}")
+            raise ValueError(f"maze={maze!r} is unknown; use one of {', '.join(MAZES)}.")
         EzPickle.__init__(self, maze, **kwargs)
         self._model_key = maze
         self._goal_cell = _centre(maze, "g")
@@ -121,7 +124,15 @@ class D4RLAntMaze(LegacyMujocoEnv, EzPickle):
 
     @classmethod
     def build_spec(cls, fullpath: str, key: str) -> mujoco.MjSpec:
-        """Gymnasium's ant with D4RL's parameters, among the walls of the maze `key`."""
+        """Build the specification: Gymnasium's ant with D4RL's parameters, inside a maze.
+
+        Args:
+            fullpath: path of Gymnasium's ``ant.xml``.
+            key: name of the maze.
+
+        Returns:
+            The specification.
+        """
         spec = mujoco.MjSpec.from_file(fullpath)
         spec.option.timestep = _TIMESTEP
         for geom in spec.geoms:
@@ -148,14 +159,14 @@ class D4RLAntMaze(LegacyMujocoEnv, EzPickle):
 
     @property
     def goal(self) -> NDArray[np.float64]:
-        """Where to go, x and y [2]; read-only, but a new one may be set."""
+        """Position of the goal, x and y, ``[2]``; assign a new array to change it."""
         return self._goal
 
     @goal.setter
     def goal(self, position: ArrayLike) -> None:
         goal = np.array(position, dtype=np.float64)
         if goal.shape != (2,):
-            raise ValueError(f"goal has shape {list(goal.shape)}, but must be x and y, [2]")
+            raise ValueError(f"goal has shape {list(goal.shape)}, expected [2] (x and y).")
         goal.flags.writeable = False
         self._goal = goal
 
@@ -168,6 +179,7 @@ class D4RLAntMaze(LegacyMujocoEnv, EzPickle):
         return np.concatenate([self.data.qpos, self.data.qvel])
 
     def step(self, action: NDArray[Any]) -> tuple[NDArray[np.float64], Any, bool, bool, dict]:
+        """Step with an action ``[8]`` in [-1, 1]; ``info["goal"]`` is the goal."""
         self.do_simulation(self.scale(action), self.frame_skip)
         reached = bool(np.linalg.norm(self.data.qpos[:2] - self._goal) <= GOAL_RADIUS)
         if self.render_mode == "human":
@@ -175,7 +187,8 @@ class D4RLAntMaze(LegacyMujocoEnv, EzPickle):
         return self._get_obs(), float(reached), reached, False, {"goal": self._goal}
 
     def reset_model(self) -> NDArray[np.float64]:
-        # The state first: as in D4RL under gym 0.23, it is then the seed's first draw.
+        """Draw a start state and a goal; returns the observation ``[29]``."""
+        # State before goal: as in D4RL with gym 0.23, it is the first draw after seeding.
         qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
         qvel = self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv)
         self.set_state(qpos, qvel)
@@ -188,7 +201,14 @@ class D4RLAntMaze(LegacyMujocoEnv, EzPickle):
 
 
 def is_free(maze: str, positions: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether positions [n, 2] lie inside a maze and not in its walls, [n].
+    """Check which positions are inside a maze and not inside a wall.
+
+    Args:
+        maze: name of a maze, see :data:`MAZES`.
+        positions: x and y, ``[n, 2]``.
+
+    Returns:
+        Whether each position is free, ``[n]``, bool.
 
     Example:
         >>> is_free("umaze", np.array([[0.0, 0.0], [0.0, 4.0], [0.0, 99.0]]))
@@ -202,17 +222,17 @@ def is_free(maze: str, positions: NDArray[Any]) -> NDArray[np.bool_]:
     return inside & free[rows.clip(0, free.shape[0] - 1), columns.clip(0, free.shape[1] - 1)]
 
 
-def _cells(maze: str, kind: str) -> list[tuple[int, int]]:
+def _cells(maze: str, symbol: str) -> list[tuple[int, int]]:
     return [
         (row, column)
         for row, line in enumerate(MAZES[maze])
         for column, cell in enumerate(line)
-        if cell == kind
+        if cell == symbol
     ]
 
 
 def _camera(maze: str) -> dict[str, Any]:
-    """A view of the whole maze, almost from above."""
+    """Camera that shows the entire maze, almost from above."""
     rows, columns = len(MAZES[maze]), len(MAZES[maze][0])
     centre = np.mean([_position(maze, 0, 0), _position(maze, rows - 1, columns - 1)], axis=0)
     distance = 1.3 * CELL * max(rows, columns)
@@ -224,6 +244,6 @@ def _position(maze: str, row: int, column: int) -> tuple[float, float]:
     return CELL * (column - start_column), CELL * (row - start_row)
 
 
-def _centre(maze: str, kind: str) -> tuple[float, float]:
-    [cell] = _cells(maze, kind)
+def _centre(maze: str, symbol: str) -> tuple[float, float]:
+    [cell] = _cells(maze, symbol)
     return _position(maze, *cell)

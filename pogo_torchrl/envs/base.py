@@ -1,4 +1,4 @@
-"""What all environments share: D4RL's actions, and one compiled model for many of them."""
+"""Base class of the environments: D4RL's action scaling and a cache of compiled models."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _LOGGER = logging.getLogger("pogo_torchrl.envs")
 
 
 class LegacyMujocoEnv(MujocoEnv):
-    """MuJoCo 2.1.0 physics and D4RL's actions, for the Gymnasium class next in the bases.
+    """Mixin that adds MuJoCo 2.1.0 physics and D4RL's actions to a Gymnasium environment.
 
-    The model is compiled once per `build_spec` and `_model_key`; every environment owns a copy.
+    It must precede the Gymnasium class in the bases. The model is compiled once per
+    :meth:`build_spec` and ``_model_key``; each environment owns a copy.
     """
 
     action_space: Box
@@ -30,7 +31,15 @@ class LegacyMujocoEnv(MujocoEnv):
 
     @classmethod
     def build_spec(cls, fullpath: str, key: str) -> mujoco.MjSpec:
-        """The model's specification; `key` tells apart the models of one class."""
+        """Build the specification of the model.
+
+        Args:
+            fullpath: path of the XML file.
+            key: distinguishes the models of a class that has several.
+
+        Returns:
+            The specification.
+        """
         return mujoco.MjSpec.from_file(fullpath)
 
     def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
@@ -38,7 +47,7 @@ class LegacyMujocoEnv(MujocoEnv):
         if mujoco.get_mju_user_warning() is None:
             mujoco.set_mju_user_warning(_log_mujoco_warning)
         model = copy.copy(_compiled(type(self).build_spec, self.fullpath, self._model_key))
-        # As in Gymnasium: room for images of the requested size.
+        # As in Gymnasium: make the off-screen buffer large enough for the requested images.
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, self.width)
         model.vis.global_.offheight = max(model.vis.global_.offheight, self.height)
         return model, mujoco.MjData(model)
@@ -50,11 +59,11 @@ class LegacyMujocoEnv(MujocoEnv):
         return self.action_space
 
     def set_state(self, qpos: NDArray[np.float64], qvel: NDArray[np.float64]) -> None:
-        """Put the simulation into a state; what it did before has no influence on what follows.
+        """Set the state of the simulation, which then does not depend on its history.
 
         Args:
-            qpos: positions [nq]. Quaternions are normalised, as MuJoCo 2.1.0 did.
-            qvel: velocities [nv].
+            qpos: positions, ``[nq]``. Quaternions are normalised, as in MuJoCo 2.1.0.
+            qvel: velocities, ``[nv]``.
         """
         qpos = np.array(qpos, dtype=np.float64)
         mujoco.mj_normalizeQuat(self.model, qpos)
@@ -62,20 +71,27 @@ class LegacyMujocoEnv(MujocoEnv):
         super().set_state(qpos, np.asarray(qvel))
 
     def _step_mujoco_simulation(self, ctrl: NDArray[Any], n_frames: int) -> None:
-        # Gymnasium also computes contact forces on the bodies here, which these tasks do not use.
+        # Gymnasium also computes contact forces on the bodies here; these tasks do not need them.
         self.data.ctrl[:] = ctrl
         mujoco.mj_step(self.model, self.data, nstep=n_frames)
 
     def scale(self, action: NDArray[Any]) -> NDArray[Any]:
-        """Map an action from [-1, 1] to the motors' range; what lies beyond is clipped.
+        """Map an action from [-1, 1] to the motors' range and clip it.
 
-        As D4RL's `NormalizedBoxEnv`, down to the rounding of float32 actions.
+        Equivalent to D4RL's ``NormalizedBoxEnv``, including the rounding of float32 actions.
+
+        Args:
+            action: the action, ``[d]``.
+
+        Returns:
+            The controls of the motors, ``[d]``.
         """
         control = self._low + (action + 1.0) * 0.5 * (self._high - self._low)
         return clip(control, self._low, self._high)
 
     def step(self, action: NDArray[Any]) -> tuple[NDArray[np.float64], Any, bool, bool, dict]:
-        # Before the step, so that the control cost is that of the action which acts.
+        """Step with an action ``[d]`` in [-1, 1]; actions outside of the bounds are clipped."""
+        # Scale first, so that the control cost is computed from the applied controls.
         return super().step(self.scale(action))
 
 
@@ -87,7 +103,13 @@ def _compiled(
 
 
 def clip(values: NDArray[Any], low: Any, high: Any) -> NDArray[Any]:
-    """`numpy.clip`, which spends most of its time on other things than clipping short vectors."""
+    """Equivalent to :func:`numpy.clip`, without its overhead on short vectors.
+
+    Args:
+        values: values of any shape.
+        low: lower bound, broadcast to ``values``.
+        high: upper bound, broadcast to ``values``.
+    """
     return np.minimum(np.maximum(values, low), high)
 
 

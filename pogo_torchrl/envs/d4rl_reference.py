@@ -1,7 +1,7 @@
 """D4RL's own environments, with MuJoCo 2.1.0, behind Gymnasium's interface.
 
-They run from packages alone, but only on Python 3.10: `pip install "pogo_torchrl[d4rl]"` and the
-Debian packages that the error of `D4RLEnv` names.
+They require Python 3.10, ``pip install "pogo_torchrl[d4rl]"`` and some Debian packages, which the
+error message of :class:`D4RLEnv` lists.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ _DEBIAN_PACKAGES = "libosmesa6-dev libgl1-mesa-dev libglew-dev patchelf"
 
 
 class D4RLEnv(gymnasium.Env):
-    """D4RL's environment of a task, to compare with: `make_env(task, backend="d4rl")`.
+    """D4RL's own environment of a task, for comparison: ``make_env(task, backend="d4rl")``.
 
-    Spaces, `unwrapped.set_state`, `unwrapped.data`, `unwrapped.goal` and `info["goal"]` are those
-    of the environments with `backend="mujoco"`; physics, rewards, terminations and truncations are
-    D4RL's. Antmaze in D4RL draws its goals from NumPy's global generator; here it is given one of
-    its own, so that no global random state is read or written and `reset(seed=)` decides all.
+    The interface (spaces, ``unwrapped.set_state``, ``unwrapped.data``, ``unwrapped.goal``,
+    ``info["goal"]``) is the same as with ``backend="mujoco"``; physics, rewards, terminations and
+    truncations are D4RL's. D4RL's antmaze draws its goals from NumPy's global generator. Here each
+    environment has a separate generator state, so no global random state is modified and
+    ``reset(seed=)`` determines both start states and goals.
 
     Args:
         task: a D4RL task name.
 
     Raises:
         ValueError: for an unknown task.
-        ImportError: if the packages of D4RL are missing; the message says what to install.
+        ImportError: when D4RL's packages are missing; the message says what to install.
 
     Source: d4rl 1.1, gym 0.23.1, free-mujoco-py 2.1.6.
 
@@ -63,12 +64,12 @@ class D4RLEnv(gymnasium.Env):
 
     @property
     def data(self) -> Any:
-        """The simulation's state, with `qpos` and `qvel`."""
+        """State of the simulation, with ``qpos`` and ``qvel``."""
         return self._env.unwrapped.sim.data
 
     @property
     def goal(self) -> NDArray[np.float64]:
-        """Antmaze's goal, x and y [2]."""
+        """Position of antmaze's goal, x and y, ``[2]``."""
         return np.array(self._env.unwrapped.target_goal, dtype=np.float64)
 
     @goal.setter
@@ -77,30 +78,48 @@ class D4RLEnv(gymnasium.Env):
             self._env.unwrapped.set_target(tuple(np.asarray(position, dtype=np.float64)))
 
     def set_state(self, qpos: ArrayLike, qvel: ArrayLike) -> None:
-        """Put the simulation into a state, `qpos` [nq] and `qvel` [nv]."""
+        """Set the state of the simulation.
+
+        Args:
+            qpos: positions, ``[nq]``.
+            qvel: velocities, ``[nv]``.
+        """
         self.data.qacc_warmstart[:] = 0.0
         self._env.unwrapped.set_state(np.asarray(qpos), np.asarray(qvel))
 
     def normalized_score(self, returns: float) -> float:
-        """D4RL's score of an episode's return, between 0 and 1, as d4rl computes it."""
+        """Compute d4rl's normalised score, which is 0 for a random policy and 1 for an expert.
+
+        Args:
+            returns: undiscounted return of an episode.
+        """
         return self._env.get_normalized_score(returns)
 
     @property
     def max_episode_steps(self) -> int:
-        """The number of steps after which the episode is truncated."""
+        """Number of steps after which the episode is truncated."""
         return self._env._max_episode_steps
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float64], dict[str, Any]]:
-        """Start an episode; `seed` decides its start and goal, and those of later episodes."""
+        """Start an episode.
+
+        Args:
+            seed: determines start states and goals of this and later episodes. Defaults to
+                ``None``, which continues the current random streams.
+            options: ignored.
+
+        Returns:
+            The observation and the info.
+        """
         if seed is not None:
-            # Two streams, so that starts are those of `env.seed(seed)` in D4RL.
+            # Two streams, so that start states match env.seed(seed) in D4RL.
             goals = np.random.SeedSequence(seed, spawn_key=(0,)).generate_state(4)
             self._numpy_state = np.random.RandomState(goals).get_state()
         with self._own_numpy_random(), _quiet():
             if seed is not None:
-                # Antmaze's wrapper in d4rl keeps the seed to itself, so seed what it wraps.
+                # d4rl's antmaze wrapper does not forward the seed, so seed the wrapped environment.
                 self._env.unwrapped.wrapped_env.seed(seed)
             observation = self._env.reset()
         return np.asarray(observation, dtype=np.float64), self._info()
@@ -108,7 +127,10 @@ class D4RLEnv(gymnasium.Env):
     def step(
         self, action: NDArray[Any]
     ) -> tuple[NDArray[np.float64], float, bool, bool, dict[str, Any]]:
-        """Step; `truncated` is gym's `TimeLimit.truncated`, which a terminal state overrides."""
+        """Step with an action ``[d]``.
+
+        ``truncated`` is gym's ``TimeLimit.truncated``, which is false if the state is terminal.
+        """
         observation, reward, done, info = self._env.step(action)
         truncated = bool(info.pop("TimeLimit.truncated", False))
         observation = np.asarray(observation, dtype=np.float64)
@@ -133,29 +155,29 @@ class D4RLEnv(gymnasium.Env):
 
 
 def _import_gym() -> Any:
-    """Import d4rl, which registers its environments, without all that it says on the way."""
+    """Import gym and d4rl, which registers its environments, suppressing their output."""
     handlers = list(logging.root.handlers)
     try:
         with _silent_process(), _quiet():
             import d4rl
             import d4rl.gym_mujoco  # noqa: F401
             import gym
-    except Exception as error:  # a failed build of mujoco_py raises all sorts
+    except Exception as error:  # a failed build of mujoco_py can raise anything
         reason = " ".join(str(error).split())[:200]
         raise ImportError(
-            f"backend='d4rl' needs D4RL's own environments, which did not import ({reason}); under "
-            f'Python 3.10 run: pip install "pogo_torchrl[d4rl]" and, on Debian: apt-get install '
+            f"backend='d4rl' needs D4RL's environments, which could not be imported ({reason}). "
+            f'On Python 3.10 run: pip install "pogo_torchrl[d4rl]" and, on Debian: apt-get install '
             f"{_DEBIAN_PACKAGES}"
         ) from error
     finally:
-        logging.root.handlers[:] = handlers  # a dependency installs its own
+        logging.root.handlers[:] = handlers  # a dependency installs its own handlers
     return gym
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither gym's deprecation warnings nor d4rl's printed goals."""
-    # Not a file that is closed at the end: what keeps a reference may write to it later.
+    """Suppress gym's deprecation warnings and the goals that d4rl prints."""
+    # Not a file closed on exit: whoever kept a reference to it may still write to it later.
     null = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(null):
         warnings.simplefilter("ignore")
@@ -165,17 +187,17 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent_process() -> Iterator[None]:
-    """Nothing on standard output and error, not even from C: pybullet greets when imported."""
+    """Silence stdout and stderr, including output from C: pybullet prints when imported."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
+    saved = [os.dup(1), os.dup(2)]
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 1)
         os.dup2(null, 2)
         yield
     finally:
-        for number, copy in zip((1, 2), kept):
-            os.dup2(copy, number)
+        for descriptor, copy in zip((1, 2), saved):
+            os.dup2(copy, descriptor)
             os.close(copy)
         os.close(null)

@@ -1,7 +1,7 @@
-"""Check a dataset against the environments: the command `pogo check-dataset`.
+"""Check a dataset against the environments: the command ``pogo check-dataset``.
 
-Sets the states of a file in D4RL's layout, steps the recorded actions and compares with the rows
-that follow.
+The check sets each recorded state of a file in D4RL's layout, steps the recorded action and
+compares the result with the following row.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pogo_torchrl.envs.transitions import replay, replay_errors, row_errors
 __all__ = ["Report", "check", "find_task", "read_rows", "replay_errors"]
 
 TOLERANCE = 1e-5
-"""Error that median and 95 % of the rows may not exceed, beyond what rounded states explain."""
+"""Tolerance on the median and 95th percentile of the errors, in addition to rounding errors."""
 DEFAULT_LIMIT = 2000
+"""Number of rows checked by default."""
 _PROBE_ROWS = 50
-# One task per environment that `make_env` knows.
+# One task per environment.
 _CANDIDATES = (
     "halfcheetah-medium-v2",
     "hopper-medium-v2",
@@ -44,59 +45,61 @@ Rows = dict[str, NDArray[Any]]
 
 
 class Report(NamedTuple):
-    """What `check` found."""
+    """Result of :func:`check`."""
 
     task: str
+    """The task whose environment was compared with the rows."""
     errors: dict[str, NDArray[np.float64]]
-    """Per row, as from `replay_errors`."""
+    """Errors per row, see :func:`~pogo_torchrl.envs.replay_errors`."""
     rounding: dict[str, NDArray[np.float64]]
-    """Per row, how far states rounded to float32 lead astray; empty for float64 states."""
+    """Errors per row due to rounding of the states to float32; empty for float64 states."""
     matches: bool
+    """Whether the rows match the environment."""
 
 
 def read_rows(path: str | Path, limit: int = DEFAULT_LIMIT) -> Rows:
-    """Read transitions, spread evenly over a file in D4RL's layout.
+    """Read evenly spaced transitions of a file in D4RL's layout.
 
     Args:
-        path: an HDF5 file with `actions`, `rewards`, `terminals`, `infos/qpos`, `infos/qvel` and,
-            where they are there, `timeouts` and `infos/goal`.
-        limit: rows to read at most. Defaults to ``2000``.
+        path: an HDF5 file with ``actions``, ``rewards``, ``terminals``, ``infos/qpos``,
+            ``infos/qvel`` and, optionally, ``timeouts`` and ``infos/goal``.
+        limit: maximum number of rows. Defaults to ``2000``.
 
     Returns:
-        Rows for `replay_errors`, n of them, in the file's types: `qpos`, `qvel`, `action`, `goal`,
-        `reward`, `terminated`, `next_qpos`, `next_qvel`. What follows a row that ends an episode,
-        or the file, is NaN.
+        Rows for :func:`~pogo_torchrl.envs.replay_errors`, in the dtypes of the file: ``qpos``,
+        ``qvel``, ``action``, ``goal``, ``reward``, ``terminated``, ``next_qpos`` and
+        ``next_qvel``. The next state is NaN for the last row of each episode and of the file.
 
     Raises:
-        ValueError: if the file is missing, is not HDF5, or lacks a field; the message says what.
+        ValueError: when the file does not exist, is not valid HDF5, or lacks a field.
 
     Example:
         >>> read_rows("missing.hdf5")
         Traceback (most recent call last):
         ...
-        ValueError: missing.hdf5 does not exist; give the path of an HDF5 file in D4RL's layout
+        ValueError: missing.hdf5 does not exist; give the path of an HDF5 file in D4RL's layout.
     """
     if not Path(path).is_file():
         problem = "is not a file" if Path(path).exists() else "does not exist"
-        raise ValueError(f"{path} {problem}; give the path of an HDF5 file in D4RL's layout")
+        raise ValueError(f"{path} {problem}; give the path of an HDF5 file in D4RL's layout.")
     if limit < 1:
-        raise ValueError(f"limit={limit} must be an integer >= 1")
+        raise ValueError(f"limit={limit} must be an integer >= 1.")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise ValueError(f"{path} is not a readable HDF5 file ({error})") from error
+        raise ValueError(f"{path} is not a readable HDF5 file ({error}).") from error
     with file:
         missing = [name for name in _FIELDS.values() if name not in file]
         if missing:
             raise ValueError(
-                f"{path} lacks {', '.join(missing)}; use a file in D4RL's layout that was recorded "
-                "with the simulator's states"
+                f"{path} lacks {', '.join(missing)}; use a file in D4RL's layout that includes the "
+                "states of the simulator."
             )
         sizes = {name: len(file[name]) for name in _FIELDS.values()}
         n = sizes["actions"]
         if n == 0 or len(set(sizes.values())) > 1:
             raise ValueError(
-                f"{path} has {sizes} rows; all fields must have the same number, at least 1"
+                f"{path} has {sizes} rows; all fields must have the same number, at least 1."
             )
         ends = file["terminals"][:].reshape(n).astype(bool)
         if "timeouts" in file:
@@ -115,20 +118,20 @@ def read_rows(path: str | Path, limit: int = DEFAULT_LIMIT) -> Rows:
 
 
 def find_task(rows: Rows) -> str:
-    """Find a task whose environment the rows come from.
+    """Detect the environment in which rows were recorded.
 
-    Environments are told apart by the sizes of positions, velocities and actions and, where these
-    agree, by the maze in which the ant would stand in walls least often, then by the environment
-    whose steps lead closest to the rows that follow.
+    Environments are distinguished by the sizes of positions, velocities and actions. If several
+    environments have these sizes, the maze with the fewest positions inside walls is selected and,
+    in case of a tie, the environment with the smallest one-step errors.
 
     Args:
-        rows: as from `read_rows`.
+        rows: rows read by :func:`read_rows`.
 
     Returns:
-        A task of that environment, such as `"hopper-medium-v2"`.
+        A task of that environment, e.g. ``"hopper-medium-v2"``.
 
     Raises:
-        ValueError: if no environment has these sizes.
+        ValueError: when no environment has these sizes.
 
     Example:
         >>> rows = {"qpos": np.zeros((1, 6)), "qvel": np.zeros((1, 6)), "action": np.zeros((1, 3))}
@@ -142,7 +145,7 @@ def find_task(rows: Rows) -> str:
         flat = ["x".join(map(str, size)) for size in sizes]
         raise ValueError(
             f"no environment has {flat[0]} positions, {flat[1]} velocities and {flat[2]} actions; "
-            "known are files of halfcheetah, hopper, walker2d and antmaze"
+            "use a file of halfcheetah, hopper, walker2d or antmaze."
         )
     if len(candidates) == 1:
         return candidates[0]
@@ -171,16 +174,21 @@ def _error(task: str, rows: Rows) -> float:
 def check(rows: Rows, task: str | None = None) -> Report:
     """Compare an environment with recorded rows.
 
-    The rows match if median and 95 % of the errors of positions, velocities and rewards stay within
-    1e-5 and at most 1 % of the terminations differ. Where the states were rounded to float32, the
-    same rounding, applied once more, measures what it explains, and ten times that is allowed too.
+    The rows match if the median and the 95th percentile of the errors of positions, velocities and
+    rewards are at most 1e-5 and at most 1 % of the terminations differ. If the states were rounded
+    to float32, the effect of the rounding is measured with random perturbations of the same size,
+    and ten times this effect is added to the tolerance.
 
     Args:
-        rows: as from `read_rows`.
-        task: a D4RL task name. Defaults to `find_task`.
+        rows: rows read by :func:`read_rows`.
+        task: a D4RL task name. Defaults to the result of :func:`find_task`.
+
+    Returns:
+        The report.
 
     Raises:
-        ValueError: for an unknown task, or one whose environment has other sizes than the rows.
+        ValueError: for an unknown task, or a task whose environment does not have the sizes of the
+            rows.
 
     Example:
         >>> from pogo_torchrl.envs.selfcheck import recorded_transitions
@@ -195,18 +203,18 @@ def check(rows: Rows, task: str | None = None) -> Report:
         if sizes != _sizes(task):
             raise ValueError(
                 f"task={task!r} has positions, velocities and actions of sizes {_sizes(task)}, but "
-                f"the rows have {sizes}; leave the task out to have it found"
+                f"the rows have {sizes}; omit the task to detect it automatically."
             )
     env = make_env(task)
     if split_task(task)[0] == "antmaze" and "goal" not in rows:
-        # Rewards and terminations depend on a goal that is not known.
+        # Rewards and terminations depend on the goal, which is unknown.
         rows = {key: v for key, v in rows.items() if key not in ("reward", "terminated")}
     errors = replay_errors(env, rows)
     rounding: dict[str, NDArray[np.float64]] = {}
     if _is_float32(rows["qpos"]) and _is_float32(rows["qvel"]):
-        exact, moved = replay(env, rows), replay(env, _nudge(rows))
+        exact, perturbed = replay(env, rows), replay(env, _perturb_states(rows))
         rounding = {
-            key: np.maximum(row_errors(moved[key], exact[key]), _spacing(exact[key]))
+            key: np.maximum(row_errors(perturbed[key], exact[key]), _float32_spacing(exact[key]))
             for key in errors
             if key != "terminated"
         }
@@ -230,24 +238,32 @@ def _is_float32(values: NDArray[Any]) -> bool:
     return values.dtype == np.float32 or bool((values.astype(np.float32) == values).all())
 
 
-def _spacing(values: NDArray[Any]) -> NDArray[np.float64]:
+def _float32_spacing(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Largest spacing of adjacent float32 numbers at the values of each row."""
     spacing = np.spacing(np.abs(values).astype(np.float32)).astype(np.float64)
     return spacing.reshape(len(values), -1).max(axis=1)
 
 
-def _nudge(rows: Rows) -> Rows:
-    """Move every number of the states by up to half of float32's spacing, as rounding does."""
+def _perturb_states(rows: Rows) -> Rows:
+    """Perturb the states by at most half the spacing of float32, the size of a rounding error."""
     rng = np.random.default_rng(0)
-    nudged = dict(rows)
+    perturbed = dict(rows)
     for key in ("qpos", "qvel"):
         single = rows[key].astype(np.float32)
         offset = rng.uniform(-0.5, 0.5, single.shape) * np.spacing(np.abs(single))
-        nudged[key] = single.astype(np.float64) + offset
-    return nudged
+        perturbed[key] = single.astype(np.float64) + offset
+    return perturbed
 
 
 def format_report(report: Report) -> str:
-    """The report as it stands on the screen."""
+    """Format a report as text, as printed by ``pogo check-dataset``.
+
+    Args:
+        report: the report.
+
+    Returns:
+        The text, without a trailing newline.
+    """
     rows = len(report.errors["qpos"])
     lines = [
         f"{rows} rows in the environment of {report.task}; one-step errors:",
@@ -262,13 +278,13 @@ def format_report(report: Report) -> str:
             if key in report.rounding:
                 lines.append(_line("  rounding", report.rounding[key]))
     if report.rounding:
-        lines.append("The states are float32; 'rounding' is the error which that alone brings.")
+        lines.append("The states are float32; 'rounding' is the error due to this alone.")
     if "reward" not in report.errors:
         lines.append("Rewards and terminations are not compared: the file has no infos/goal.")
     lines.append(
         "The file matches the environment's physics."
         if report.matches
-        else "The file does not match: another environment or another MuJoCo recorded it."
+        else "The file does not match: it was recorded with another environment or MuJoCo version."
     )
     return "\n".join(lines)
 

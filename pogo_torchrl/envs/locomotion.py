@@ -1,8 +1,8 @@
-"""HalfCheetah, Hopper and Walker2d as D4RL's version 2 tasks saw them.
+"""HalfCheetah, Hopper and Walker2d as in D4RL's version 2 tasks.
 
-Gymnasium's `-v4` environments have D4RL's observations, rewards and terminations (the `-v5` ones do
-not). What remains is to restore the physics of MuJoCo 2.1.0 and D4RL's treatment of actions, which
-`LegacyMujocoEnv` does.
+Gymnasium's ``-v4`` environments have D4RL's observations, rewards and terminations; the ``-v5``
+environments do not. :class:`~pogo_torchrl.envs.base.LegacyMujocoEnv` restores the physics of MuJoCo
+2.1.0 and D4RL's action scaling.
 """
 
 from __future__ import annotations
@@ -20,38 +20,43 @@ from pogo_torchrl.envs.base import LegacyMujocoEnv, clip
 
 
 class _Locomotion(LegacyMujocoEnv):
-    """What all three share."""
+    """Base class of the three environments."""
 
     _ctrl_cost_weight: float
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # NumPy 2 would round the cost of a float32 action to float32, which D4RL's NumPy did not.
+        # NumPy 2 rounds the cost of a float32 action to float32, which D4RL's NumPy did not.
         self._ctrl_cost_weight = np.float64(self._ctrl_cost_weight)
 
 
-class _Falling(_Locomotion):
-    """What Hopper and Walker2d share; the same numbers as Gymnasium's, in a third of the time."""
+class _TerminatingLocomotion(_Locomotion):
+    """Base class of Hopper and Walker2d; same values as Gymnasium's, in a third of the time."""
 
     _healthy_reward: float
 
     @property
     def healthy_reward(self) -> float:
-        return self._healthy_reward  # also in the step in which it falls
+        """Reward per step, including the step in which the agent falls."""
+        return self._healthy_reward
 
     def _get_obs(self) -> NDArray[np.float64]:
         return np.concatenate([self.data.qpos[1:], clip(self.data.qvel, -10.0, 10.0)])
 
 
 class D4RLHalfCheetah(_Locomotion, HalfCheetahEnv):
-    """HalfCheetah: observation [17], action [6] in [-1, 1]; reward is speed minus control cost."""
+    """HalfCheetah: observation ``[17]``, action ``[6]`` in [-1, 1]; never terminates.
+
+    Reward is the forward velocity minus the control cost.
+    """
 
 
-class D4RLHopper(_Falling, HopperEnv):
-    """Hopper: observation [11], action [3] in [-1, 1]; ends when the hopper falls."""
+class D4RLHopper(_TerminatingLocomotion, HopperEnv):
+    """Hopper: observation ``[11]``, action ``[3]`` in [-1, 1]; terminates when the hopper falls."""
 
     @property
     def is_healthy(self) -> bool:
+        """Whether height, angle and state are within Gymnasium's bounds."""
         qpos, qvel = self.data.qpos, self.data.qvel
         _, height, angle = qpos[:3].tolist()
         # A NaN fails these comparisons, as it should.
@@ -59,8 +64,8 @@ class D4RLHopper(_Falling, HopperEnv):
         return height > 0.7 and -0.2 < angle < 0.2 and bool(bounded)
 
 
-class D4RLWalker2d(_Falling, Walker2dEnv):
-    """Walker2d: observation [17], action [6] in [-1, 1]; ends when the walker falls."""
+class D4RLWalker2d(_TerminatingLocomotion, Walker2dEnv):
+    """Walker2d: observation ``[17]``, action ``[6]`` in [-1, 1]; terminates when it falls."""
 
 
 LOCOMOTION: dict[str, Callable[..., LegacyMujocoEnv]] = {

@@ -1,19 +1,20 @@
-"""MuJoCo 2.1.0 physics on a modern MuJoCo.
+"""MuJoCo 2.1.0 physics on current MuJoCo releases.
 
-D4RL's version 2 tasks were simulated by MuJoCo 2.1.0, and policies meet slightly other worlds in
-later releases: on Gymnasium's `-v4` models one step of Walker2d differs by up to 2.7. According to
-MuJoCo's changelog, two changes are to blame, and both can be undone on a compiled model:
+D4RL's version 2 tasks were simulated by MuJoCo 2.1.0. Later releases simulate slightly different
+physics: on Gymnasium's ``-v4`` models, one step of Walker2d differs by as much as 2.7. According to
+MuJoCo's changelog, two changes are responsible, and both can be undone on a compiled model:
 
-* 2.1.2: a capsule's mass and inertia were those of a cylinder that ends half a radius beyond the
+* 2.1.2: a capsule's mass and inertia were those of a cylinder that extends half a radius beyond the
   capsule's segment; now they are exact.
 * 3.5.0: a contact's margin was the larger of its two geoms' margins; now it is their sum.
 
-Two more, found by stepping both side by side, matter to the ant in its maze; `runge_kutta_step`
-undoes them:
+Two further changes, found by comparing single steps of both versions, affect the ant in its maze.
+:func:`runge_kutta_step` undoes them:
 
-* 4.0.0: a Runge-Kutta step rotated a body by its mean angular velocity; now in another way.
-* before 3.3: a sphere or a capsule's end whose centre is inside a box counted as one radius deep,
-  however deep it is; now its true depth counts.
+* 4.0.0: a Runge-Kutta step rotated a body by its mean angular velocity; the integration of
+  rotations has changed.
+* before 3.3: a sphere or an end of a capsule whose centre is inside a box had a penetration depth
+  of one radius; now it has its true depth.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ import mujoco
 import numpy as np
 
 _RUNGE_KUTTA_WEIGHTS = np.array([1.0, 2.0, 2.0, 1.0]) / 6
-_SMALLEST_DEPTH = 0.05  # shallower contacts need no second look: geoms here have larger radii
+_SMALLEST_DEPTH = 0.05  # shallower contacts need no correction: all geoms have larger radii
 
 
 def compile_legacy(spec: mujoco.MjSpec) -> mujoco.MjModel:
-    """Compile a model that moves as it did in MuJoCo 2.1.0.
+    """Compile a model with the physics of MuJoCo 2.1.0.
 
     Args:
-        spec: the model's specification. It is used up: its capsules become cylinders.
+        spec: the specification of the model. Modified in place: its capsules become cylinders.
 
     Returns:
-        The model. Its shapes are those of `spec`; the masses and inertias of capsules and the
-        distance at which contacts begin are those of MuJoCo 2.1.0.
+        The model. It has the shapes of ``spec``; masses and inertias of capsules, and the distance
+        at which contacts begin, are those of MuJoCo 2.1.0.
 
     Raises:
-        ValueError: if the geoms have different margins (see `restore_contact_margin`).
+        ValueError: when the geoms have different margins, see :func:`restore_contact_margin`.
 
     Source: MuJoCo's changelog, versions 2.1.2 and 3.5.0.
 
@@ -48,7 +49,7 @@ def compile_legacy(spec: mujoco.MjSpec) -> mujoco.MjModel:
         >>> float(model.body_mass[1])  # 1000 * pi * 0.1^2 * (0.4 + 0.1)
         15.70796...
     """
-    # MuJoCo is about to drop this attribute of the XML and warns wherever it is compiled.
+    # MuJoCo has deprecated this XML attribute and warns when it is compiled.
     total_mass = spec.compiler.settotalmass
     spec.compiler.settotalmass = -1
     model = spec.compile()
@@ -60,7 +61,7 @@ def compile_legacy(spec: mujoco.MjSpec) -> mujoco.MjModel:
         mujoco.mj_setTotalmass(cylinders, total_mass)
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
         getattr(model, field)[:] = getattr(cylinders, field)
-    # Constants that depend on the masses (inverse weights, subtree masses) follow.
+    # Recompute the constants that depend on the masses (inverse weights, subtree masses).
     mujoco.mj_setConst(model, mujoco.MjData(model))
     restore_contact_margin(model)
     return model
@@ -70,25 +71,25 @@ def _to_longer_cylinder(geom: mujoco.MjsGeom) -> None:
     radius = geom.size[0]
     geom.type = mujoco.mjtGeom.mjGEOM_CYLINDER
     ends = np.array(geom.fromto)
-    if np.isfinite(ends).all():  # given by its two end points
+    if np.isfinite(ends).all():  # defined by its two end points
         start, end = ends[:3], ends[3:]
         overhang = (end - start) / np.linalg.norm(end - start) * radius / 2
         geom.fromto = np.concatenate([start - overhang, end + overhang])
-    else:  # given by a centre and a half-length
+    else:  # defined by its centre and half-length
         geom.size = [radius, geom.size[1] + radius / 2, 0.0]
 
 
 def restore_contact_margin(model: mujoco.MjModel) -> None:
-    """Make contacts begin at the distance at which they began in MuJoCo 2.1.0.
+    """Restore the distance at which contacts began in MuJoCo 2.1.0.
 
-    With one margin m for all geoms, max(m, m) = m/2 + m/2: halving every margin is exact.
+    With one margin m for all geoms, max(m, m) = m/2 + m/2, so halving all margins is exact.
 
     Args:
-        model: changed in place; left alone where MuJoCo is older than 3.5.
+        model: the model, modified in place; not modified if MuJoCo is older than 3.5.
 
     Raises:
-        ValueError: if the geoms have different margins; then no margins of today give the old
-            distance for every pair of geoms.
+        ValueError: when the geoms have different margins, for which the old distances cannot be
+            reproduced for all pairs of geoms.
 
     Source: MuJoCo's changelog, version 3.5.0.
 
@@ -114,7 +115,7 @@ def restore_contact_margin(model: mujoco.MjModel) -> None:
     if len(margins) > 1:
         raise ValueError(
             f"geom margins are {margins.tolist()}, but the contacts of MuJoCo 2.1.0 can only be "
-            "restored where all geoms share one margin; give every geom of the model the same one"
+            "restored if all geoms have the same margin; set one margin for all geoms of the model."
         )
     model.geom_margin[:] /= 2
 
@@ -126,14 +127,14 @@ def runge_kutta_step(model: mujoco.MjModel, data: mujoco.MjData) -> None:
         q'  = q (+) h (v_1 + 2 v_2 + 2 v_3 + v_4) / 6
         v'  = v     + h (f_1 + 2 f_2 + 2 f_3 + f_4) / 6
 
-    with a = 0, 1/2, 1/2, 1 and (+) MuJoCo's `mj_integratePos`, which rotates quaternions. No
-    contact with a box is deeper than the other geom's radius. As in `mj_step`, a state that is not
-    finite is reset and MuJoCo warns.
+    with a = 0, 1/2, 1/2, 1 and (+) MuJoCo's ``mj_integratePos``, which rotates quaternions. The
+    depth of a contact with a box is limited to the radius of the other geom. As in ``mj_step``, a
+    state that is not finite is reset and MuJoCo warns.
 
     Args:
-        model: without activations; contacts with boxes must have an impedance that does not depend
-            on their depth (`solimp` with two equal first values).
-        data: changed in place: `qpos` [nq], `qvel` [nv] and `time` (s).
+        model: a model without activations. Contacts with boxes must have an impedance that does not
+            depend on their depth (``solimp`` with two equal first values).
+        data: modified in place: ``qpos [nq]``, ``qvel [nv]`` and ``time`` (s).
 
     Source: MuJoCo's documentation, "Computation", numerical integration.
 
@@ -173,7 +174,7 @@ def _forward(model: mujoco.MjModel, data: mujoco.MjData) -> None:
     mujoco.mj_forwardSkip(model, data, mujoco.mjtStage.mjSTAGE_NONE, True)
     if data.ncon == 0 or data.contact.dist.min() >= -_SMALLEST_DEPTH:
         return
-    # The position stage is right but for the depths; what follows from them is computed again.
+    # The position stage is correct except for the depths; recompute everything that follows it.
     for contact in data.contact:
         types = model.geom_type[contact.geom]
         if mujoco.mjtGeom.mjGEOM_BOX in types and contact.efc_address >= 0:

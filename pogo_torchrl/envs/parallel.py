@@ -1,4 +1,4 @@
-"""Environments that step side by side, in this process and in forks of it."""
+"""Step environments in parallel, in this process and in forked workers."""
 
 from __future__ import annotations
 
@@ -17,27 +17,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 Steps: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_]]
-"""Observations [n, k], rewards [n], and whether the episodes are over [n]."""
+"""Observations ``[n, k]``, rewards ``[n]``, and whether the episodes have ended ``[n]``."""
 
 
 @contextmanager
 def step_in_parallel(
     envs: Sequence[gymnasium.Env], processes: int
 ) -> Iterator[Callable[[NDArray[np.int_], NDArray[np.float32]], Steps]]:
-    """Share environments, which have been reset, between this process and forks of it.
+    """Distribute environments over this process and forked workers.
 
-    Threads would not do: a step releases Python's lock for some twenty microseconds only, and what
-    they then wait for it makes two threads slower than one. A fork has the environments as they
-    are: nothing is pickled, imported or built again. It ends with the context, and its steps are
-    lost: reset the environments before they are used again.
+    Threads would be slower: a step releases Python's global interpreter lock for only some
+    twenty microseconds, and contention for it makes two threads slower than one. A forked worker
+    inherits the environments in their current state: nothing is pickled, imported or rebuilt. Its
+    steps are lost when the context exits, so reset the environments before using them again.
 
     Args:
-        envs: environments without threads, connections or GPU memory, which do not survive a fork.
-        processes: how many step, this one included; fewer do where the system grants no more.
+        envs: environments that have been reset. They must not own threads, connections or GPU
+            memory, which do not survive a fork.
+        processes: number of processes, including this one; fewer are used if the system cannot
+            create them.
 
     Returns:
-        A context of a function that steps the environments of the given indices [n] with actions
-        [n, d]. What an environment raises, it raises.
+        A context manager that yields a function ``step(index, actions)``. It steps the environments
+        with the given indices ``[n]`` with actions ``[n, d]`` and returns :data:`Steps`.
+
+    Raises:
+        RuntimeError: by ``step``, when a worker was killed. Exceptions of an environment are raised
+            unchanged.
 
     Example:
         >>> from pogo_torchrl.envs import make_env
@@ -55,12 +61,12 @@ def step_in_parallel(
     def step(index: NDArray[np.int_], actions: NDArray[np.float32]) -> Steps:
         owner = index % (len(pipes) + 1)
         for i, pipe in enumerate(pipes, 1):
-            with suppress(OSError):  # of a killed process, which shows when it does not answer
+            with suppress(OSError):  # a killed worker is detected in _receive()
                 pipe.send((index[owner == i], actions[owner == i]))
         shares = [_step(envs, index[owner == 0], actions[owner == 0]), *map(_receive, pipes)]
-        # Back from the owners' order to that of the indices.
-        place = np.argsort(np.argsort(owner, kind="stable"))
-        observations, rewards, over = (np.concatenate(parts)[place] for parts in zip(*shares))
+        # Restore the order of the indices.
+        order = np.argsort(np.argsort(owner, kind="stable"))
+        observations, rewards, over = (np.concatenate(parts)[order] for parts in zip(*shares))
         return observations, rewards, over
 
     try:
@@ -68,16 +74,16 @@ def step_in_parallel(
             context = multiprocessing.get_context("fork")
             ours, theirs = context.Pipe()
             worker: BaseProcess = context.Process(
-                target=_serve, args=(envs, ours, theirs), daemon=True
+                target=_run_worker, args=(envs, ours, theirs), daemon=True
             )
-            # Signals are this process's business; whatever it does about them closes the pipe.
+            # Only this process handles signals; workers exit when it closes the pipe.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
                 with warnings.catch_warnings():
-                    # Python 3.12 warns of the locks of other threads: this fork needs none of them.
+                    # Python 3.12 warns about locks held by other threads; workers use none of them.
                     warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
                     worker.start()
-            except OSError:  # no memory, no processes: those there are do the work
+            except OSError:  # out of memory or processes: continue with the existing workers
                 ours.close()
                 break
             finally:
@@ -109,17 +115,17 @@ def _receive(pipe: Connection) -> Steps:
         reply = pipe.recv()
     except (EOFError, OSError):
         raise RuntimeError(
-            "a process that steps environments was killed, perhaps for want of memory"
+            "an environment worker was killed, possibly because the machine ran out of memory"
         ) from None
     if isinstance(reply, Exception):
         raise reply
     return reply
 
 
-def _serve(envs: Sequence[gymnasium.Env], theirs: Connection, ours: Connection) -> None:
-    """Step environments until the other end of the pipe is closed, or its process is gone."""
-    theirs.close()  # or this process would hold open what it waits to see closed
-    gc.freeze()  # garbage of the parent, such as GPU memory, is not this process's to collect
+def _run_worker(envs: Sequence[gymnasium.Env], theirs: Connection, ours: Connection) -> None:
+    """Step environments on request until the other end of the pipe is closed."""
+    theirs.close()  # otherwise this worker would keep the parent's end of the pipe open
+    gc.freeze()  # do not collect garbage inherited from the parent, such as GPU memory
     while True:
         try:
             request = ours.recv()

@@ -30,8 +30,9 @@ _LEVELS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Returns of a random and of an expert policy: `d4rl.infos.REF_MIN_SCORE` and `REF_MAX_SCORE`
-# (Fu et al. 2020, "D4RL: Datasets for Deep Data-Driven Reinforcement Learning", appendix).
+# Returns of a random and of an expert policy: REF_MIN_SCORE and REF_MAX_SCORE in d4rl.infos
+# (Fu et al., "D4RL: Datasets for Deep Data-Driven Reinforcement Learning", 2020, arXiv:2004.07219,
+# appendix).
 REFERENCE_RETURNS: dict[str, tuple[float, float]] = {
     "halfcheetah": (-280.178953, 12135.0),
     "hopper": (-20.272305, 3234.3),
@@ -43,7 +44,7 @@ TASKS: tuple[str, ...] = tuple(
     f"{environment}-{level}-v2" for environment, levels in _LEVELS.items() for level in levels
 )
 
-# Steps after which an episode is truncated: `max_episode_steps` in d4rl's registrations.
+# Steps after which an episode is truncated: max_episode_steps in d4rl's registrations.
 _MAX_EPISODE_STEPS = 1000
 _MAX_EPISODE_STEPS_UMAZE = 700
 
@@ -54,13 +55,13 @@ def split_task(task: str) -> tuple[str, str]:
     """Split a D4RL task name into its environment and its level.
 
     Args:
-        task: one of `TASKS`, such as `"hopper-medium-v2"`; the ending `-v2` may be left out.
+        task: one of ``TASKS``, e.g. ``"hopper-medium-v2"``; the suffix ``-v2`` is optional.
 
     Returns:
-        The environment's name and the level.
+        The name of the environment and the level.
 
     Raises:
-        ValueError: for a name that is not a D4RL version 2 task; the error lists similar names.
+        ValueError: for a name that is not a D4RL version 2 task; the message lists similar names.
 
     Example:
         >>> split_task("hopper-medium-replay-v2")
@@ -72,20 +73,20 @@ def split_task(task: str) -> tuple[str, str]:
     if name not in TASKS:
         nearest = difflib.get_close_matches(name, TASKS, n=3) or TASKS
         raise ValueError(
-            f"task={task!r} is not a D4RL version 2 task; use one such as {', '.join(nearest)}"
+            f"task={task!r} is not a D4RL version 2 task; valid names include {', '.join(nearest)}."
         )
     environment, level = name.removesuffix("-v2").split("-", maxsplit=1)
     return environment, level
 
 
 def max_episode_steps(task: str) -> int:
-    """Steps after which D4RL truncates an episode.
+    """Number of steps after which D4RL truncates an episode.
 
     Args:
-        task: a D4RL task name, as for `split_task`.
+        task: a D4RL task name, see :func:`split_task`.
 
     Returns:
-        700 in antmaze's smallest maze, 1000 elsewhere.
+        700 in the smallest antmaze, 1000 in all other tasks.
 
     Raises:
         ValueError: for an unknown task.
@@ -103,21 +104,22 @@ def max_episode_steps(task: str) -> int:
 
 
 def score(task: str, returns: Returns) -> Returns:
-    """D4RL's normalised score: 0 for a random policy, 100 for an expert.
+    """Compute D4RL's normalised score: 0 for a random policy, 100 for an expert.
 
         score = 100 (return - min) / (max - min)
 
     Args:
-        task: a D4RL task name, as for `split_task`.
-        returns: undiscounted episode returns, a number or an array of any shape.
+        task: a D4RL task name, see :func:`split_task`.
+        returns: undiscounted episode returns, a float or an array of any shape.
 
     Returns:
-        The scores, in the shape of `returns`.
+        The scores, in the shape of ``returns``.
 
     Raises:
         ValueError: for an unknown task.
 
-    Source: Fu et al. (2020), D4RL; reference returns from `d4rl.infos`.
+    Source: Fu et al., *D4RL: Datasets for Deep Data-Driven Reinforcement Learning*, 2020,
+    arXiv:2004.07219; reference returns from ``d4rl.infos``.
 
     Example:
         >>> round(score("hopper-medium-v2", 1000.0), 3)

@@ -1,4 +1,4 @@
-"""Recorded transitions, replayed: set each state, step its action, compare with what came next."""
+"""Replay recorded transitions and compare the results with the recorded ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ def replay(env: gymnasium.Env, rows: Rows) -> dict[str, NDArray[Any]]:
     """Step an environment once from each of n recorded states.
 
     Args:
-        env: an environment of `make_env`. Its random state is left alone.
-        rows: `qpos` [n, nq], `qvel` [n, nv], `action` [n, d] and, for antmaze, `goal` [n, 2];
-            without it the environment's goal stays as it is.
+        env: an environment created by :func:`~pogo_torchrl.envs.make_env`. Its random state is not
+            modified.
+        rows: ``qpos [n, nq]``, ``qvel [n, nv]``, ``action [n, d]`` and, for antmaze, optionally
+            ``goal [n, 2]``; without it, the environment keeps its goal.
 
     Returns:
-        `qpos` [n, nq], `qvel` [n, nv] and `observation` [n, k] after the step, `reward` [n], and
-        `terminated` [n], bool.
+        ``qpos [n, nq]``, ``qvel [n, nv]`` and ``observation [n, k]`` after the step, ``reward [n]``
+        and ``terminated [n]`` (bool).
 
     Example:
         >>> from pogo_torchrl.envs import make_env
@@ -48,18 +49,18 @@ def replay(env: gymnasium.Env, rows: Rows) -> dict[str, NDArray[Any]]:
 
 
 def replay_errors(env: gymnasium.Env, rows: Rows) -> dict[str, NDArray[np.float64]]:
-    """How far an environment's steps lie from n recorded ones.
+    """Compute the errors of an environment's steps with respect to n recorded transitions.
 
     Args:
-        env: an environment of `make_env`.
-        rows: as for `replay`, and what was recorded after the step, as far as it is known:
-            `next_qpos` [n, nq], `next_qvel` [n, nv], `next_observation` [n, k], `reward` [n],
-            `terminated` [n]. NaN stands for unknown.
+        env: an environment created by :func:`~pogo_torchrl.envs.make_env`.
+        rows: as for :func:`~pogo_torchrl.envs.transitions.replay`, and any of the recorded results
+            ``next_qpos [n, nq]``, ``next_qvel [n, nv]``, ``next_observation [n, k]``,
+            ``reward [n]`` and ``terminated [n]``. NaN marks unknown values.
 
     Returns:
-        For `qpos`, `qvel`, `observation`, `reward`, `terminated`, as far as recorded, the largest
-        absolute difference in each row [n]: NaN where nothing was recorded, infinite where the
-        simulation gave no number.
+        For each recorded result, under ``qpos``, ``qvel``, ``observation``, ``reward`` or
+        ``terminated``, the largest absolute difference in each row, ``[n]``: NaN where the recorded
+        value is unknown, infinite where the simulated value is not finite.
 
     Example:
         >>> from pogo_torchrl.envs import make_env
@@ -84,7 +85,16 @@ def replay_errors(env: gymnasium.Env, rows: Rows) -> dict[str, NDArray[np.float6
 
 
 def row_errors(values: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
-    """The largest absolute difference in each row, [n, ...] to [n]."""
+    """Largest absolute difference in each row.
+
+    Args:
+        values: simulated values, ``[n, ...]``.
+        reference: recorded values, ``[n, ...]``; NaN where unknown.
+
+    Returns:
+        The errors ``[n]``: NaN for rows with unknown values, infinite where ``values`` are not
+        finite.
+    """
     reference = np.asarray(reference, dtype=np.float64)
     errors = np.abs(np.asarray(values, dtype=np.float64) - reference)
     errors[~np.isfinite(errors) & ~np.isnan(reference)] = np.inf

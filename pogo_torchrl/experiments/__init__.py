@@ -1,1 +1,1 @@
-"""Runs and sweeps as the command line makes them: options, run folders, logs, Slurm."""
+"""Runs and sweeps of the command line: options, run folders, logs and Slurm."""

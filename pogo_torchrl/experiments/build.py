@@ -1,4 +1,4 @@
-"""The parts of a run, made from its options."""
+"""Components of a run, built from its options."""
 
 from __future__ import annotations
 
@@ -32,11 +32,18 @@ from pogo_torchrl.trainers.optimizers import adam
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that ``device=name`` means here; refuses one that is not there."""
+    """Resolve the option ``device``.
+
+    Args:
+        name: ``"auto"`` (a GPU if available), ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: if the name is unknown or the device is not available.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(
-            f"device={name} is unknown; choose one of auto, cpu, cuda (which GPU that "
-            "is says the environment variable CUDA_VISIBLE_DEVICES)."
+            f"device={name} is unknown; choose one of auto, cpu, cuda (the environment variable "
+            "CUDA_VISIBLE_DEVICES selects the GPU)."
         )
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no GPU; use device=cpu or device=auto.")
@@ -46,36 +53,51 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_compile(choice: str, total_steps: int, w2_backend: str = "fast") -> bool:
-    """Whether ``compile=choice`` compiles a run of so many updates; refuses what cannot be."""
+    """Resolve the option ``compile``.
+
+    Args:
+        choice: ``"auto"`` (compile long runs where possible), ``"true"`` or ``"false"``.
+        total_steps: number of updates of the run.
+        w2_backend: solver of the distance; only some can be compiled. Defaults to ``"fast"``.
+
+    Returns:
+        Whether to compile the update.
+
+    Raises:
+        ValueError: if the choice is unknown, or ``"true"`` is not possible.
+    """
     if str(choice).lower() not in ("auto", "true", "false"):
         raise ValueError(f"compile={choice} is unknown; choose one of auto, true, false.")
     if str(choice).lower() != "auto":
         wanted = str(choice).lower() == "true"
         if wanted and w2_backend not in COMPILABLE:
             raise ValueError(
-                f"compile=true needs w2_backend={' or '.join(COMPILABLE)}, not {w2_backend}, which "
-                "reads numbers on the host."
+                f"compile=true needs w2_backend={' or '.join(COMPILABLE)}; w2_backend={w2_backend} "
+                "reads values on the host and cannot be compiled."
             )
     else:
-        # Compiling is won back after 3,000 to 6,000 updates (docs/speed.md).
+        # Compilation pays off after 3,000 to 6,000 updates (docs/speed.md).
         wanted = total_steps >= 10_000 and w2_backend in COMPILABLE
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     if not wanted or (compiler and headers):
         return wanted
-    lacking = "Python's headers (python3-dev)" if compiler else "a C++ compiler (g++)"
+    missing = "Python's headers (python3-dev)" if compiler else "a C++ compiler (g++)"
     if str(choice).lower() == "true":
-        raise ValueError(f"compile=true needs {lacking}: install it, or use compile=false.")
-    LOGGER.warning("The update is not compiled and slower for it: %s is missing.", lacking)
+        raise ValueError(f"compile=true needs {missing}: install it, or use compile=false.")
+    LOGGER.warning("The update runs uncompiled and slower: %s is missing.", missing)
     return False
 
 
 @contextmanager
 def deterministic(on: bool) -> Iterator[None]:
-    """Have torch refuse operations whose result may differ from call to call (on a GPU)."""
+    """Use deterministic algorithms within a ``with`` block, if ``on``.
+
+    Some operations on a GPU are nondeterministic by default; torch replaces them or raises.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     if on:
-        # What cuBLAS needs for it; read when its first handle is made.
+        # Required by cuBLAS, which reads it when its first handle is created.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:
@@ -85,15 +107,30 @@ def deterministic(on: bool) -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - third parties may draw from it
+    np.random.seed(seed)  # noqa: NPY002 - third-party code may use it
     torch.manual_seed(seed)
 
 
 def env_fn(
     task: str, cfg: DictConfig, render_mode: str | None = None
 ) -> Callable[[], gymnasium.Env]:
-    """A function that makes the task's environment, or the one that ``env.id`` names."""
+    """Factory of the evaluation environment.
+
+    Args:
+        task: D4RL task name.
+        cfg: an :class:`~pogo_torchrl.experiments.config.EnvConfig`; ``id`` replaces the task's
+            environment.
+        render_mode: Gymnasium's render mode. Defaults to ``None``.
+
+    Returns:
+        A function without arguments that makes the environment.
+
+    Raises:
+        ValueError: for an unknown backend or environment, or options that the backend does not
+            support.
+    """
     if cfg.backend not in BACKENDS:
         raise ValueError(
             f"env.backend={cfg.backend} is unknown; choose one of {', '.join(BACKENDS)}."
@@ -104,8 +141,8 @@ def env_fn(
         return partial(make_env, task, backend=cfg.backend, render_mode=render_mode)
     if cfg.backend != "mujoco":
         raise ValueError(
-            f"env.backend={cfg.backend} takes the environment and the horizon of the task; leave "
-            "env.id and env.max_episode_steps out."
+            f"env.backend={cfg.backend} supports only the task's own environment and horizon; "
+            "leave out env.id and env.max_episode_steps."
         )
     make = partial(
         gymnasium.make, cfg.id or own, max_episode_steps=horizon, render_mode=render_mode
@@ -114,18 +151,27 @@ def env_fn(
         make().close()
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(
-            f"env.id={cfg.id} is no Gymnasium environment ({error}): choose one that "
-            "gymnasium.make knows, MODULE:ID where a module registers it."
+            f"env.id={cfg.id} is not a known Gymnasium environment ({error}): give an ID for "
+            "gymnasium.make, or MODULE:ID if the environment is registered by a module."
         ) from error
     return make
 
 
 def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
-    """Refuse networks and batches that no memory holds, before any is taken."""
+    """Check that networks and batches fit into memory, before any is allocated.
+
+    Args:
+        cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
+        evaluator: provides the sizes of observations and actions.
+
+    Raises:
+        ValueError: if they need more than the physical memory of the machine.
+    """
     inputs = evaluator.observation_dim + evaluator.action_dim
     widths = [inputs, *cfg.hidden_sizes, evaluator.action_dim]
     weights = sum(n * m for n, m in pairwise(widths))
-    # Twin critics and their targets; gradients and Adam's two moments; four bytes a number.
+    # Actors, twin critics and two targets, each counted with gradient and Adam's two moments in
+    # float32: 4 x 4 bytes per weight.
     networks = 16 * weights * (len(cfg.w2_weights) + 4)
     costs = cfg.num_samples if cfg.w2_backend in ("tensorized", "fast") else 1
     batch = 4 * cfg.batch_size * (1 + cfg.num_samples) * (sum(widths) + costs)
@@ -135,13 +181,19 @@ def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
     ):
         if needed > physical_memory():
             raise ValueError(
-                f"{what} would take {needed / 1e9:.3g} GB, this machine has "
-                f"{physical_memory() / 1e9:.3g} GB: choose smaller numbers."
+                f"{what} would need {needed / 1e9:.3g} GB, but this machine has "
+                f"{physical_memory() / 1e9:.3g} GB: choose smaller values."
             )
 
 
 def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss:
-    """The chain and its critics, newly initialised."""
+    """Initialise the loss with its chain of actors and its critics.
+
+    Args:
+        cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
+        evaluator: provides the sizes of observations and actions, and the action spec.
+        device: device of the networks.
+    """
     actor = make_actor(evaluator.observation_dim, evaluator.action_spec, cfg.hidden_sizes)
     qvalue = make_qvalue(
         evaluator.observation_dim, evaluator.action_dim, cfg.hidden_sizes, cfg.critic_layer_norm
@@ -166,10 +218,17 @@ def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> PO
 
 
 def optimizer_settings(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
-    """Optimizers and schedules of a run, as :class:`~pogo_torchrl.POGOTrainer` takes them.
+    """Optimizers, schedules and gradient clipping of a run.
+
+    Args:
+        cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
+        device: device of the networks.
+
+    Returns:
+        Keyword arguments of :class:`~pogo_torchrl.POGOTrainer`.
 
     Raises:
-        ValueError: for learning rates or a weight decay out of range, or an unknown schedule.
+        ValueError: for a learning rate or weight decay out of range, or an unknown schedule.
     """
     found: dict[str, Any] = {"clip_grad_norm": cfg.clip_grad_norm}
     if not (0 <= cfg.weight_decay < math.inf):
@@ -190,21 +249,31 @@ def optimizer_settings(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
 
 
 def check_data(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator, cfg: DictConfig) -> None:
+    """Check that the data match the environment.
+
+    Args:
+        replay_buffer: the data.
+        evaluator: provides the sizes of observations and actions, and the bounds of actions.
+        cfg: a :class:`~pogo_torchrl.experiments.config.DataConfig`, named in error messages.
+
+    Raises:
+        ValueError: if sizes differ, or actions are out of bounds.
+    """
     origin = f"data.path={cfg.path}" if cfg.path else f"data.source={cfg.source}"
     row = replay_buffer[0]
     data = row["observation"].shape[-1], row["action"].shape[-1]
     task = evaluator.observation_dim, evaluator.action_dim
     if data != task:
         raise ValueError(
-            f"{origin} holds observations and actions of size {data}, task={evaluator.task} has "
-            f"{task}: give data of this task, or the task (or env.id) of these data."
+            f"{origin} has observations and actions of size {data}, but task={evaluator.task} has "
+            f"{task}: use data of this task, or set task (or env.id) to match the data."
         )
     spec = evaluator.action_spec.space
     actions = replay_buffer[:]["action"].cpu()
     beyond = torch.maximum(spec.low - actions, actions - spec.high).max()
     if beyond > 1e-4 * (spec.high - spec.low).max():
         raise ValueError(
-            f"{origin} holds actions up to {beyond:.3g} beyond the bounds of task="
+            f"{origin} has actions up to {beyond:.3g} beyond the bounds of task="
             f"{evaluator.task} ({spec.low.min():g} to {spec.high.max():g}): rescale or clip them "
             "in the file."
         )

@@ -1,4 +1,4 @@
-"""The options of runs and sweeps, as dataclasses.
+"""Options of runs and sweeps, as dataclasses.
 
 Importing this module also registers ``loss: pogo`` and ``trainer: pogo`` in TorchRL's Hydra groups.
 """
@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from pogo_torchrl.experiments.torchrl_configs import POGOLossConfig, POGOTrainerConfig
 
-# ``${local_data:${data.source},x,y}`` in a preset: x, tuned on the local data, goes with them only.
+# ``${local_data:${data.source},x,y}`` in a preset: x, which was tuned on the local data, applies to
+# data.source=local only; y applies to all other sources.
 OmegaConf.register_new_resolver(
     "local_data",
     lambda source, local, other: local if source == "local" else other,
@@ -25,7 +26,17 @@ OmegaConf.register_new_resolver(
 
 
 def option(default: Any, help: str, *, lowest: int = 1, highest: int | None = None) -> Any:
-    """A field; ``lowest`` and ``highest`` bound it where it holds integers."""
+    """Dataclass field of an option.
+
+    Args:
+        default: the default value.
+        help: what the option does, as ``--help`` prints it.
+        lowest: smallest allowed value of an integer. Defaults to ``1``.
+        highest: largest allowed value of an integer; ``None``: no limit. Defaults to ``None``.
+
+    Returns:
+        A :func:`dataclasses.field` with this metadata.
+    """
     metadata = {"help": help, "lowest": lowest, "highest": highest}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -34,120 +45,156 @@ def option(default: Any, help: str, *, lowest: int = 1, highest: int | None = No
 
 @dataclass
 class DataConfig:
-    """Where the transitions come from."""
+    """Source and preprocessing of the offline data."""
 
     source: str = option(
         "local",
-        "local (rolled out here from bundled policies), d4rl (downloaded), minari or hdf5 (a file "
-        "in D4RL's layout)",
+        "where the data come from: local (rolled out here from bundled policies), d4rl "
+        "(downloaded), minari (a Minari dataset) or hdf5 (a file in D4RL's layout)",
     )
-    path: str | None = option(None, "the file, with hdf5; the dataset's id, with minari")
+    path: str | None = option(
+        None, "HDF5 file (data.source=hdf5) or Minari dataset ID (data.source=minari)"
+    )
     mirror: str | None = option(
-        None, "address or folder of a copy of D4RL's files, with d4rl; null: D4RL's own server"
+        None, "URL or folder of a copy of D4RL's files (data.source=d4rl); null: D4RL's own server"
     )
     size: int = option(
-        100_000, "transitions to roll out, with data.source=local", highest=100_000_000
+        100_000, "number of transitions to roll out (data.source=local)", highest=100_000_000
     )
     seed: int = option(
         0,
-        "seed of these rollouts; the training's seed leaves the data alone",
+        "seed of the rollouts (data.source=local), independent of the training seed",
         lowest=0,
         highest=2**32 - 1,
     )
     cache_dir: str | None = option(
-        None, "folder of rollouts and downloads; null: pogo_torchrl in your cache folder (~/.cache)"
+        None,
+        "folder for rollouts and downloads; null: pogo_torchrl in your cache folder (~/.cache)",
     )
-    normalize: bool = option(True, "normalise observations by the data's mean and std")
-    reward_shift: float = option(0.0, "added to every reward (presets: -1 for antmaze)")
+    normalize: bool = option(
+        True, "normalise observations by the mean and standard deviation of the data"
+    )
+    reward_shift: float = option(0.0, "constant added to every reward (antmaze presets: -1)")
 
 
 @dataclass
 class EnvConfig:
-    """Where policies are evaluated."""
+    """Evaluation environment."""
 
     backend: str = option(
-        "mujoco", "mujoco (D4RL's physics on the installed MuJoCo) or d4rl (D4RL's own, an extra)"
+        "mujoco",
+        "evaluation environment: mujoco (D4RL's physics on the installed MuJoCo) or d4rl (the d4rl "
+        "package, an extra)",
     )
-    id: str | None = option(None, "another Gymnasium environment; null: the task's own")
-    max_episode_steps: int | None = option(None, "horizon of an episode; null: the task's own")
+    id: str | None = option(
+        None, "Gymnasium ID of another evaluation environment; null: the task's own"
+    )
+    max_episode_steps: int | None = option(
+        None, "maximum length of an evaluation episode in steps; null: the task's own"
+    )
 
 
 @dataclass
 class LoggerConfig:
-    """Where numbers go beside the CSV files."""
+    """Loggers in addition to the CSV files."""
 
-    backend: str | None = option(None, "tensorboard or wandb, beside the CSV files; null: none")
+    backend: str | None = option(
+        None, "logger in addition to the CSV files: tensorboard or wandb; null: none"
+    )
 
 
 @dataclass
 class RunConfig:
-    """Every option of ``examples/pogo_offline.py``; ``--help`` prints them."""
+    """Options of ``pogo train``; ``pogo train --help`` prints them."""
 
-    task: str = option("hopper-medium-v2", "D4RL task; its preset sets w2_weights and lr")
+    task: str = option("hopper-medium-v2", "D4RL task; its preset sets w2_weights, lr and others")
     seed: int = option(
         0, "seed of initialisation, sampling, noise and evaluation", lowest=0, highest=2**32 - 1
     )
-    w2_weights: list[float] = option([0.2, 0.2, 0.2], "w_i, one for each actor of the chain")
-    total_steps: int = option(2000, "updates; the papers use 1000000")
-    eval_interval: int = option(500, "updates between evaluations; one always ends the run")
+    w2_weights: list[float] = option(
+        [0.2, 0.2, 0.2], "weight w_i of each actor's distance term; one per actor of the chain"
+    )
+    total_steps: int = option(2000, "number of training updates; the papers use 1000000")
+    eval_interval: int = option(500, "updates between evaluations; a run always ends with one")
     eval_episodes: int = option(
-        10, "episodes per actor and action mode of an evaluation", highest=10_000
+        10,
+        "episodes of an evaluation, per actor and action mode (deterministic, stochastic)",
+        highest=10_000,
     )
     log_interval: int = option(250, "updates between rows of metrics.csv")
-    checkpoint_interval: int = option(1000, "updates between checkpoints; one always ends the run")
-    resume: bool = option(False, "go on from the newest checkpoint of the same run")
-    device: str = option("auto", "auto (a GPU where there is one), cpu or cuda")
+    checkpoint_interval: int = option(
+        1000, "updates between checkpoints; a run always ends with one"
+    )
+    resume: bool = option(False, "continue from the newest checkpoint of the same run")
+    device: str = option("auto", "device to train on: auto (a GPU if available), cpu or cuda")
     compile: str = option(
-        "auto", "torch.compile of the update: true, false, or auto (from 10000 total_steps on)"
+        "auto", "torch.compile the update: true, false or auto (if total_steps >= 10000)"
     )
-    bf16: bool = option(False, "networks in bfloat16 during updates, never for acting")
+    bf16: bool = option(False, "run the networks in bfloat16 during updates, but not for acting")
     deterministic: bool = option(
-        False, "bit-identical repetition on a GPU, slower; a CPU always repeats"
+        False, "bitwise reproducible runs on a GPU, at lower speed; runs on a CPU always are"
     )
-    log_dir: str = option("logs", "runs are written to LOG_DIR/TASK/w2_WEIGHTS/seed_SEED")
-    checkpoint_dir: str | None = option(None, "checkpoints; null: in the run's folder")
+    log_dir: str = option(
+        "logs", "folder for all runs; a run writes to LOG_DIR/TASK/w2_WEIGHTS/seed_SEED"
+    )
+    checkpoint_dir: str | None = option(None, "folder for checkpoints; null: in the run's folder")
     save_model: bool = option(
-        True, "write the trained chain to policy.safetensors beside the checkpoints"
+        True, "write the trained chain to policy.safetensors next to the checkpoints"
     )
-    progress_bar: bool = option(True, "show speed and remaining time")
-    batch_size: int = option(256, "transitions of an update")
-    lr: float = option(3e-4, "learning rate of every Adam")
-    lr_actor: float | None = option(None, "that of the actors; null: lr")
-    lr_critic: float | None = option(None, "that of the critics; null: lr")
+    progress_bar: bool = option(True, "show a progress bar with speed and remaining time")
+    batch_size: int = option(256, "transitions per update")
+    lr: float = option(3e-4, "learning rate of all Adam optimizers")
+    lr_actor: float | None = option(None, "learning rate of the actors; null: lr")
+    lr_critic: float | None = option(None, "learning rate of the critics; null: lr")
     lr_schedule: str = option(
-        "constant", "of the learning rates over total_steps: constant, linear (to 0) or cosine"
+        "constant",
+        "learning rate schedule over total_steps: constant, linear or cosine (both to 0)",
     )
-    lr_schedule_actor: str | None = option(None, "that of the actors; null: lr_schedule")
-    lr_schedule_critic: str | None = option(None, "that of the critics; null: lr_schedule")
-    weight_decay: float = option(0.0, "decoupled weight decay (AdamW); 0: Adam")
+    lr_schedule_actor: str | None = option(
+        None, "learning rate schedule of the actors; null: lr_schedule"
+    )
+    lr_schedule_critic: str | None = option(
+        None, "learning rate schedule of the critics; null: lr_schedule"
+    )
+    weight_decay: float = option(0.0, "decoupled weight decay (AdamW), >= 0; 0: Adam")
     clip_grad_norm: float | None = option(
-        None, "largest norm of a network's gradient; null: not clipped"
+        None, "maximum gradient norm of each network, > 0; null: no clipping"
     )
-    gamma: float = option(0.99, "discount factor per step")
-    tau: float = option(0.005, "Polyak step of the target critics")
-    policy_noise: float = option(0.2, "std of the target action's noise, in half action ranges")
-    noise_clip: float = option(0.5, "largest magnitude of that noise, in half action ranges")
-    policy_freq: int = option(1, "critic steps per chain of actor steps")
-    alpha: float = option(1.0, "weight of the Q term")
+    gamma: float = option(0.99, "discount factor per step, in [0, 1]")
+    tau: float = option(0.005, "Polyak averaging rate of the target critics, in (0, 1]")
+    policy_noise: float = option(
+        0.2, "standard deviation of the target action noise, in units of half the action range"
+    )
+    noise_clip: float = option(
+        0.5, "clipping bound of the target action noise, in units of half the action range"
+    )
+    policy_freq: int = option(1, "critic updates per update of the actors")
+    alpha: float = option(1.0, "weight of the Q term, > 0")
     q_normalization: str | None = option(
-        "mean_abs", "mean_abs: Q term divided by mean |Q|; null: not (the original code)"
+        "mean_abs",
+        "mean_abs: divide the Q term by mean |Q|; null: do not (as in the original code)",
     )
-    delay_actor: bool = option(False, "the Polyak copy of actor 0 acts in the TD target")
-    num_samples: int = option(4, "K, actions per state and policy in the Sinkhorn divergence")
-    blur: float = option(0.05, "Sinkhorn blur, in half action ranges")
+    delay_actor: bool = option(False, "use a Polyak-averaged copy of actor 0 in the TD target")
+    num_samples: int = option(
+        4, "K, number of actions per state and policy in the Sinkhorn divergence"
+    )
+    blur: float = option(
+        0.05, "blur of the Sinkhorn divergence, > 0, in units of half the action range"
+    )
     w2_backend: str = option(
         "fast",
-        "fast (GeomLoss's divergence, faster), tensorized, online (needs KeOps) or auto "
-        "(GeomLoss's own), or exact (the optimal assignment, num_samples up to 10)",
+        "solver of the distance: fast (GeomLoss's divergence, faster), tensorized, online (needs "
+        "KeOps) or auto (GeomLoss's own), or exact (optimal assignment, num_samples <= 10)",
     )
     w2_fraction: float = option(
-        1.0, "share of a batch's states on which the divergence is evaluated, in (0, 1]"
+        1.0, "fraction of a batch's states on which the divergence is evaluated, in (0, 1]"
     )
     shared_noise: bool = option(
-        False, "the divergence compares two actors under the same z: no pull on their spread"
+        False,
+        "use the same noise z for both actors of a divergence, which puts no pull on their spread",
     )
     hidden_sizes: list[int] = option([256, 256], "widths of the hidden layers of all networks")
-    critic_layer_norm: bool = option(False, "LayerNorm in the critics")
+    critic_layer_norm: bool = option(False, "use LayerNorm in the critics")
     data: DataConfig = field(default_factory=DataConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -155,54 +202,66 @@ class RunConfig:
 
 @dataclass
 class SlurmConfig:
-    """What a job on a cluster asks for; null: what the cluster gives by default."""
+    """Resources of a cluster job; ``null``: the cluster's default."""
 
-    partition: str | None = option(None, "the partition, or several: a,b")
-    timeout_min: int = option(240, "minutes; a job that needs more is queued again and goes on")
-    gpus_per_node: int | None = option(None, "GPUs of a job", lowest=0)
-    cpus_per_task: int | None = option(None, "cores of a job, shared by its runs")
-    mem_gb: int | None = option(None, "gigabytes of memory of a job")
-    array_parallelism: int = option(256, "jobs of an array that run at once")
-    runs_per_job: int = option(1, "runs of a job at once, side by side on its GPU or GPUs")
-    signal_delay_s: int = option(90, "seconds before its time is up when a job saves")
+    partition: str | None = option(
+        None, "Slurm partition, or several: a,b; null: the cluster's default"
+    )
+    timeout_min: int = option(
+        240, "time limit of a job in minutes; a job that needs more is requeued and resumes"
+    )
+    gpus_per_node: int | None = option(None, "GPUs per job; null: the cluster's default", lowest=0)
+    cpus_per_task: int | None = option(
+        None, "CPU cores per job, shared by its runs; null: the cluster's default"
+    )
+    mem_gb: int | None = option(None, "memory per job in gigabytes; null: the cluster's default")
+    array_parallelism: int = option(256, "maximum number of jobs of an array that run at once")
+    runs_per_job: int = option(1, "runs that a job trains in parallel on its GPU or GPUs")
+    signal_delay_s: int = option(90, "seconds before the time limit at which a job saves")
     additional_parameters: dict[str, Any] = option(
-        {}, "any other options of sbatch: {qos: long, account: me}"
+        {}, "further options of sbatch, e.g. {qos: long, account: me}"
     )
 
 
 @dataclass
 class SweepConfig(RunConfig):
-    """Every option of ``examples/pogo_sweep.py``: its own, and all of a run."""
+    """Options of ``pogo sweep``: its own, and those of its runs."""
 
     sweep: str | None = option(
-        None, "the sweep file, or the name of one in the package: locomotion, antmaze"
+        None, "sweep file (YAML), or the name of a bundled one: locomotion, antmaze"
     )
-    results_dir: str = option("results", "tables and figures over all runs of log_dir")
+    results_dir: str = option("results", "folder for tables and figures over all runs in log_dir")
     launcher: str = option(
         "local",
-        "what carries out the runs: local (processes here), slurm (a cluster) or submitit_local "
-        "(the cluster's jobs as processes here, all at once, to try them)",
+        "where the runs execute: local (processes on this machine), slurm (a cluster) or "
+        "submitit_local (the cluster's jobs as local processes, all at once, for testing)",
     )
     jobs: int | None = option(
         None,
-        "runs at once, with launcher=local; null: one for each GPU, or usable cores / "
-        "OMP_NUM_THREADS (1 where that is not set)",
+        "processes in parallel (launcher=local); null: one per GPU or, without a GPU, usable "
+        "cores / OMP_NUM_THREADS (1 if unset)",
     )
     stack: bool = option(
         False,
-        "train the runs of a task that differ in seed, w2_weights or alpha only in one process, as "
+        "train runs of a task that differ only in seed, w2_weights or alpha in one process, as "
         "one batched computation",
     )
-    dry_run: bool = option(False, "print the plan and end")
+    dry_run: bool = option(False, "print the plan and exit")
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 def options(schema: type = RunConfig) -> dict[str, str]:
-    """The option names of a run (or of another command) with their meanings and defaults.
+    """Help texts of all options of a command.
+
+    Args:
+        schema: dataclass of the options. Defaults to :class:`RunConfig`.
+
+    Returns:
+        Meaning and default of each option, by name.
 
     Example:
         >>> options()["lr"]
-        'learning rate of every Adam (default 0.0003)'
+        'learning rate of all Adam optimizers (default 0.0003)'
         >>> "data.path" in options()
         True
     """
@@ -213,20 +272,32 @@ def options(schema: type = RunConfig) -> dict[str, str]:
 
 
 def option_lines(options: Mapping[str, str]) -> list[str]:
-    """Options with their meanings, one a line, as ``--help`` prints them."""
+    """Lines of ``--help``: one option per line.
+
+    Args:
+        options: help texts by option name, see :func:`options`.
+    """
     width = max(map(len, options)) + 2
     return [f"  {name:<{width}}{meaning}" for name, meaning in options.items()]
 
 
 def to_text(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Format a value as it is written on the command line."""
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 def iter_options(
     schema: type = RunConfig, prefix: str = ""
 ) -> Iterator[tuple[str, dataclasses.Field, Any, Any]]:
-    """Name, field, type and default of every option."""
+    """Iterate over all options of a command, including nested ones.
+
+    Args:
+        schema: dataclass of the options. Defaults to :class:`RunConfig`.
+        prefix: prepended to the names. Defaults to ``""``.
+
+    Returns:
+        Iterator over name (``"data.path"``), field, type and default.
+    """
     hints = get_type_hints(schema)
     for entry in dataclasses.fields(schema):
         default = (
@@ -241,12 +312,12 @@ def iter_options(
 
 
 def top_level_options() -> list[str]:
-    """Names of the fields of :class:`RunConfig`."""
+    """Field names of :class:`RunConfig`; nested options count as one."""
     return [entry.name for entry in dataclasses.fields(RunConfig)]
 
 
 def tasks() -> list[str]:
-    """Names of the task presets in the package.
+    """Names of all task presets.
 
     Example:
         >>> "walker2d-medium-replay-v2" in tasks()
@@ -263,7 +334,7 @@ def _help() -> str:
             "",
             "  pogo train [option=value ...]",
             "",
-            "Options (a task's preset changes some of the defaults):",
+            "Options (the preset of a task overrides some defaults):",
             *option_lines(options()),
             "",
             "Tasks:",
@@ -273,7 +344,7 @@ def _help() -> str:
 
 
 def _register() -> None:
-    # Hydra interpolates the template: it must see no stray ${...}, and there is none.
+    # Hydra interpolates the template, so the help texts must not contain ${...}.
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(

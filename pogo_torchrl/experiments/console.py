@@ -1,4 +1,4 @@
-"""What a run prints, on the screen and in ``train.log``."""
+"""Output of a run on the screen and in ``train.log``."""
 
 from __future__ import annotations
 
@@ -15,33 +15,46 @@ LOGGER = logging.getLogger("pogo_torchrl")
 
 
 def exit_with_error(error: Exception, exit_code: int = 2) -> NoReturn:
-    """End the process after one line on stderr."""
-    sentence = " ".join(line.strip() for line in str(error).splitlines())
-    print(f"pogo: {sentence}", file=sys.stderr)
+    """Print an error as one line on stderr and exit.
+
+    Args:
+        error: the error; line breaks in its message become spaces.
+        exit_code: exit code of the process. Defaults to ``2``.
+    """
+    message = " ".join(line.strip() for line in str(error).splitlines())
+    print(f"pogo: {message}", file=sys.stderr)
     sys.exit(exit_code)
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Prints to stdout without tearing the progress bar."""
+    """Logging handler that prints to stdout without breaking the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print a record above the progress bar."""
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
 
 
 class TrainLogHandler(logging.FileHandler):
-    """What the screen shows, with the time; no run is lost for it."""
+    """Logging handler that writes the screen output to a file, with timestamps.
+
+    Errors while writing are ignored, so that they cannot stop a run.
+
+    Args:
+        path: the log file; lines are appended.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, delay=True)
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk is reported by the files that count."""
+        """Ignore errors: a full disk is reported when checkpoints and CSV files are written."""
 
 
 @contextmanager
 def log_to(handler: logging.Handler) -> Iterator[None]:
+    """Attach a handler to the package's logger within a ``with`` block, then close it."""
     LOGGER.setLevel(logging.INFO)
     LOGGER.addHandler(handler)
     try:

@@ -1,4 +1,4 @@
-"""Where numbers go: CSV always, TorchRL's loggers as asked."""
+"""Sinks for metrics: CSV files, and optionally TorchRL's loggers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 from pogo_torchrl.files import atomic_write, cannot_write
 
 LOGGERS = ("tensorboard", "wandb")
-"""Loggers beside the CSV files; each is an optional dependency."""
+"""Loggers in addition to the CSV files; each is an optional dependency."""
 
 
-# Columns of earlier versions, whose runs can be resumed.
+# Column names of earlier versions, so that their runs can be resumed.
 _RENAMED = {"w2_0": "bc_mse"}
 
 
 class CSVSink:
-    """Rows of numbers in one CSV file, whole after every write.
+    """Sink that appends rows of metrics to a CSV file.
+
+    The columns are ``step``, followed by the keys of the first row.
 
     Args:
-        path: the file; its columns are those of the first row, after ``step``.
-        resume_step: go on with the file, without the rows after this step; ``None``: begin anew.
-
-    Raises:
-        ValueError: by :meth:`write`, for a row whose columns differ from the file's.
+        path: the CSV file.
+        resume_step: keep the rows of an existing file up to and including this step, and append
+            to them; ``None``: start a new file. Defaults to ``None``.
 
     Example:
         >>> import tempfile
@@ -54,30 +54,34 @@ class CSVSink:
             reader = csv.DictReader(file)
             self._columns = [_RENAMED.get(name, name) for name in reader.fieldnames or []]
             rows = [{_RENAMED.get(name, name): v for name, v in row.items()} for row in reader]
-        # a row cut short by a crash has no value in its last column
-        whole = [row for row in rows if row["step"].isdigit() and None not in row.values()]
+        # A row cut short by a crash has no value in its last column.
+        complete = [row for row in rows if row["step"].isdigit() and None not in row.values()]
         if not self._columns:
             self._columns = None
             return
         with atomic_write(self.path, "x", newline="") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()
-            kept = [row for row in whole if int(row["step"]) <= step]
+            kept = [row for row in complete if int(row["step"]) <= step]
             writer.writerows(kept)
         self.last_step = int(kept[-1]["step"]) if kept else None
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append the rows of one step.
 
+        Args:
+            step: number of completed updates.
+            rows: values by column name; all rows have the same columns.
+
         Raises:
-            ValueError: when their columns are not those of the file.
-            OSError: when the file cannot be written; a row that was cut off is dropped on resume.
+            ValueError: if the columns differ from those of the file.
+            OSError: if the file cannot be written; a truncated row is dropped on resume.
         """
         columns = ["step", *rows[0]]
         if self._columns is not None and sorted(columns) != sorted(self._columns):
             raise ValueError(
-                f"{self.path} has the columns {self._columns}, the new row has {columns}: it was "
-                "written by another version. Start in another log_dir."
+                f"{self.path} has the columns {self._columns}, but the new row has {columns}: the "
+                "file was written by another version of pogo_torchrl. Use another log_dir."
             )
         try:
             with self.path.open("a", newline="") as file:
@@ -91,11 +95,11 @@ class CSVSink:
 
 
 class LoggerSink:
-    """Passes rows to one of TorchRL's loggers as scalars.
+    """Sink that logs rows as scalars to a TorchRL logger.
 
     Args:
         logger: a TorchRL logger.
-        group: prefix of the scalars' names.
+        group: prefix of the scalar names, e.g. ``"metrics"``.
     """
 
     def __init__(self, logger: Any, group: str) -> None:
@@ -103,7 +107,12 @@ class LoggerSink:
         self.group = group
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log every number; evaluations are told apart by actor and mode."""
+        """Log all floating-point values of the rows.
+
+        Args:
+            step: number of completed updates.
+            rows: values by name; ``actor`` and ``mode``, if present, become part of scalar names.
+        """
         for row in rows:
             prefix = self.group
             if "actor" in row:
@@ -114,11 +123,14 @@ class LoggerSink:
 
 
 def check_logger(name: str) -> None:
-    """Check that a logger can be made, before there is anything to log.
+    """Check that a logger is available.
+
+    Args:
+        name: name of the logger, one of :data:`LOGGERS`.
 
     Raises:
-        ValueError: for an unknown logger.
-        ImportError: when its package is not installed; the message says how to install it.
+        ValueError: if the logger is unknown.
+        ImportError: if its package is not installed; the message tells how to install it.
 
     Example:
         >>> check_logger("tensorbord")
@@ -138,15 +150,16 @@ def check_logger(name: str) -> None:
 
 
 def make_logger(name: str, folder: str | Path, experiment: str) -> Any:
-    """One of TorchRL's loggers.
+    """Create one of TorchRL's loggers.
 
     Args:
         name: ``"tensorboard"`` or ``"wandb"``.
-        folder: where it may write.
-        experiment: the name that the run is shown under.
+        folder: folder for the logger's files.
+        experiment: display name of the run.
 
     Raises:
-        ValueError, ImportError: as :func:`check_logger`.
+        ValueError: if the logger is unknown.
+        ImportError: if its package is not installed.
     """
     check_logger(name)
     if name == "tensorboard":

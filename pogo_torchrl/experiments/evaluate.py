@@ -1,4 +1,4 @@
-"""The command ``pogo evaluate``: score an exported chain, and film it."""
+"""Command ``pogo evaluate``: score an exported chain and record a video of it."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ from pogo_torchrl.modules import TransportActor
 
 @dataclass
 class EvaluateConfig:
-    """Every option of ``pogo evaluate``."""
+    """Options of ``pogo evaluate``."""
 
-    policy: str | None = option(None, "the policy.safetensors of a run; its name may go first")
+    policy: str | None = option(None, "policy.safetensors file of a run; `policy=` may be omitted")
     task: str | None = option(
-        None, "D4RL task whose environment and scores are used; null: that of the policy's run"
+        None,
+        "D4RL task that sets the environment and the score; null: the task of the policy's run",
     )
-    episodes: int = option(10, "episodes per actor and action mode", highest=100_000)
-    seed: int = option(0, "seed of start states and noise", lowest=0, highest=2**32 - 1)
-    video: str | None = option(None, "MP4 file: an episode of every actor, side by side")
+    episodes: int = option(
+        10, "episodes per actor and action mode (deterministic, stochastic)", highest=100_000
+    )
+    seed: int = option(0, "seed of initial states and action noise", lowest=0, highest=2**32 - 1)
+    video: str | None = option(
+        None, "MP4 file to write, showing one episode of every actor; null: no video"
+    )
     env: EnvConfig = field(default_factory=EnvConfig)
 
 
 def evaluate(arguments: Sequence[str]) -> list[Evaluation]:
-    """Score every actor of an exported chain in both modes, and print a table.
+    """Score every actor of an exported chain in both action modes and print a table.
 
     Args:
-        arguments: options of :class:`EvaluateConfig`, ``"option=value"`` or ``"--option value"``;
-            the policy may stand alone.
+        arguments: options of :class:`EvaluateConfig` as ``option=value`` or ``--option value``; for
+            the policy, the file name alone suffices.
 
     Returns:
-        The evaluations, actor by actor, mode by mode. With the ``seed`` and ``episodes`` of the
-        training they equal its last ones.
+        One evaluation per actor and action mode. With the ``seed`` and ``episodes`` used in
+        training, they equal the last evaluation of the training run.
 
     Raises:
-        ValueError: for unknown options, and values and files that do not fit.
-        OSError: when the policy cannot be read, or the film not be written.
+        ValueError: for unknown options, invalid values, or a policy that does not fit the task.
+        OSError: if the policy cannot be read or the video cannot be written.
     """
     cfg = parse_options(arguments, EvaluateConfig(), "policy")
     if cfg.policy is None:
@@ -54,7 +59,9 @@ def evaluate(arguments: Sequence[str]) -> list[Evaluation]:
     if cfg.task in (None, stored.get("task")):
         cfg = parse_options(arguments, _defaults(stored), "policy")
     if cfg.task is None:
-        raise ValueError(f"{cfg.policy} does not say its task: write task=hopper-medium-v2 or so.")
+        raise ValueError(
+            f"{cfg.policy} does not contain its task: set it, e.g. task=hopper-medium-v2."
+        )
     evaluator = Evaluator(
         cfg.task, episodes=cfg.episodes, seed=cfg.seed, env_fn=env_fn(cfg.task, cfg.env)
     )
@@ -74,7 +81,13 @@ def evaluate(arguments: Sequence[str]) -> list[Evaluation]:
 
 
 def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
-    """A row for each actor and mode: return, D4RL score and length of the episodes.
+    """Format evaluations as a table of returns, D4RL scores and episode lengths.
+
+    Args:
+        evaluations: one row each.
+
+    Returns:
+        The table as text, with mean ± standard deviation over episodes.
 
     Example:
         >>> import numpy as np
@@ -87,15 +100,18 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
     """
     lines = [f"  {'actor':>5}  {'mode':13}{'return':>16}{'D4RL score':>15}{'length':>15}"]
     for e in evaluations:
-        numbers = [f"{v.mean():.1f} ± {v.std():.1f}" for v in (e.returns, e.scores, e.lengths)]
-        lines.append(f"  {e.actor:>5}  {e.mode:13}{numbers[0]:>16}{numbers[1]:>15}{numbers[2]:>15}")
+        values = [f"{v.mean():.1f} ± {v.std():.1f}" for v in (e.returns, e.scores, e.lengths)]
+        lines.append(f"  {e.actor:>5}  {e.mode:13}{values[0]:>16}{values[1]:>15}{values[2]:>15}")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line of :func:`evaluate`.
+    """Run ``pogo evaluate``.
 
-    Exit code: 2 for bad input and files that cannot be read or written, after one sentence.
+    Exits with 2 and a one-line message for invalid input, or files that cannot be read or written.
+
+    Args:
+        arguments: options of :class:`EvaluateConfig`, see :func:`evaluate`.
     """
     if wants_help(arguments):
         print(_help())
@@ -107,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _defaults(stored: dict) -> EvaluateConfig:
-    """The options of the run that a policy was trained by."""
+    """Defaults from the run that trained the policy."""
     names = {entry.name for entry in dataclasses.fields(EnvConfig)}
     env = EnvConfig(**{name: value for name, value in stored.items() if name in names})
     return EvaluateConfig(task=stored.get("task"), env=env)
@@ -118,15 +134,16 @@ def _check_sizes(policy: str, actors: Sequence[TransportActor], evaluator: Evalu
     needed = evaluator.observation_dim, evaluator.action_dim
     if found != needed:
         raise ValueError(
-            f"{policy} takes observations and actions of size {found}, task={evaluator.task} has "
-            f"{needed}: give the task (or env.id) that it was trained for."
+            f"{policy} expects observations and actions of size {found}, but task={evaluator.task} "
+            f"has {needed}: use the task (or env.id) it was trained for."
         )
 
 
 def _help() -> str:
     return "\n".join(
         [
-            "Score every actor of a trained chain, with z = 0 and with z ~ N(0, I), and film it.",
+            "Score every actor of a trained chain, with z = 0 (deterministic) and z ~ N(0, I) "
+            "(stochastic).",
             "",
             "  pogo evaluate POLICY.safetensors [option=value ...]",
             "",

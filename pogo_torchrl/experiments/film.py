@@ -1,4 +1,4 @@
-"""Films of a chain: an episode of every actor, side by side."""
+"""Videos of a chain: one episode of every actor, shown next to each other."""
 
 from __future__ import annotations
 
@@ -17,41 +17,43 @@ from pogo_torchrl.envs.antmaze import D4RLAntMaze
 from pogo_torchrl.files import cannot_write
 from pogo_torchrl.modules import TransportActor
 
-# Frames a second that a film has at most; environments step up to 125 times a second.
+# Maximum frame rate of a video; environments run at up to 125 steps per second.
 _MAX_FPS = 50
 
 Frame = np.ndarray
-"""An image, ``[height, width, 3]``, of uint8."""
+"""RGB image, ``[height, width, 3]``, uint8."""
 
 
 def check_film(path: Path, env_fn: Callable[[], gymnasium.Env]) -> None:
-    """Check that a film can be made, before there is anything to film.
+    """Check that a video can be recorded.
 
     Args:
-        path: where it is to be written.
-        env_fn: makes an environment with ``render_mode="rgb_array"``.
+        path: the MP4 file to write.
+        env_fn: factory of an environment with ``render_mode="rgb_array"``.
 
     Raises:
-        ValueError: when ``path`` is no name of an MP4 file, or there is no OpenGL to draw with.
-        OSError: when the folder does not exist.
+        ValueError: if ``path`` does not end in ``.mp4``, or rendering fails for lack of OpenGL.
+        OSError: if the folder of ``path`` does not exist.
     """
     if path.suffix != ".mp4":
         raise ValueError(f"video={path} must end in .mp4.")
     if not path.absolute().parent.is_dir():
-        raise OSError(f"video={path}: the folder {path.absolute().parent} does not exist; make it.")
+        raise OSError(
+            f"video={path}: the folder {path.absolute().parent} does not exist; create it."
+        )
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
     try:
         env = env_fn()
         env.reset(seed=0)
         env.render()
         env.close()
-    except Exception as error:  # MuJoCo, PyOpenGL and Gymnasium each raise their own
+    except Exception as error:  # MuJoCo, PyOpenGL and Gymnasium raise various types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"video={path} needs OpenGL to draw the frames, which does not work here ({reason}): "
-            "install Mesa (Debian and Ubuntu: apt install libegl1 libgl1-mesa-dri), choose a "
-            "library with the environment variable MUJOCO_GL=egl, osmesa or glfw, or leave video "
+            f"video={path} needs OpenGL to render the frames, which failed here ({reason}): "
+            "install Mesa (Debian and Ubuntu: apt install libegl1 libgl1-mesa-dri), select a "
+            "backend with the environment variable MUJOCO_GL=egl, osmesa or glfw, or leave video "
             "out."
         ) from error
 
@@ -62,21 +64,21 @@ def film(
     env_fn: Callable[[], gymnasium.Env],
     seed: int = 0,
 ) -> int:
-    """Film one episode of every actor, acting deterministically, side by side from the left.
+    """Record one deterministic episode of every actor, from left to right in one video.
 
-    An actor whose episode is over stands still until the last one is.
+    An actor whose episode has ended freezes until all episodes have ended.
 
     Args:
-        path: the MP4 file (H.264), new or to be replaced.
-        actors: a chain on raw observations.
-        env_fn: makes an environment with ``render_mode="rgb_array"``.
-        seed: the environments are reset with. Defaults to ``0``.
+        path: the MP4 file (H.264); an existing file is replaced.
+        actors: a chain that acts on raw observations.
+        env_fn: factory of an environment with ``render_mode="rgb_array"``.
+        seed: seed of the environment resets. Defaults to ``0``.
 
     Returns:
-        How many frames it has.
+        Number of frames.
 
     Raises:
-        OSError: when the file cannot be written.
+        OSError: if the file cannot be written.
     """
     fps = int(env_fn().metadata.get("render_fps", 30))
     stride = -(-fps // _MAX_FPS)
@@ -103,7 +105,7 @@ def film(
 
 
 def _frames(episodes: Sequence[Iterator[Frame]]) -> Iterator[Frame]:
-    """Frames of all episodes beside each other, until the longest is over."""
+    """Concatenate the frames of all episodes horizontally until the longest has ended."""
     last = [next(episode) for episode in episodes]
     while True:
         yield np.ascontiguousarray(np.concatenate(last, axis=1))
@@ -115,24 +117,24 @@ def _frames(episodes: Sequence[Iterator[Frame]]) -> Iterator[Frame]:
 
 @torch.no_grad()
 def _episode(actor: TransportActor, env: gymnasium.Env, seed: int, stride: int) -> Iterator[Frame]:
-    """Every ``stride``-th frame of an episode."""
+    """Yield every ``stride``-th frame of an episode."""
     observation, _ = env.reset(seed=seed)
-    _follow(env)
-    step, over = 0, False
-    while not over:
+    _track_robot(env)
+    step, ended = 0, False
+    while not ended:
         if step % stride == 0:
             yield np.asarray(env.render())
         inputs = torch.as_tensor(observation, dtype=torch.float32)
         noise = torch.zeros(actor.noise_dim)
         observation, _, terminated, truncated, _ = env.step(actor(inputs, noise).numpy())
-        step, over = step + 1, terminated or truncated
+        step, ended = step + 1, terminated or truncated
     env.close()
 
 
-def _follow(env: gymnasium.Env) -> None:
-    """Have the camera follow the robot, where the model has such a camera and no maze to show.
+def _track_robot(env: gymnasium.Env) -> None:
+    """Make the camera follow the robot, unless there is a maze to show.
 
-    From Gymnasium 1.4 on, the default camera stays where it is.
+    Since Gymnasium 1.4 the default camera is static.
     """
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
     if renderer is not None and not isinstance(env.unwrapped, D4RLAntMaze):

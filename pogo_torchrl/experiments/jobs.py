@@ -1,20 +1,20 @@
-"""Engines: what carries out the runs of a sweep.
+"""Jobs of a sweep and the interface of engines, which execute them.
 
-The sweep hands an engine its *jobs*. A :class:`Job` is what one process does: one run, or several
-runs that :meth:`Job.command` trains in one process. A :class:`Worker` carries out one job on the
-machine it is called on: it claims the runs' folders, starts the process, waits for it, and keeps
-the reason of a failure in ``failed.json``. An engine decides where and when workers are called::
+A :class:`Job` is the work of one process: one run, or several runs that are trained together. A
+:class:`Worker` executes one job on the machine where it is called: it locks the run folders, starts
+the process, waits for it, and stores the reason of a failure in ``failed.json``. An engine decides
+where and when workers are called::
 
     def engine(jobs: Sequence[Job], options: DictConfig, screen: ProgressReporter) -> list[Outcome]
 
 * ``options`` is the :class:`~pogo_torchrl.experiments.config.SweepConfig` of the command line.
-* ``screen.started(runs)`` and ``screen.ended(outcome)`` tell the user; from any thread.
-* It returns one :class:`Outcome` a run when all of its jobs have ended. Runs that another process
-  holds come back as ``HELD``, and the sweep hands them in again.
-* Signals are the engine's while it works; one that ends it early raises :class:`Interrupted`.
+* ``screen.started(runs)`` and ``screen.ended(outcome)`` report progress; from any thread.
+* The engine returns one :class:`Outcome` per run when all jobs have ended. Runs that are locked by
+  another process are returned as ``HELD``, and the sweep submits them again.
+* The engine handles signals while it runs; if one ends it early, it raises :class:`Interrupted`.
 
-A job, a worker before its call, and outcomes can be pickled, to be sent to other machines. An
-engine is made known in :data:`pogo_torchrl.experiments.sweep.ENGINES`.
+Jobs, workers that have not been called, and outcomes can be pickled and sent to other machines.
+Engines are registered in :data:`pogo_torchrl.experiments.sweep.ENGINES`.
 """
 
 from __future__ import annotations
@@ -38,56 +38,62 @@ from pogo_torchrl.experiments.run_folder import RunFolder, check_run_folder
 from pogo_torchrl.experiments.sweep_file import Run
 from pogo_torchrl.files import atomic_write, make_writable
 
-# How a job found or left a run.
+# Status of a run after a job.
 DONE, FAILED, HELD, STOPPED = "done", "failed", "held", "stopped"
 
 
-# A run's state before it is started, beside DONE.
+# States of a run before it is started, in addition to DONE.
 NEW, INTERRUPTED, FAILED_BEFORE, CONFLICT, RUNNING = (
     "to run",
     "to resume",
     "failed before",
-    "holds another run",
+    "conflicting",
     "running elsewhere",
 )
 
 
 STACK = "--stack"
-"""First argument of a worker process that trains several runs; the second has their arguments."""
+"""First argument of a worker process that trains a stack; the second contains its runs as JSON."""
 
 
 STDERR = "stderr.log"
-"""What the process of a run has written to stderr; kept in the run's folder if it failed."""
+"""Name of the file with the stderr of a run's process; kept in the run's folder if it failed."""
 
 
 class Outcome(NamedTuple):
-    """What has become of a run: ``DONE``, ``FAILED``, ``HELD`` or ``STOPPED``."""
+    """Result of a job for one run."""
 
     run: Run
     status: str
+    """``DONE``, ``FAILED``, ``HELD`` (locked by another process) or ``STOPPED`` (by a signal)."""
     error: str = ""
-    """Why it failed, in a sentence."""
+    """Reason of a failure, as one line."""
     seconds: float = 0.0
+    """Wall time of the job's process."""
     updates: int = 0
-    """Updates made by this job."""
+    """Number of updates that the job completed."""
 
 
 class ProgressReporter(Protocol):
-    """Where an engine tells what happens."""
+    """Interface through which engines report progress."""
 
     def started(self, runs: Sequence[Run]) -> None:
-        """A process has been started for these runs."""
+        """Report that a process has been started for these runs."""
 
     def ended(self, outcome: Outcome) -> None:
-        """A run has ended, or another process holds it."""
+        """Report that a run has ended, or is locked by another process."""
 
 
 class Interrupted(BaseException):
-    """A signal has ended the sweep; its number is the first argument."""
+    """Raised when a signal ends the sweep; the first argument is the signal number."""
 
 
 def run_state(run: Run) -> str:
-    """What is to be done for a run, from its folder alone."""
+    """Determine the state of a run from its folder.
+
+    Returns:
+        ``DONE``, ``NEW``, ``INTERRUPTED``, ``FAILED_BEFORE``, ``CONFLICT`` or ``RUNNING``.
+    """
     folder = run.folder
     try:
         check_run_folder(folder, run.cfg)
@@ -103,23 +109,23 @@ def run_state(run: Run) -> str:
 
 
 def is_done(run: Run) -> bool:
-    """Whether it has made all the updates that are wanted now."""
-    found = _read(run.folder.done)
+    """Whether the run has completed at least the requested number of updates."""
+    found = _read_json(run.folder.done)
     return found is not None and found.get("total_steps", 0) >= run.cfg.total_steps
 
 
 def last_failure(folder: RunFolder) -> dict[str, Any] | None:
-    """What is known of the failure of the run's last attempt."""
-    return _read(folder.root / "failed.json")
+    """Content of ``failed.json``: error, exit code and time of the last attempt, if it failed."""
+    return _read_json(folder.root / "failed.json")
 
 
 def completed_updates(run: Run) -> int:
-    """Updates up to the newest checkpoint."""
+    """Number of updates at the newest checkpoint, at most ``total_steps``."""
     steps = [int(path.name.split("-")[1]) for path in run.folder.checkpoints.glob("step-*[0-9]")]
     return min(max(steps, default=0), run.cfg.total_steps)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -128,7 +134,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process holds a lock; the file alone, left by a killed one, means nothing."""
+    """Whether a process holds the lock; a killed process may leave an unlocked file behind."""
     if not path.exists():
         return False
     try:
@@ -140,9 +146,9 @@ def _is_locked(path: Path) -> bool:
 
 @contextmanager
 def _lock_run(folder: RunFolder) -> Iterator[bool]:
-    """Try to be the one sweep process that works on a run; true if nobody else does.
+    """Try to lock a run for this sweep; yields whether no other process is working on it.
 
-    The run's own lock is taken by its process, seconds later.
+    The process of the run acquires a second lock, ``.lock``, a few seconds later.
     """
     make_writable(folder.root, "log_dir")
     path = folder.root / ".sweep.lock"
@@ -155,18 +161,18 @@ def _lock_run(folder: RunFolder) -> Iterator[bool]:
     try:
         yield not _is_locked(folder.root / ".lock")
     finally:
-        path.unlink(missing_ok=True)  # while it is ours
+        path.unlink(missing_ok=True)  # before another process can acquire it
         lock.release()
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does.
+    """Work of one process.
 
     Args:
-        runs: one, or several for one process.
-        failures: the failures of earlier attempts, by run, as known when the job was made; they
-            are tried again. One that appears later is another process's, and is not.
+        runs: the runs to train; several runs are trained as a stack.
+        failures: for each run, the failure of an earlier attempt when the job was created, or
+            ``None``. These runs are retried; runs that another process fails later are not.
     """
 
     runs: tuple[Run, ...]
@@ -174,12 +180,12 @@ class Job:
 
     @classmethod
     def of(cls, *runs: Run) -> Job:
-        """A job for these runs."""
+        """Create a job for these runs."""
         return cls(runs, tuple(last_failure(run.folder) for run in runs))
 
     @staticmethod
     def command(runs: Sequence[Run]) -> list[str]:
-        """The process that makes ``runs``, those of the job's that are still to be made."""
+        """Command line of the worker process that trains ``runs``."""
         command = [sys.executable, "-m", "pogo_torchrl.experiments.worker"]
         if len(runs) == 1:
             return [*command, *runs[0].arguments]
@@ -188,9 +194,12 @@ class Job:
 
 @dataclass
 class Worker:
-    """Carries out a job on this machine, in a process of its own.
+    """Executes a job on this machine in a separate process.
 
-    A hard crash of that process is a failure of its runs, and of nothing else.
+    If that process crashes, only the runs of this job fail.
+
+    Args:
+        job: the job.
     """
 
     job: Job
@@ -198,7 +207,7 @@ class Worker:
     _process: subprocess.Popen | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        # Reentrant: a signal handler may run within __call__.
+        # Reentrant, because a signal handler may call signal() during __call__.
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,7 +218,13 @@ class Worker:
         self.__post_init__()
 
     def signal(self, number: int) -> None:
-        """Pass a signal on: the runs save and stop; a worker not yet called starts nothing."""
+        """Forward a signal to the runs, which save and stop.
+
+        A worker that has not been called yet will not start its runs.
+
+        Args:
+            number: the signal number.
+        """
         with self._lock:
             self._signal = number
             if self._process is not None:
@@ -220,28 +235,32 @@ class Worker:
         environment: Mapping[str, str] | None = None,
         started: Callable[[Sequence[Run]], None] = lambda runs: None,
     ) -> list[Outcome]:
-        """Carry out the job; returns when it has ended.
+        """Execute the job and wait for it to end.
 
         Args:
-            environment: variables of the process beside those of this one.
-            started: called with the runs that the process makes, when it makes any.
+            environment: environment variables of the process, in addition to those of this one.
+                Defaults to none.
+            started: called with the runs that are trained, if any, when the process starts.
+
+        Returns:
+            The outcome of each run.
         """
         try:
             return self._execute(environment or {}, started)
-        except OSError as error:  # a folder that cannot be written
+        except OSError as error:  # e.g. a folder that is not writable
             return [Outcome(run, FAILED, str(error)) for run in self.job.runs]
 
     def _execute(
         self, environment: Mapping[str, str], started: Callable[[Sequence[Run]], None]
     ) -> list[Outcome]:
-        with ExitStack() as claims:
-            found = []
+        with ExitStack() as locks:
+            skipped = []
             for run, known in zip(self.job.runs, self.job.failures):
-                is_ours = claims.enter_context(_lock_run(run.folder))
-                found.append(_outcome_without_work(run, is_ours, known))
-            todo = [run for run, outcome in zip(self.job.runs, found) if outcome is None]
-            made = iter(self._run_process(todo, environment, started) if todo else ())
-            return [outcome or next(made) for outcome in found]
+                acquired = locks.enter_context(_lock_run(run.folder))
+                skipped.append(_outcome_if_skipped(run, acquired, known))
+            todo = [run for run, outcome in zip(self.job.runs, skipped) if outcome is None]
+            executed = iter(self._run_process(todo, environment, started) if todo else ())
+            return [outcome or next(executed) for outcome in skipped]
 
     def _run_process(
         self,
@@ -253,13 +272,13 @@ class Worker:
         if self._signal is not None:
             return stopped
         started(runs)
-        begun, before = time.monotonic(), [completed_updates(run) for run in runs]
+        start, before = time.monotonic(), [completed_updates(run) for run in runs]
         log = runs[0].folder.root / STDERR
         with log.open("wb") as stderr, self._lock:
             if self._signal is not None:
                 return stopped
-            # A session of its own: the terminal's Ctrl-C reaches it through signal() only, once.
-            # What it prints stands in train.log. While stdin is open, the process goes on.
+            # In a new session, Ctrl-C in the terminal reaches the process only once, through
+            # signal(). Its stdout is also in train.log. The process stops when stdin is closed.
             self._process = subprocess.Popen(
                 Job.command(runs),
                 env={**os.environ, **_WORKER_ENVIRONMENT, **environment},
@@ -268,11 +287,11 @@ class Worker:
                 stderr=stderr,
                 start_new_session=True,
             )
-            if self._signal is not None:  # it came from a handler in the lines above
+            if self._signal is not None:  # set by a handler that ran in the lines above
                 self._process.send_signal(self._signal)
         with self._process as process:
             code = process.wait()
-        seconds = time.monotonic() - begun
+        seconds = time.monotonic() - start
         outcomes = []
         for run, steps in zip(runs, before):
             updates = max(completed_updates(run) - steps, 0)
@@ -283,25 +302,25 @@ class Worker:
                 status, error = STOPPED, ""
             else:
                 status, error = FAILED, _failure_reason(code, log, run)
-                _record(run.folder, error, code)
+                _record_failure(run.folder, error, code)
             outcomes.append(Outcome(run, status, error, seconds, updates))
         if all(outcome.status != FAILED for outcome in outcomes):
             log.unlink()
         return outcomes
 
 
-# Faults and Python's errors leave their trace in stderr.
+# Write tracebacks of crashes and of Python errors to stderr.
 _WORKER_ENVIRONMENT = {"PYTHONFAULTHANDLER": "1", "HYDRA_FULL_ERROR": "1"}
 
 
-def _outcome_without_work(run: Run, is_ours: bool, known: dict[str, Any] | None) -> Outcome | None:
-    """The outcome of a run that is not to be started."""
-    if not is_ours:
+def _outcome_if_skipped(run: Run, acquired: bool, known: dict[str, Any] | None) -> Outcome | None:
+    """Outcome of a run that need not or cannot be started; ``None`` if it is to be started."""
+    if not acquired:
         return Outcome(run, HELD)
     try:
         check_run_folder(run.folder, run.cfg)
     except ValueError as error:
-        return Outcome(run, FAILED, str(error))  # not of the run in that folder: nothing is kept
+        return Outcome(run, FAILED, str(error))  # the folder belongs to another run: leave it alone
     if is_done(run):
         return Outcome(run, DONE)
     found = last_failure(run.folder)
@@ -310,19 +329,19 @@ def _outcome_without_work(run: Run, is_ours: bool, known: dict[str, Any] | None)
     return None
 
 
-def _record(folder: RunFolder, error: str, code: int) -> None:
+def _record_failure(folder: RunFolder, error: str, code: int) -> None:
     with atomic_write(folder.root / "failed.json", "x") as file:
         json.dump({"error": error, "exit_code": code, "time": time.time()}, file)
 
 
 def _failure_reason(code: int, log: Path, run: Run) -> str:
-    """Why a process has not brought a run to its end."""
+    """Reason why a process did not complete a run."""
     if code < 0:
         name = signal.Signals(-code).name
         cause = " (the system may have run out of memory)" if name == "SIGKILL" else ""
-        return f"the process was ended by {name}{cause}; see {log}"
+        return f"the process was killed by {name}{cause}; see {log}"
     lines = log.read_text(errors="replace").split("\n")
-    said = [line.split("\r")[-1].strip() for line in lines if line.strip()]
-    of_run = [line for line in said if line.startswith(f"pogo: {run.name}: ")]  # in a stack
-    last = (of_run or said or [f"the process ended with exit code {code}"])[-1]
+    lines = [line.split("\r")[-1].strip() for line in lines if line.strip()]
+    of_run = [line for line in lines if line.startswith(f"pogo: {run.name}: ")]  # in a stack
+    last = (of_run or lines or [f"the process ended with exit code {code}"])[-1]
     return last.removeprefix("pogo: ").removeprefix(f"{run.name}: ")

@@ -1,4 +1,4 @@
-"""The engine ``local``: a bounded number of processes on this machine."""
+"""Engine ``local``: a bounded number of processes on this machine."""
 
 from __future__ import annotations
 
@@ -19,10 +19,22 @@ from pogo_torchrl.experiments.signals import on_signals
 def run_locally(
     jobs: Sequence[Job], options: DictConfig, screen: ProgressReporter
 ) -> list[Outcome]:
-    """The engine ``local``: a bounded number of processes on this machine.
+    """Execute jobs in a bounded number of parallel processes on this machine.
 
-    A signal is passed on to all of them, each of which saves and stops; a second one stops them at
-    once.
+    A signal is forwarded to all processes, which save and stop; a second signal stops them
+    immediately.
+
+    Args:
+        jobs: the jobs.
+        options: a :class:`~pogo_torchrl.experiments.config.SweepConfig`; ``jobs`` is the number of
+            parallel processes.
+        screen: receives progress.
+
+    Returns:
+        One outcome per run.
+
+    Raises:
+        Interrupted: if a signal ended the sweep.
     """
     environments: SimpleQueue[dict[str, str]] = SimpleQueue()
     for environment in process_environments(options.jobs, jobs):
@@ -31,7 +43,7 @@ def run_locally(
     outcomes: list[Outcome] = []
     signals: list[int] = []
 
-    def carry_out(worker: Worker) -> list[Outcome]:
+    def execute(worker: Worker) -> list[Outcome]:
         environment = environments.get()
         try:
             return worker(environment, screen.started)
@@ -41,13 +53,17 @@ def run_locally(
     def stop(number: int) -> None:
         if not signals:
             name = signal.Signals(number).name
-            print(f"{name}: the runs save and stop (once more stops at once).", file=sys.stderr)
+            print(
+                f"{name}: saving checkpoints and stopping all runs "
+                "(send the signal again to stop immediately).",
+                file=sys.stderr,
+            )
         signals.append(number)
         for worker in workers:
             worker.signal(number)
 
     with on_signals(stop), ThreadPoolExecutor(environments.qsize()) as pool:
-        for future in as_completed([pool.submit(carry_out, worker) for worker in workers]):
+        for future in as_completed([pool.submit(execute, worker) for worker in workers]):
             for outcome in future.result():
                 screen.ended(outcome)
                 outcomes.append(outcome)
@@ -57,12 +73,15 @@ def run_locally(
 
 
 def process_environments(most: int | None, jobs: Sequence[Job]) -> list[dict[str, str]]:
-    """The environment of each of the processes that run at once: its threads, and its GPU.
+    """Environment variables of each parallel process: its number of threads and its GPU.
 
     Args:
-        most: how many; ``None``: one for each GPU, without one as many as usable cores allow with
-            ``OMP_NUM_THREADS`` threads each (1 where that is not set).
-        jobs: what is to be done.
+        most: maximum number of parallel processes; ``None``: one per GPU or, without a GPU, as many
+            as the usable cores allow with ``OMP_NUM_THREADS`` threads each (1 if unset).
+        jobs: the jobs to execute.
+
+    Returns:
+        One dictionary per process, no more than there are jobs.
     """
     devices = {run.cfg.device for job in jobs for run in job.runs}
     gpus = _gpus() if devices != {"cpu"} else []
@@ -70,7 +89,8 @@ def process_environments(most: int | None, jobs: Sequence[Job]) -> list[dict[str
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     threads = max(int(wanted), 1) if wanted.isdecimal() else None
     count = most or len(gpus) or max(cores // (threads or 1), 1)
-    # Not by the number of jobs: what is left of a sweep shall round as the whole would have.
+    # Independent of the number of jobs: a resumed sweep must use the same number of threads, and
+    # so round in the same way, as an uninterrupted one.
     threads = threads or max(cores // count, 1)
     count = min(count, len(jobs))
     pinned = {name: str(threads) for name in _THREADS}
@@ -88,10 +108,10 @@ _THREADS = (
 
 
 def _gpus() -> list[str]:
-    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    """Usable GPUs, as values for CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    numbers = [str(i) for i in range(torch.cuda.device_count())]
-    return visible.split(",")[: len(numbers)] if visible else numbers
+    indices = [str(i) for i in range(torch.cuda.device_count())]
+    return visible.split(",")[: len(indices)] if visible else indices
 
 
 def _usable_cores() -> int:

@@ -1,4 +1,4 @@
-"""Options as they are written on the command line: read and checked before any work."""
+"""Parsing and validation of command-line options."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from pogo_torchrl.experiments.config import (
     top_level_options,
 )
 
-# The chain's weights name the run's folder, and each is a network; the papers' chains have three.
+# Every weight stands for one network and is part of the run folder's name; published chains have
+# three.
 _MAX_LIST_LENGTH = 32
 
 
-# Hydra's flags, and those that take a value.
+# Hydra's flags without and with a value.
 _HYDRA_FLAGS = {
     "-h", "--help", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m",
     "-e", "--experimental-rerun", "-i", "--info", "-s", "--shell-completion",
@@ -47,16 +48,19 @@ def wants_help(arguments: Sequence[str]) -> bool:
 def from_flags(
     arguments: Sequence[str], schema: Any = RunConfig, *, hydra: bool = True
 ) -> list[str]:
-    """Arguments with every ``--option value`` and ``--option=value`` as ``option=value``.
+    """Convert ``--option value`` and ``--option=value`` to ``option=value``.
 
     Args:
-        arguments: of the command line.
-        schema: the dataclass of the command's options. A flag that is true or false may go without
-            a value, which is then true.
-        hydra: leave Hydra's own flags as they are. Defaults to ``True``.
+        arguments: command-line arguments.
+        schema: dataclass of the command's options. A boolean flag without a value means ``true``.
+            Defaults to :class:`~pogo_torchrl.experiments.config.RunConfig`.
+        hydra: whether to keep Hydra's own flags unchanged. Defaults to ``True``.
+
+    Returns:
+        The converted arguments.
 
     Raises:
-        ValueError: for an unknown flag, and one without its value.
+        ValueError: for an unknown flag, or a flag without its value.
 
     Example:
         >>> from_flags(["--seed", "3", "--data.source=minari", "--resume", "lr=1e-4"])
@@ -92,8 +96,12 @@ def from_flags(
 def check_name(name: str, known: Collection[str]) -> None:
     """Check that an option exists.
 
+    Args:
+        name: name of the option.
+        known: names of all options.
+
     Raises:
-        ValueError: naming it and those with similar names.
+        ValueError: if it does not; the message suggests similar names.
     """
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -102,15 +110,18 @@ def check_name(name: str, known: Collection[str]) -> None:
 
 
 def parse_options(arguments: Sequence[str], defaults: Any, positional: str = "") -> DictConfig:
-    """The options of a command without Hydra: the values are taken as they are, without quotes.
+    """Parse the options of a command without Hydra; values need no quoting.
 
     Args:
-        arguments: ``option=value``, ``--option value`` or, for one of them, the value alone.
-        defaults: an instance of the dataclass of the options.
-        positional: name of the option that may stand without its name. Defaults to none.
+        arguments: ``option=value``, ``--option value`` or, for ``positional``, the value alone.
+        defaults: instance of the dataclass of the options.
+        positional: option whose name may be omitted. Defaults to none.
+
+    Returns:
+        The options as a structured config.
 
     Raises:
-        ValueError: for an unknown option, or a value that does not fit.
+        ValueError: for an unknown option or an invalid value.
 
     Example:
         >>> from pogo_torchrl.experiments.config import EnvConfig
@@ -124,28 +135,35 @@ def parse_options(arguments: Sequence[str], defaults: Any, positional: str = "")
         if name not in known and positional and (not equals or not name.isidentifier()):
             name, value, positional = positional, argument, ""
         elif not equals:
-            raise ValueError(f"{argument} cannot be read: write option=value (--help lists all).")
+            raise ValueError(f"cannot parse {argument}: write option=value (--help lists all).")
         check_name(name, known)
         if not value:
             raise ValueError(f"{name} needs a value: write {name}=VALUE.")
         try:
             OmegaConf.update(cfg, name, None if value == "null" else value)
         except OmegaConfBaseException as error:
-            raise ValueError(_wrong_value(name, value, *known[name])) from error
+            raise ValueError(_type_error(name, value, *known[name])) from error
     check_options(cfg, schema)
     return cfg
 
 
-def _wrong_value(name: str, text: str, hint: Any, default: Any) -> str:
+def _type_error(name: str, text: str, hint: Any, default: Any) -> str:
+    """Message for a value of the wrong type."""
     example = f", e.g. {to_text(default)}" if default is not None else ""
     return f"{name}={text} must be {_describe_type(hint)}{example}."
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of a run, as the command line would compose it.
+    """Compose the configuration of a run as the command line does.
+
+    Args:
+        overrides: options as ``option=value``.
+
+    Returns:
+        A :class:`~pogo_torchrl.experiments.config.RunConfig`.
 
     Raises:
-        ValueError: for what :func:`check_overrides` refuses.
+        ValueError: for invalid overrides, see :func:`check_overrides`.
 
     Example:
         >>> compose(["task=antmaze-umaze-v2", "seed=3"]).lr
@@ -157,10 +175,17 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def sweep_options(arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
-    """A :class:`SweepConfig` of the arguments that are a sweep's own, and those of its runs.
+    """Separate the options of a sweep from those of its runs.
+
+    Args:
+        arguments: options as ``option=value``.
+
+    Returns:
+        The :class:`~pogo_torchrl.experiments.config.SweepConfig` of the sweep's own options, and
+        the remaining arguments.
 
     Raises:
-        ValueError: for what :func:`check_overrides` and :func:`check_options` refuse.
+        ValueError: for invalid options, see :func:`check_overrides` and :func:`check_options`.
 
     Example:
         >>> options, others = sweep_options(["sweep=antmaze", "lr=1e-4", "jobs=2"])
@@ -168,11 +193,11 @@ def sweep_options(arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
         ('antmaze', 2, ['lr=1e-4'])
     """
     check_overrides(arguments, SweepConfig)
-    of_runs, others = set(top_level_options()), []
+    run_options, others = set(top_level_options()), []
     cfg = OmegaConf.structured(SweepConfig)
     for argument in arguments:
         override = OverridesParser.create().parse_override(argument)
-        if override.is_hydra_override() or override.key_or_group.split(".")[0] in of_runs:
+        if override.is_hydra_override() or override.key_or_group.split(".")[0] in run_options:
             others.append(argument)
         else:
             OmegaConf.update(cfg, override.key_or_group, override.value())
@@ -181,12 +206,17 @@ def sweep_options(arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
 
 
 def check_options(cfg: DictConfig, schema: type = RunConfig) -> None:
-    """Refuse what no run can use.
+    """Check the ranges of integers, the lengths of lists, and that all numbers are finite.
 
-    What an option means to the loss, the trainer or the data is checked where it is used.
+    Constraints specific to the loss, the trainer or the data are checked there.
+
+    Args:
+        cfg: the options.
+        schema: dataclass of the options. Defaults to
+            :class:`~pogo_torchrl.experiments.config.RunConfig`.
 
     Raises:
-        ValueError: naming the option, its value, and what is allowed.
+        ValueError: naming the option, its value and the allowed values.
 
     Example:
         >>> check_options(OmegaConf.structured(RunConfig(eval_episodes=0)))
@@ -202,31 +232,36 @@ def check_options(cfg: DictConfig, schema: type = RunConfig) -> None:
                 f"{name} cannot be read ({str(error).splitlines()[0]}); give a value, e.g. "
                 f"{default}."
             ) from error
-        numbers = [value]
+        elements = [value]
         if OmegaConf.is_list(value):
-            numbers = list(value)
-            if not 1 <= len(numbers) <= _MAX_LIST_LENGTH:
+            elements = list(value)
+            if not 1 <= len(elements) <= _MAX_LIST_LENGTH:
                 raise ValueError(
-                    f"{name}={value} holds {len(numbers)} numbers; give 1 to {_MAX_LIST_LENGTH}, "
+                    f"{name}={value} has {len(elements)} values; give 1 to {_MAX_LIST_LENGTH}, "
                     f"e.g. {default}."
                 )
         lowest, highest = entry.metadata["lowest"], entry.metadata["highest"]
-        for number in numbers:
-            if isinstance(number, float) and not math.isfinite(number):
+        for element in elements:
+            if isinstance(element, float) and not math.isfinite(element):
                 raise ValueError(f"{name}={value} must be finite, e.g. {default}.")
-            if not isinstance(number, int) or isinstance(number, bool):
+            if not isinstance(element, int) or isinstance(element, bool):
                 continue
-            if number < lowest or (highest is not None and number > highest):
+            if element < lowest or (highest is not None and element > highest):
                 allowed = f">= {lowest}" if highest is None else f"from {lowest} to {highest}"
                 hint = f", e.g. {default}" if default is not None else "; leave it out for null"
                 raise ValueError(f"{name}={value} must be an integer {allowed}{hint}.")
 
 
 def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
-    """Refuse unknown options and values of a wrong type on the command line, before Hydra does.
+    """Check the names and types of options before Hydra does, with clearer errors.
+
+    Args:
+        arguments: options as ``option=value``; Hydra's own flags are ignored.
+        schema: dataclass of the options. Defaults to
+            :class:`~pogo_torchrl.experiments.config.RunConfig`.
 
     Raises:
-        ValueError: naming the option, and the nearest that exist or what its value should be.
+        ValueError: naming the option, and either similar names or the expected type of its value.
 
     Example:
         >>> check_overrides(["total_step=10"])
@@ -239,38 +274,38 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
         ValueError: total_steps=many must be an integer, e.g. 2000.
     """
     parser = OverridesParser.create()
-    for before, argument in zip(("", *arguments), arguments):
-        if argument.startswith("-") or (before.startswith("-") and "=" not in argument):
+    for previous, argument in zip(("", *arguments), arguments):
+        if argument.startswith("-") or (previous.startswith("-") and "=" not in argument):
             continue  # Hydra's flags and their values
         try:
             override = parser.parse_override(argument)
         except HydraException as error:
             raise ValueError(
-                f"{argument} cannot be read: write option=value, and quotes around a value with "
-                f"special characters, e.g. 'data.path=\"a=b.hdf5\"' (--help lists the options)"
+                f"cannot parse {argument}: write option=value, with quotes around values that "
+                f"contain special characters, e.g. 'data.path=\"a=b.hdf5\"' (--help lists all)"
             ) from error
         if not override.is_hydra_override():
-            several = not {"-m", "--multirun"}.isdisjoint(arguments)
-            _check_override(override, schema, several)
+            multirun = not {"-m", "--multirun"}.isdisjoint(arguments)
+            _check_override(override, schema, multirun)
 
 
-def _check_override(override: Override, schema: type, several: bool) -> None:
+def _check_override(override: Override, schema: type, multirun: bool) -> None:
     key, line = override.key_or_group, str(override.input_line)
     known = {name: (hint, default) for name, _, hint, default in iter_options(schema)}
     if key != "data":
         check_name(key or line, known)
     if override.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) or override.package:
         raise ValueError(
-            f"{line} is refused, options can be neither added, removed nor moved: write "
+            f"{line} is not supported, options cannot be added, removed or moved: write "
             f"{key}=VALUE."
         )
     values = [override.value()]
     texts = [line.partition("=")[2]]
     if override.is_sweep_override():
-        if not several:
+        if not multirun:
             raise ValueError(
-                f"{line} holds several values: give one, write a list as [a,b], put quotes around "
-                "a text with commas, or add --multirun for a run of each."
+                f"{line} has several values: give one, write a list as [a,b], put quotes around "
+                "text that contains commas, or add --multirun to start one run per value."
             )
         if not (override.is_choice_sweep() or override.is_range_sweep()):
             return
@@ -282,18 +317,21 @@ def _check_override(override: Override, schema: type, several: bool) -> None:
             continue
         try:
             OmegaConf.update(OmegaConf.structured(schema), key, value)
+            # OmegaConf converts every integer to a boolean.
+            if known.get(key, (None,))[0] is bool and type(value) is int and value not in (0, 1):
+                raise ValueError("not a boolean")
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             if key not in known:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
-                    f"{line} does not fit ({reason}): write {key}.OPTION=VALUE."
+                    f"{line} is not valid ({reason}): write {key}.OPTION=VALUE."
                 ) from error
-            raise ValueError(_wrong_value(key, text, *known[key])) from error
+            raise ValueError(_type_error(key, text, *known[key])) from error
 
 
 def _describe_type(hint: Any) -> str:
-    """What a value of this type is called."""
-    words = {
+    """Description of a type for error messages."""
+    descriptions = {
         int: "an integer",
         float: "a number",
         bool: "true or false",
@@ -303,9 +341,9 @@ def _describe_type(hint: Any) -> str:
         int | None: "an integer or null",
         float | None: "a number or null",
         str | None: "text or null",
-        dict[str, Any]: "options with their values, {option: value}",
+        dict[str, Any]: "a mapping of options to values, {option: value}",
     }
-    return words[hint]
+    return descriptions[hint]
 
 
 def _check_task(task: str) -> None:

@@ -1,4 +1,4 @@
-"""What the runs of a sweep will take, from a short measurement on noise."""
+"""Time and disk space that a sweep needs, estimated from a short measurement on random data."""
 
 from __future__ import annotations
 
@@ -37,88 +37,95 @@ from pogo_torchrl.objectives.chain_loss import Params
 from pogo_torchrl.trainers import POGOTrainer
 from pogo_torchrl.trainers.hooks import LogMetrics
 
-# Checkpoints that a trainer keeps; bytes of a row of metrics.csv, and of the figure, the logs and
-# what a checkpoint holds beside the networks.
-_CHECKPOINTS = 2
+# Number of checkpoints that a trainer keeps.
+_KEPT_CHECKPOINTS = 2
 
+# Bytes of a row of metrics.csv.
+_ROW_BYTES = 400
 
-_ROW = 400
+# Bytes of the figure, the logs, and the content of a checkpoint besides the networks.
+_OTHER_BYTES = 200_000
 
+# Length and maximum number of the episodes that are timed; few policies fall within this length.
+_TIMED_STEPS = 20
+_TIMED_EPISODES = 10
 
-_REST = 200_000
-
-
-# Steps of the episodes that are timed; few policies fall before. No more of them than this.
-_STEPS = 20
-
-
-_EPISODES = 10
+# Seconds that a run takes besides updates and evaluations: imports, data, writing the last files.
+_STARTUP_SECONDS = 5.0
 
 
 class Cost(NamedTuple):
-    """What one run of a kind takes."""
+    """Cost of a run with a given configuration."""
 
     update: float
-    """Seconds of an update, not compiled."""
+    """Seconds per update, not compiled."""
     evaluation: float
-    """Seconds of an evaluation whose episodes all last to the horizon."""
+    """Seconds per evaluation if all episodes reach the maximum length."""
     checkpoint: int
-    """Bytes of a checkpoint."""
+    """Size of a checkpoint in bytes."""
     policy: int
-    """Bytes of the trained chain."""
+    """Size of the exported chain in bytes."""
 
     def disk(self, cfg: DictConfig) -> int:
-        """Bytes that a finished run leaves behind."""
+        """Disk space of a finished run in bytes."""
         rows = cfg.total_steps // cfg.log_interval
-        return _CHECKPOINTS * self.checkpoint + cfg.save_model * self.policy + _ROW * rows + _REST
+        networks = _KEPT_CHECKPOINTS * self.checkpoint + cfg.save_model * self.policy
+        return networks + _ROW_BYTES * rows + _OTHER_BYTES
 
 
 def measure_cost(cfg: DictConfig, seconds: float = 0.5) -> Cost:
-    """Measure a run of this configuration on this machine, in about three times ``seconds``.
+    """Measure the cost of a run on this machine, in about three times ``seconds``.
 
-    Updates are those of training, on noise of the task's dimensions; evaluations those of the
-    task's environment, cut short.
+    Updates are those of training, on random data of the task's dimensions. Evaluations use the
+    environment of the task with truncated episodes.
+
+    Args:
+        cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
+        seconds: approximate duration of the timed updates in seconds. Defaults to ``0.5``.
+
+    Returns:
+        The cost of a run.
 
     Raises:
-        ValueError: for settings that the run would refuse, too.
+        ValueError: for settings that the run would reject as well.
     """
     make_env = env_fn(cfg.task, cfg.env)
     evaluator = Evaluator(
         cfg.task,
-        episodes=min(cfg.eval_episodes, _EPISODES),
-        env_fn=lambda: gymnasium.wrappers.TimeLimit(make_env(), _STEPS),
+        episodes=min(cfg.eval_episodes, _TIMED_EPISODES),
+        env_fn=lambda: gymnasium.wrappers.TimeLimit(make_env(), _TIMED_STEPS),
     )
     check_memory(cfg, evaluator)
     loss = make_loss(cfg, evaluator, choose_device(cfg.device))
     update = _time_updates(loss, cfg, evaluator, seconds)
 
     chain = [loss.actor(i) for i in range(loss.num_actors)]
-    evaluator(chain)  # makes the environments
-    begun = time.perf_counter()
+    evaluator(chain)  # creates the environments
+    start = time.perf_counter()
     steps = max(int(e.lengths.max()) for e in evaluator(chain))
-    elapsed = time.perf_counter() - begun
+    elapsed = time.perf_counter() - start
     horizon = cfg.env.max_episode_steps or max_episode_steps(cfg.task)
     evaluation = elapsed * horizon / steps * cfg.eval_episodes / evaluator.episodes
 
-    first = _bytes(loss.params("actor_network_0"))
+    first = _num_bytes(loss.params("actor_network_0"))
     policy = loss.num_actors * first
-    trained = policy + _bytes(loss.params("qvalue_network"))
-    # TorchRL's checkpoints hold the loss's actor_network once more, as the policy.
-    others = _bytes(loss.params("target_qvalue_network")) + first
+    trained = policy + _num_bytes(loss.params("qvalue_network"))
+    # TorchRL's checkpoints contain the loss's actor_network a second time, as the policy.
+    others = _num_bytes(loss.params("target_qvalue_network")) + first
     others += first if cfg.delay_actor else 0
-    return Cost(update, evaluation, 3 * trained + others, policy)  # Adam keeps two moments
+    return Cost(update, evaluation, 3 * trained + others, policy)  # Adam stores two moments
 
 
 def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds: float) -> float:
     rows, spec = 4 * cfg.batch_size, evaluator.action_spec
     observation = torch.randn(rows, evaluator.observation_dim)
     flags = torch.zeros(rows, 1, dtype=torch.bool)
-    ends = {"observation": observation, "reward": torch.randn(rows, 1), "done": flags}
-    noise = TensorDict(
+    outcome = {"observation": observation, "reward": torch.randn(rows, 1), "done": flags}
+    data = TensorDict(
         {
             "observation": observation,
             "action": spec.rand([rows]),
-            "next": {**ends, "terminated": flags},
+            "next": {**outcome, "terminated": flags},
         },
         [rows],
     )
@@ -126,7 +133,7 @@ def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds
         POGOTrainer,
         loss,
         OfflineReplayBuffer(
-            noise.to(next(loss.parameters()).device),
+            data.to(next(loss.parameters()).device),
             normalization=Normalization.identity(observation),
             episode_returns=np.zeros(1),
             batch_size=cfg.batch_size,
@@ -138,25 +145,26 @@ def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds
         progress_bar=False,
     )
     steps, elapsed = 2, 0.0
-    while elapsed < seconds / 2:  # until it is long enough to be told from the start-up
+    while elapsed < seconds / 2:  # long enough to make the start-up negligible
         steps = min(2 * steps, int(steps * seconds / elapsed) + 1) if elapsed else steps
         trainer = train(total_steps=steps, hooks=[LogMetrics([], steps)])
-        begun = time.perf_counter()
-        trainer.train()  # its metrics are read at the end: a GPU has finished by then
-        elapsed = time.perf_counter() - begun
+        start = time.perf_counter()
+        trainer.train()  # reads metrics at the end, which waits for the GPU
+        elapsed = time.perf_counter() - start
     return elapsed / steps
 
 
-def _bytes(parameters: Params) -> int:
+def _num_bytes(parameters: Params) -> int:
     return sum(value.numel() * value.element_size() for value in parameters.values())
 
 
-# Seconds that a run takes beside its updates and evaluations: imports, data, the last files.
-_START = 5.0
-
-
 class Plan:
-    """What the jobs will take: updates, time, disk."""
+    """Estimate of the updates, time and disk space that a sweep still needs.
+
+    Args:
+        jobs: the jobs to execute.
+        options: a :class:`~pogo_torchrl.experiments.config.SweepConfig`.
+    """
 
     def __init__(self, jobs: Sequence[Job], options: DictConfig) -> None:
         self.runs = [run for job in jobs for run in job.runs]
@@ -164,69 +172,77 @@ class Plan:
         self.errors: list[str] = []
         if not jobs:
             return
-        places = process_environments(options.jobs, jobs)
-        self.at_once = len(places)
-        torch.set_num_threads(int(places[0]["OMP_NUM_THREADS"]))
+        environments = process_environments(options.jobs, jobs)
+        self.at_once = len(environments)
+        torch.set_num_threads(int(environments[0]["OMP_NUM_THREADS"]))
         for run in self.runs:
-            if _kind(run.cfg) not in self.costs:
-                self.costs[_kind(run.cfg)] = self._measure(run)
-        if torch.cuda.is_available():  # the runs need the memory
+            if _cost_key(run.cfg) not in self.costs:
+                self.costs[_cost_key(run.cfg)] = self._measure(run)
+        if torch.cuda.is_available():  # leave the memory to the runs
             gc.collect()
             torch.cuda.empty_cache()
 
     def _measure(self, run: Run) -> Cost | None:
         try:
             return measure_cost(run.cfg)
-        except Exception as error:  # the run itself reports it, and the others still run
+        except Exception as error:  # the run reports it when it starts; other runs are unaffected
             self.errors.append(f"No estimate for runs like {run.name}: {error}")
             return None
 
     def text(self, total: int) -> str:
-        """The plan below its table."""
+        """Format the plan.
+
+        Args:
+            total: number of runs of the sweep, including those that are done.
+        """
         updates = sum(map(remaining_updates, self.runs))
         count = f"{len(self.runs)} of {total} runs" if len(self.runs) < total else f"{total} runs"
         lines = [f"To do: {count}, {updates:,} updates"]
         if any(self.costs.values()):
-            free = shutil.disk_usage(self._place()).free
-            updating, evaluating = self._seconds()
+            free = shutil.disk_usage(self._existing_folder()).free
+            training, evaluating = self._seconds()
             lines += [
-                f"Time:  about {format_duration(updating)}, an estimate from half a second of "
-                f"updates that were not compiled, and at most {format_duration(evaluating)} of "
-                f"evaluation; on this machine with {self.at_once} at once",
-                f"Disk:  about {format_bytes(self._disk())}; {format_bytes(free)} are free",
+                f"Time:  about {format_duration(training)} of training, an estimate from half a "
+                f"second of uncompiled updates, and at most {format_duration(evaluating)} of "
+                f"evaluation; on this machine, {self.at_once} in parallel",
+                f"Disk:  about {format_bytes(self._disk_bytes())} of {format_bytes(free)} free",
             ]
         return "\n".join([*lines, *self.errors])
 
     def check_disk(self) -> None:
-        """Refuse a sweep that would fill the disk."""
+        """Check that the runs fit on the disk.
+
+        Raises:
+            OSError: if they do not.
+        """
         if not self.runs:
             return
-        place, needed = self._place(), self._disk()
-        free = shutil.disk_usage(place).free
+        folder, needed = self._existing_folder(), self._disk_bytes()
+        free = shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(
                 f"log_dir={self.runs[0].cfg.log_dir}: the runs need about {format_bytes(needed)}, "
-                f"{format_bytes(free)} are free; free some space there or choose another log_dir."
+                f"only {format_bytes(free)} are free; free some space or choose another log_dir."
             )
 
-    def _place(self) -> Path:
-        """The nearest folder of log_dir that exists."""
+    def _existing_folder(self) -> Path:
+        """log_dir, or its nearest parent folder that exists."""
         path = Path(self.runs[0].cfg.log_dir).absolute()
-        return next(place for place in (path, *path.parents) if place.is_dir())
+        return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
     def _seconds(self) -> tuple[float, float]:
-        """Time of updates and start-up, and time of evaluations."""
-        updating = evaluating = 0.0
+        """Time of training including start-up, and time of evaluations."""
+        training = evaluating = 0.0
         for run, cost in self._costs():
             updates = remaining_updates(run)
-            updating += _START
+            training += _STARTUP_SECONDS
             if cost is not None:
-                updating += updates * cost.update
+                training += updates * cost.update
                 evaluating += max(updates // run.cfg.eval_interval, 1) * cost.evaluation
-        return updating / self.at_once, evaluating / self.at_once
+        return training / self.at_once, evaluating / self.at_once
 
-    def _disk(self) -> int:
-        """Bytes that the runs will take beside what they already have."""
+    def _disk_bytes(self) -> int:
+        """Disk space that the runs need in addition to their existing files."""
         needed = 0
         for run, cost in self._costs():
             if cost is not None:
@@ -235,22 +251,23 @@ class Plan:
         return needed
 
     def _costs(self) -> list[tuple[Run, Cost | None]]:
-        return [(run, self.costs[_kind(run.cfg)]) for run in self.runs]
+        return [(run, self.costs[_cost_key(run.cfg)]) for run in self.runs]
 
 
 def remaining_updates(run: Run) -> int:
+    """Number of updates from the newest checkpoint of a run to its end."""
     return run.cfg.total_steps - completed_updates(run)
 
 
-def _kind(cfg: DictConfig) -> tuple:
-    """Runs of one kind take the same time for an update."""
+def _cost_key(cfg: DictConfig) -> tuple:
+    """Key under which runs share a cost estimate."""
     shapes = ("hidden_sizes", "batch_size", "num_samples", "w2_backend", "policy_freq", "bf16")
     environment = split_task(cfg.task)[0], len(cfg.w2_weights), cfg.eval_episodes
     return (*environment, str(cfg.env.max_episode_steps), *(str(cfg[key]) for key in shapes))
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds for people.
+    """Format seconds in a human-readable form.
 
     Example:
         >>> [format_duration(seconds) for seconds in (5.2, 200, 9000, 300_000)]
@@ -264,7 +281,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(number: float) -> str:
-    """Bytes for people.
+    """Format a number of bytes in a human-readable form.
 
     Example:
         >>> format_bytes(1_234_567)

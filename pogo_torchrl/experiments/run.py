@@ -1,4 +1,4 @@
-"""One run from its settings to its last file, alone or as one of a stack."""
+"""Execution of a run, alone or in a stack: data, training, evaluation and result files."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ from pogo_torchrl.trainers.hooks import Evaluate, LogMetrics, StopOnDivergence
 
 
 def run(cfg: DictConfig) -> list[Evaluation]:
-    """Train and evaluate one chain as ``cfg`` says; the work of ``examples/pogo_offline.py``.
+    """Train and evaluate one chain, and write the files of the run; this is ``pogo train``.
 
     Args:
         cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
 
     Returns:
-        The last evaluation.
+        The last evaluation, one entry per actor and action mode.
 
     Raises:
-        ValueError: for settings that make no sense; the message names them.
-        FileExistsError: when the run's folder holds a run and ``resume`` is off.
+        ValueError: for invalid settings; the message names them.
+        FileExistsError: if the run folder already contains a run and ``resume`` is ``False``.
     """
     one = RunInProgress(cfg)
     with lock_run_folder(one.folder), deterministic(cfg.deterministic), log_to(ConsoleHandler()):
         one.read_data()
         with one.opened():
             if one.settings["compile"]:
-                LOGGER.info("The first update compiles all of them: about a minute.")
+                LOGGER.info("Compiling the update, which takes about a minute.")
             with stop_on_signals([one]):
                 one.trainer.train()
             one.finish()
@@ -70,50 +70,50 @@ def run(cfg: DictConfig) -> list[Evaluation]:
 def run_stack(cfgs: Sequence[DictConfig]) -> list[Exception | None]:
     """Train and evaluate several runs in one process, as one batched computation.
 
-    Each writes what it would have written alone; what fails in one ends that one only.
+    Each run writes the same files as a single run would. A failure ends only the run it occurs in.
 
     Args:
-        cfgs: of one task, differing in ``seed``, ``w2_weights`` (of one length) and ``alpha``.
+        cfgs: one :class:`~pogo_torchrl.experiments.config.RunConfig` per run. All have the same
+            task and differ only in ``seed``, ``w2_weights`` (of equal length) and ``alpha``.
 
     Returns:
-        For each run what has kept it from its end, or ``None``.
+        For each run the exception that ended it, or ``None`` if the run is complete.
     """
     errors: list[Exception | None] = [None] * len(cfgs)
     runs: dict[int, RunInProgress] = {}
     streams = [_RandomStream() for _ in cfgs]
 
     @contextmanager
-    def guarded(place: int) -> Iterator[None]:
+    def guarded(index: int) -> Iterator[None]:
         try:
-            with streams[place]:
+            with streams[index]:
                 yield
         except Exception as error:
-            errors[place] = error
-            runs.pop(place, None)
+            errors[index] = error
+            runs.pop(index, None)
 
-    with ExitStack() as held, log_to(ConsoleHandler()), deterministic(cfgs[0].deterministic):
+    with ExitStack() as locks, log_to(ConsoleHandler()), deterministic(cfgs[0].deterministic):
         replay_buffer = None
-        for place, cfg in enumerate(cfgs):
-            with guarded(place):
+        for index, cfg in enumerate(cfgs):
+            with guarded(index):
                 one = RunInProgress(cfg, stacked=True)
-                held.enter_context(lock_run_folder(one.folder))
+                locks.enter_context(lock_run_folder(one.folder))
                 one.read_data(replay_buffer)
                 replay_buffer = one.replay_buffer
                 with one.opened():
-                    runs[place] = one
-        # Those that were cut at another update go in a stack of their own.
+                    runs[index] = one
+        # Runs in a stack must be at the same update: group resumed runs by theirs.
         stacks: dict[int, list[int]] = {}
-        for place, one in runs.items():
-            stacks.setdefault(one.trainer.collected_frames, []).append(place)
+        for index, one in runs.items():
+            stacks.setdefault(one.trainer.collected_frames, []).append(index)
         with stop_on_signals(list(runs.values())):
-            for places in stacks.values():
-                members = [runs[place] for place in places]
-                ended = _train_stack(members, [streams[place] for place in places])
-                for place, error in zip(places, ended):
-                    errors[place] = error
-        for place, one in list(runs.items()):
-            if errors[place] is None:
-                with guarded(place), one.logged():
+            for members in stacks.values():
+                results = _train_stack([runs[i] for i in members], [streams[i] for i in members])
+                for index, error in zip(members, results):
+                    errors[index] = error
+        for index, one in list(runs.items()):
+            if errors[index] is None:
+                with guarded(index), one.logged():
                     one.finish()
     return errors
 
@@ -124,8 +124,8 @@ def _train_stack(
     cfg = runs[0].cfg
 
     @contextmanager
-    def around_hooks(place: int) -> Iterator[None]:
-        with streams[place], runs[place].logged():
+    def around_hooks(index: int) -> Iterator[None]:
+        with streams[index], runs[index].logged():
             yield
 
     stack = TrainerStack(
@@ -138,7 +138,7 @@ def _train_stack(
 
 
 class _RandomStream(AbstractContextManager):
-    """A context in which the global random state is a run's own."""
+    """Context manager that swaps in the global random state of one run."""
 
     def __init__(self) -> None:
         self._state = GlobalRNGState()
@@ -155,16 +155,19 @@ class _RandomStream(AbstractContextManager):
 
 
 class RunInProgress:
-    """A run from its settings to its last file; :func:`run` trains it alone.
+    """A run with its data, loss, trainer and files.
 
-    Making one refuses everything that can be refused before data are made or files written.
+    The constructor checks all settings before data are generated or files written. Then
+    :meth:`read_data`, :meth:`opened` (training happens within this context) and :meth:`finish`
+    are called in this order.
 
     Args:
         cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
-        stacked: the trainer is one of a :class:`~pogo_torchrl.stack.TrainerStack`.
+        stacked: whether the run is part of a :class:`~pogo_torchrl.trainers.TrainerStack`.
+            Defaults to ``False``.
 
     Raises:
-        ValueError: for settings that make no sense; the message names them.
+        ValueError: for invalid settings; the message names them.
     """
 
     def __init__(self, cfg: DictConfig, *, stacked: bool = False) -> None:
@@ -198,11 +201,14 @@ class RunInProgress:
         self.last: list[Evaluation] = []
 
     def read_data(self, replay_buffer: OfflineReplayBuffer | None = None) -> None:
-        """Get the data, or take those of another run, and make the trainer.
+        """Load the data and create the trainer, resuming from a checkpoint if requested.
+
+        Args:
+            replay_buffer: data of another run to share. Defaults to ``None``: load the data.
 
         Raises:
-            FileExistsError: when the run's folder holds a run and ``resume`` is off.
-            ValueError: for data that do not fit, or a checkpoint of another run.
+            FileExistsError: if the run folder already contains a run and ``resume`` is ``False``.
+            ValueError: for data that do not match the task, or a checkpoint of another run.
         """
         cfg = self.cfg
         check_run_folder(self.folder, cfg)
@@ -234,7 +240,7 @@ class RunInProgress:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Write what is known before the training; log to the run's files."""
+        """Write the configuration and open the run's logs for the duration of the context."""
         cfg, training = self.cfg, self.folder.training
         training.mkdir(parents=True, exist_ok=True)
         with self.logged():
@@ -244,7 +250,7 @@ class RunInProgress:
                         len(self.replay_buffer), len(self.replay_buffer.episode_returns),
                         self.behaviour)  # fmt: skip
             if cfg.resume and self.resumed is None:
-                LOGGER.info("No usable checkpoint to resume from: starting afresh.")
+                LOGGER.info("No usable checkpoint found: starting from scratch.")
             elif self.resumed is not None:
                 LOGGER.info("Resumed at update %d.", self.resumed)
             backend = cfg.logger.backend
@@ -257,27 +263,31 @@ class RunInProgress:
             yield
 
     def logged(self) -> AbstractContextManager[None]:
-        """Log to the run's ``train.log``."""
+        """Context manager that logs to the run's ``train.log``."""
         return log_to(TrainLogHandler(self.folder.training / "train.log"))
 
     def stop(self, name: str) -> None:
-        """Have it save and stop as soon as it can."""
+        """Request the run to save a checkpoint and stop as soon as possible.
+
+        Args:
+            name: name of the signal.
+        """
         self.trainer.request_stop(name)
         self.evaluator.interrupt()
 
     def finish(self) -> None:
-        """Write what is left after the last update.
+        """Write the results of the run after the last update.
 
         Raises:
-            Stopped: when a signal ended the training before.
+            Stopped: if a signal ended the training earlier.
         """
         trainer = self.trainer
         if trainer.collected_frames < self.cfg.total_steps or not self.evaluate.up_to_date():
             raise Stopped(trainer.collected_frames, trainer.stop_reason)
-        _finish(self.cfg, self.folder, self._chain(), self.behaviour)
+        _write_results(self.cfg, self.folder, self._chain(), self.behaviour)
 
     def _chain(self) -> list[TransportActor]:
-        """The chain as it is, for raw observations."""
+        """The current chain, acting on raw observations."""
         return [
             on_raw_observations(self.loss.actor(i), *self.replay_buffer.normalization)
             for i in range(self.loss.num_actors)
@@ -288,7 +298,7 @@ class RunInProgress:
         LOGGER.info("%s", format_evaluation(evaluations))
 
 
-def _finish(
+def _write_results(
     cfg: DictConfig, folder: RunFolder, chain: list[TransportActor], behaviour: float
 ) -> None:
     evaluations, curves = folder.training / "evaluations.csv", folder.training / "curves.png"
@@ -310,5 +320,5 @@ def _finish(
     LOGGER.info("Checkpoints: %s", folder.checkpoints)
     if cfg.save_model:
         LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
-    with atomic_write(folder.done, "x") as file:  # last of all
+    with atomic_write(folder.done, "x") as file:  # last: it marks the run as complete
         json.dump({"total_steps": cfg.total_steps}, file)

@@ -1,4 +1,4 @@
-"""The folder of a run: where it is, who may write there, and what may continue it."""
+"""Run folders: paths, locking, and checks that a run may be continued."""
 
 from __future__ import annotations
 
@@ -16,34 +16,40 @@ from pogo_torchrl.data import OfflineReplayBuffer
 from pogo_torchrl.experiments import config
 from pogo_torchrl.files import make_writable
 
-# What may change between a run and its continuation; everything else shapes the training.
+# Options that may change on resume; all others affect the training.
 _MAY_CHANGE_ON_RESUME = {
     "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
     "resume", "device", "compile", "log_dir", "checkpoint_dir", "save_model", "logger",
     "progress_bar", "env",
-    "data",  # its content is compared, not its place
+    "data",  # the content of the data is compared, not its location
 }  # fmt: skip
 
 
 class RunFolder(NamedTuple):
-    """Where a run writes."""
+    """Folders of a run."""
 
     training: Path
+    """Folder of the configuration, CSV files, log and figure."""
     checkpoints: Path
+    """Folder of the checkpoints and the exported policy."""
 
     @property
     def root(self) -> Path:
-        """The run's folder."""
+        """Folder of the run, which contains :attr:`training`."""
         return self.training.parent
 
     @property
     def done(self) -> Path:
-        """Written when the run is complete: a JSON object with the ``total_steps`` it has made."""
+        """File that marks a complete run: a JSON object with its ``total_steps``."""
         return self.root / "done.json"
 
     @classmethod
     def of(cls, cfg: DictConfig) -> RunFolder:
-        """``log_dir/task/w2_.../seed_.../{training,checkpoints}``."""
+        """Folders ``log_dir/task/w2_.../seed_.../{training,checkpoints}`` of a run.
+
+        Args:
+            cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
+        """
         weights = "_".join(f"{w:g}" for w in cfg.w2_weights)
         root = Path(cfg.log_dir) / cfg.task / f"w2_{weights}" / f"seed_{cfg.seed}"
         checkpoints = cfg.checkpoint_dir or root / "checkpoints"
@@ -52,21 +58,29 @@ class RunFolder(NamedTuple):
 
 @contextmanager
 def lock_run_folder(folder: RunFolder) -> Iterator[None]:
-    """Hold a run's folder: no second process may write there; nothing stays if nothing is written.
+    """Lock a run folder, so that only this process writes to it.
 
-    The lock is one of the operating system: it goes with the process, however that ends.
+    The lock belongs to the operating system, which releases it however the process ends. Folders
+    that were created here are removed again if they are still empty at the end.
+
+    Args:
+        folder: the folders of the run.
+
+    Raises:
+        FileExistsError: if another process holds the lock.
+        OSError: if a folder is not writable.
     """
-    places = {folder.root: "log_dir", folder.checkpoints: "checkpoint_dir"}
-    missing = {p for place in places for p in (place, *place.parents) if not p.exists()}
+    paths = {folder.root: "log_dir", folder.checkpoints: "checkpoint_dir"}
+    missing = {p for path in paths for p in (path, *path.parents) if not p.exists()}
     lock = folder.root / ".lock"
     try:
-        for place, option in places.items():
-            make_writable(place, option)
+        for path, option in paths.items():
+            make_writable(path, option)
         with FileLock(lock, timeout=0):
             try:
                 yield
             finally:
-                lock.unlink(missing_ok=True)  # while it is ours
+                lock.unlink(missing_ok=True)  # before another process can acquire it
     except Timeout:
         raise FileExistsError(
             f"{folder.root} is in use by another process. Wait for it or stop it, or choose "
@@ -74,50 +88,62 @@ def lock_run_folder(folder: RunFolder) -> Iterator[None]:
         ) from None
     finally:
         for path in sorted(missing, key=lambda path: len(path.parts), reverse=True):
-            with suppress(OSError):  # it holds something, or was never made
+            with suppress(OSError):  # not empty, or never created
                 path.rmdir()
 
 
 def check_run_folder(folder: RunFolder, cfg: DictConfig) -> None:
-    """Never mix two runs in one folder.
+    """Check that a run may write to its folder, so that two runs are never mixed.
+
+    Args:
+        folder: the folders of the run.
+        cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
 
     Raises:
-        FileExistsError: when it holds a run and ``resume`` is off.
-        ValueError: when it holds a run that was started with other settings.
+        FileExistsError: if the folder contains a run and ``resume`` is ``False``.
+        ValueError: if the folder contains a run that was started with other settings.
     """
     file = folder.training / "config.yaml"
     if not file.exists():
         return
     if not cfg.resume:
         raise FileExistsError(
-            f"{folder.training.parent} already holds a run. Continue it with resume=true, or "
+            f"{folder.training.parent} already contains a run. Continue it with resume=true, "
             "choose another seed or log_dir, or delete that folder."
         )
     try:
-        before: Any = OmegaConf.load(file)
+        stored: Any = OmegaConf.load(file)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError):
-        before = None
-    if not isinstance(before, DictConfig):
+        stored = None
+    if not isinstance(stored, DictConfig):
         raise ValueError(
             f"{file} cannot be read: delete the folder {folder.root}, or choose another log_dir."
         )
-    # An option that the release of then did not have had its default.
+    # Options that did not exist when the run was started had their defaults.
     defaults = OmegaConf.structured(config.RunConfig)
     free = _MAY_CHANGE_ON_RESUME if _constant_lr(cfg) else _MAY_CHANGE_ON_RESUME - {"total_steps"}
     changed = [
-        f"{key}: {before.get(key, defaults[key])} -> {cfg[key]}"
+        f"{key}: {stored.get(key, defaults[key])} -> {cfg[key]}"
         for key in config.top_level_options()
-        if key not in free and before.get(key, defaults[key]) != cfg[key]
+        if key not in free and stored.get(key, defaults[key]) != cfg[key]
     ]
     if changed:
         raise ValueError(
             f"resume=true would change the run in {folder.training.parent} "
-            f"({'; '.join(changed)}). Give the values it was started with."
+            f"({'; '.join(changed)}). Use the values it was started with."
         )
 
 
 def fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[str, Any]:
-    """What a checkpoint must share with a run to be continued by it."""
+    """Settings and data that a checkpoint must share with a run that resumes from it.
+
+    Args:
+        cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
+        replay_buffer: the data of the run.
+
+    Returns:
+        The settings that affect the training, and the fingerprint of the data.
+    """
     settings = {
         key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key]
         for key in config.top_level_options()
@@ -129,6 +155,6 @@ def fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[str
 
 
 def _constant_lr(cfg: DictConfig) -> bool:
-    """Whether the training does not depend on ``total_steps``."""
+    """Whether learning rates are constant, so that training does not depend on ``total_steps``."""
     names = (cfg.lr_schedule, cfg.lr_schedule_actor, cfg.lr_schedule_critic)
     return set(names) <= {"constant", None}

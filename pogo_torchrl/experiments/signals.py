@@ -1,4 +1,4 @@
-"""Signals that stop a run, so that it saves first."""
+"""Signal handling: runs save a checkpoint before they stop."""
 
 from __future__ import annotations
 
@@ -12,62 +12,77 @@ from pogo_torchrl.experiments.console import LOGGER
 
 
 class Stoppable(Protocol):
-    """What a signal stops: a run."""
+    """Interface of a run that a signal can stop."""
 
     def stop(self, name: str) -> None:
-        """Save and stop as soon as possible; ``name`` is the signal's."""
+        """Save a checkpoint and stop as soon as possible; ``name`` is the name of the signal."""
 
 
 class Stopped(Exception):
-    """A signal ended the training before its last update."""
+    """Raised when a signal ended the training before the last update.
+
+    Args:
+        step: number of completed updates.
+        reason: name of the signal; ``None``: SIGINT.
+    """
 
     def __init__(self, step: int, reason: str | None) -> None:
-        super().__init__(f"Stopped at update {step}; resume=true continues from there.")
+        super().__init__(f"Stopped at update {step}; continue with resume=true.")
         self.exit_code = 128 + signal.Signals[reason or "SIGINT"]
 
 
 @contextmanager
 def on_signals(handler: Callable[[int], None]) -> Iterator[dict[int, Any]]:
-    """Have SIGINT, SIGTERM and SIGUSR1 call ``handler`` with their number.
+    """Handle SIGINT, SIGTERM and SIGUSR1 within a ``with`` block.
 
-    The context gives what they called before, by number.
+    Args:
+        handler: called with the signal number.
+
+    Returns:
+        Context manager that yields the previous handlers by signal number, and restores them.
     """
-    before = {
+    previous = {
         int(number): signal.signal(number, lambda number, frame: handler(number))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     }
     try:
-        yield before
+        yield previous
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for number, old_handler in previous.items():
+            signal.signal(number, old_handler)
 
 
 @contextmanager
 def stop_on_signals(runs: Sequence[Stoppable]) -> Iterator[None]:
-    """First signal: save and stop after the current updates; the second acts at once.
+    """Save and stop the runs on the first signal, and stop immediately on a second one.
 
-    SIGUSR1 is what Slurm sends ahead of the end of a job's time (``--signal=USR1@60``). It signals
-    every process of a job, and those that started this one may pass it on: within a second of the
-    first, a signal is the same one.
+    Slurm sends SIGUSR1 before the time limit of a job (``--signal=USR1@60``). It signals every
+    process of the job, and parent processes may forward the signal as well. Therefore signals with
+    the same number within one second count as one.
+
+    Args:
+        runs: the runs to stop.
     """
-    asked: dict[int, float] = {}
+    received: dict[int, float] = {}
 
     def handler(number: int) -> None:
-        if number in asked:
-            if time.monotonic() - asked[number] >= 1:
-                signal.signal(number, before[number])
+        if number in received:
+            if time.monotonic() - received[number] >= 1:
+                signal.signal(number, previous[number])
                 signal.raise_signal(number)
             return
-        asked[number] = time.monotonic()
+        received[number] = time.monotonic()
         name = signal.Signals(number).name
-        LOGGER.warning("%s: saving a checkpoint, then stopping (once more stops at once).", name)
+        LOGGER.warning(
+            "%s: saving a checkpoint, then stopping (send the signal again to stop immediately).",
+            name,
+        )
         for one in runs:
             one.stop(name)
 
-    with on_signals(handler) as before:
+    with on_signals(handler) as previous:
         try:
             yield
         finally:
-            for moment in asked.values():  # the same signal may come once more
+            for moment in received.values():  # absorb repetitions of the same signal
                 time.sleep(max(moment + 1 - time.monotonic(), 0))

@@ -1,17 +1,18 @@
-"""Engines that give the jobs of a sweep to Slurm, through submitit; see docs/sweeps.md.
+"""Engines that submit the jobs of a sweep to Slurm through submitit; see docs/sweeps.md.
 
-Each element of a Slurm array carries out a :class:`Batch`: one job, or several side by side on one
-GPU. What has become of a run is read from its folder, as everywhere; whether its job is still there
-is asked of ``squeue``, which every Slurm has (submitit asks ``sacct``, which needs accounting).
+Each element of a Slurm array executes a :class:`Batch`: one job, or several jobs in parallel on one
+GPU. The result of a run is read from its folder, as in all engines. Whether a Slurm job still
+exists is queried with ``squeue``, which is always available (submitit uses ``sacct``, which
+requires accounting).
 
-How a job ends before its runs do:
+A Slurm job may end before its runs do:
 
-* its time is up: Slurm sends USR1 ``signal_delay_s`` before. The runs save, the job has itself
-  queued again and goes on when it is started anew;
-* it is pre-empted with a grace time: Slurm sends TERM, as for ``scancel``, but still counts the job
-  as running. A job that ends now would be over, so this one is queued again, too;
-* it is killed without a warning, or its node is lost: Slurm queues it again if it may; otherwise
-  its runs are failures, and the same command retries them. Either way they go on from their newest
+* Time limit: Slurm sends USR1 ``signal_delay_s`` seconds before. The runs save, and the job
+  requeues itself and resumes when it starts again.
+* Preemption with a grace time: Slurm sends TERM, as for ``scancel``, but still lists the job as
+  running. A job that exits now would not be requeued by Slurm, so it requeues itself as well.
+* Kill without warning, or a lost node: Slurm requeues the job if allowed. Otherwise its runs count
+  as failed and are retried by the same command. In both cases they resume from their newest
   checkpoints.
 """
 
@@ -53,35 +54,35 @@ from pogo_torchrl.files import make_writable
 if TYPE_CHECKING:
     import submitit
 
-# Read when a job imports submitit: the signal that our runs know, not USR2.
-_SIGNAL = {"SUBMITIT_PREEMPT_SIGNAL": "USR1"}
+# Read when submitit is imported in a job: make it use the signal that runs handle, not USR2.
+_SUBMITIT_ENVIRONMENT = {"SUBMITIT_PREEMPT_SIGNAL": "USR1"}
 
-# The longest array that Slurm takes where its administrator has not said otherwise.
+# Slurm's default limit for the size of an array.
 _MAX_ARRAY_SIZE = 1000
 
-# How often a job may run out of time. Only runs that never reach a checkpoint need more.
+# How often a job may reach its time limit. Only runs that never reach a checkpoint need more.
 _MAX_TIMEOUTS = 1000
 
 
 @dataclass
 class Batch:
-    """What one job on the cluster does: jobs of the sweep, all at once.
+    """Work of one job on the cluster: one or several jobs of the sweep, in parallel.
 
     Args:
-        jobs: the jobs.
+        jobs: jobs of the sweep.
     """
 
     jobs: tuple[Job, ...]
 
     def __call__(self) -> None:
-        """Carry out the jobs; where a signal cuts them short that calls for it, be queued again."""
-        requeue: Any = signal.getsignal(signal.SIGUSR1)  # submitit's, which ends the process
+        """Execute the jobs; requeue the Slurm job if its time is up or it is preempted."""
+        requeue: Any = signal.getsignal(signal.SIGUSR1)  # submitit's handler, which exits
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
             threads = max(int(cpus) // len(self.jobs), 1)
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         options = OmegaConf.structured(SweepConfig(jobs=len(self.jobs)))
         try:
-            run_locally(self.jobs, options, _Log())
+            run_locally(self.jobs, options, _PrintReporter())
         except Interrupted as stop:
             number = stop.args[0]
             if number == signal.SIGUSR1 or (number == signal.SIGTERM and _is_still_scheduled()):
@@ -89,15 +90,15 @@ class Batch:
             raise
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What is queued again; called by submitit."""
+        """Work of the requeued job; called by submitit."""
         from submitit.helpers import DelayedSubmission
 
-        # What has failed up to now is tried once more.
+        # New jobs, so that runs that have failed by now are retried.
         return DelayedSubmission(Batch(tuple(Job.of(*job.runs) for job in self.jobs)))
 
 
-class _Log:
-    """The screen of a job: submitit keeps what it prints."""
+class _PrintReporter:
+    """Prints progress to the job's log, which submitit captures."""
 
     def started(self, runs: Sequence[Run]) -> None:
         print("start", *(run.name for run in runs), flush=True)
@@ -109,33 +110,58 @@ class _Log:
 def run_on_slurm(
     jobs: Sequence[Job], options: DictConfig, screen: ProgressReporter
 ) -> list[Outcome]:
-    """The engine ``slurm``: arrays of jobs on a cluster.
+    """Engine ``slurm``: submit arrays of jobs to a cluster and wait for them.
 
     A signal ends the waiting, not the jobs; the same command waits for them again.
+
+    Args:
+        jobs: jobs of the sweep.
+        options: a :class:`~pogo_torchrl.experiments.config.SweepConfig`.
+        screen: receives progress.
+
+    Returns:
+        One outcome per run.
+
+    Raises:
+        ValueError: if ``sbatch`` does not exist or rejects a job.
+        ImportError: if submitit is not installed.
+        Interrupted: if a signal ended the waiting.
     """
     if shutil.which("sbatch") is None:
         raise ValueError(
-            "launcher=slurm, but there is no sbatch here: start the sweep where jobs are submitted "
-            "to Slurm, or use launcher=local."
+            "launcher=slurm needs the command sbatch, which was not found: start the sweep where "
+            "jobs can be submitted to Slurm, or use launcher=local."
         )
-    return _run(_Slurm(jobs, options), jobs, options.slurm.runs_per_job, screen)
+    return _submit_and_wait(_SlurmBackend(jobs, options), jobs, options.slurm.runs_per_job, screen)
 
 
 def run_by_submitit(
     jobs: Sequence[Job], options: DictConfig, screen: ProgressReporter
 ) -> list[Outcome]:
-    """The engine ``submitit_local``: what the cluster would do, in processes here, all at once.
+    """Engine ``submitit_local``: execute the cluster's jobs as local processes, all at once.
 
-    A signal is passed on to the jobs, whose runs save and stop.
+    A signal is forwarded to the jobs, whose runs save and stop.
+
+    Args:
+        jobs: jobs of the sweep.
+        options: a :class:`~pogo_torchrl.experiments.config.SweepConfig`.
+        screen: receives progress.
+
+    Returns:
+        One outcome per run.
+
+    Raises:
+        ImportError: if submitit is not installed.
+        Interrupted: if a signal ended the sweep.
     """
-    return _run(_Local(jobs, options), jobs, options.slurm.runs_per_job, screen)
+    return _submit_and_wait(_LocalBackend(jobs, options), jobs, options.slurm.runs_per_job, screen)
 
 
-class _Cluster:
-    """Where batches go."""
+class _Backend:
+    """Base class of the systems that batches are submitted to."""
 
     poll_seconds: float
-    """Seconds between two questions for its states."""
+    """Seconds between two queries of the job states."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.folder = Path(jobs[0].runs[0].cfg.log_dir) / ".submitit"
@@ -143,35 +169,35 @@ class _Cluster:
         self.executor: submitit.Executor
 
     def submit(self, batches: Sequence[Batch]) -> list[str]:
-        """Hand over batches; the numbers of their jobs."""
+        """Submit batches; returns the IDs of their jobs."""
         from submitit.core.utils import FailedJobError
 
-        numbers: list[str] = []
+        job_ids: list[str] = []
         for i in range(0, len(batches), _MAX_ARRAY_SIZE):
             try:
                 jobs = self.executor.submit_array(batches[i : i + _MAX_ARRAY_SIZE])
             except FailedJobError as error:
                 raise ValueError(
-                    f"sbatch refuses the job: {error}; see the options slurm.*"
+                    f"sbatch rejected the job: {error}; check the options slurm.*"
                 ) from error
             self.submitted(jobs)
-            numbers += [job.job_id for job in jobs]
-        return numbers
+            job_ids += [job.job_id for job in jobs]
+        return job_ids
 
     def submitted(self, jobs: Sequence[submitit.Job]) -> None:
-        """Called with the jobs that batches have become."""
+        """Called with the jobs after each submission."""
 
     def states(self) -> dict[str, str] | None:
-        """The states of the jobs that have not ended; none while they cannot be told."""
+        """States of all jobs that have not ended, by ID; ``None`` if they are not available."""
         raise NotImplementedError
 
     def stop(self, number: int, ids: Sequence[str]) -> None:
-        """A signal ends the sweep."""
+        """Called when a signal ends the sweep, with the IDs of the remaining jobs."""
         raise NotImplementedError
 
 
-class _Slurm(_Cluster):
-    poll_seconds = 10.0  # many users ask the same controller
+class _SlurmBackend(_Backend):
+    poll_seconds = 10.0  # the controller serves many users
 
     def __init__(self, jobs: Sequence[Job], options: DictConfig) -> None:
         super().__init__(jobs)
@@ -188,25 +214,25 @@ class _Slurm(_Cluster):
                 "signal": f"USR1@{wanted.signal_delay_s}",
                 **wanted.additional_parameters,
             },
-            "setup": [f"export {name}={value}" for name, value in _SIGNAL.items()],
+            "setup": [f"export {name}={value}" for name, value in _SUBMITIT_ENVIRONMENT.items()],
         }
-        self.executor = _submitit().SlurmExecutor(self.folder, max_num_timeout=_MAX_TIMEOUTS)
+        self.executor = _import_submitit().SlurmExecutor(self.folder, max_num_timeout=_MAX_TIMEOUTS)
         self.executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
 
     def states(self) -> dict[str, str] | None:
-        return _states()
+        return _query_squeue()
 
     def stop(self, number: int, ids: Sequence[str]) -> None:
         arrays = sorted({job_id.partition("_")[0] for job_id in ids})
-        print(f"The jobs stay in Slurm's queue; scancel {' '.join(arrays)} ends them.")
+        print(f"The jobs stay in Slurm's queue; cancel them with scancel {' '.join(arrays)}.")
 
 
-class _Local(_Cluster):
+class _LocalBackend(_Backend):
     poll_seconds = 0.5
 
     def __init__(self, jobs: Sequence[Job], options: DictConfig) -> None:
         super().__init__(jobs)
-        self.executor = _submitit().LocalExecutor(self.folder, max_num_timeout=_MAX_TIMEOUTS)
+        self.executor = _import_submitit().LocalExecutor(self.folder, max_num_timeout=_MAX_TIMEOUTS)
         self.executor.update_parameters(
             timeout_min=options.slurm.timeout_min,
             signal_delay_s=options.slurm.signal_delay_s,
@@ -221,26 +247,26 @@ class _Local(_Cluster):
         return {job.job_id: "RUNNING" for job in self._jobs if not job.done()}
 
     def stop(self, number: int, ids: Sequence[str]) -> None:
-        for process in self.states():  # submitit's number of a job here
+        for process in self.states():  # the ID of a local job is its process ID
             os.kill(int(process), signal.SIGTERM)
         while self.states():
             time.sleep(0.1)
 
 
-def _submitit() -> Any:
-    os.environ.update(_SIGNAL)
+def _import_submitit() -> Any:
+    os.environ.update(_SUBMITIT_ENVIRONMENT)
     try:
         import submitit
     except ImportError as error:
         raise ImportError(
-            "this launcher needs submitit: pip install 'pogo_torchrl[slurm]', or use "
-            "launcher=local."
+            "this launcher needs submitit, which is not installed: pip install "
+            "'pogo_torchrl[slurm]', or use launcher=local."
         ) from error
     return submitit
 
 
-def _states() -> dict[str, str] | None:
-    """The states of this user's jobs; none where Slurm does not answer."""
+def _query_squeue() -> dict[str, str] | None:
+    """States of this user's jobs by ID; ``None`` if Slurm does not respond."""
     command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -250,71 +276,74 @@ def _states() -> dict[str, str] | None:
 
 
 def _is_still_scheduled() -> bool:
-    """In a job that got SIGTERM: whether Slurm would have it go on, i.e. it is no scancel."""
-    return (_states() or {}).get(_submitit().JobEnvironment().job_id) == "RUNNING"
+    """In a job that received SIGTERM: whether it was preempted rather than cancelled by scancel."""
+    return (_query_squeue() or {}).get(_import_submitit().JobEnvironment().job_id) == "RUNNING"
 
 
-def _run(
-    cluster: _Cluster, jobs: Sequence[Job], runs_per_job: int, screen: ProgressReporter
+def _submit_and_wait(
+    backend: _Backend, jobs: Sequence[Job], runs_per_job: int, screen: ProgressReporter
 ) -> list[Outcome]:
-    numbers = _queued(cluster)
+    job_ids = _queued_runs(backend)
     held = [
         run
         for job in jobs
         for run in job.runs
-        if run.name not in numbers and run_state(run) == RUNNING  # by another kind of sweep
+        if run.name not in job_ids and run_state(run) == RUNNING  # e.g. by a local sweep
     ]
-    new = [job for job in jobs if not any(r in held or r.name in numbers for r in job.runs)]
+    new = [job for job in jobs if not any(r in held or r.name in job_ids for r in job.runs)]
     batches = [Batch(tuple(new[i : i + runs_per_job])) for i in range(0, len(new), runs_per_job)]
-    for number, batch in zip(cluster.submit(batches), batches):
+    for job_id, batch in zip(backend.submit(batches), batches):
         names = [run.name for job in batch.jobs for run in job.runs]
-        (cluster.folder / f"{number}.json").write_text(json.dumps(names))
-        numbers.update(dict.fromkeys(names, number))
-    waiting = {run: numbers[run.name] for job in jobs for run in job.runs if run.name in numbers}
+        (backend.folder / f"{job_id}.json").write_text(json.dumps(names))
+        job_ids.update(dict.fromkeys(names, job_id))
+    waiting = {run: job_ids[run.name] for job in jobs for run in job.runs if run.name in job_ids}
 
     def stop(number: int) -> NoReturn:
-        cluster.stop(number, list(waiting.values()))
+        backend.stop(number, list(waiting.values()))
         raise Interrupted(number)
 
     with on_signals(stop):
-        return [Outcome(run, HELD) for run in held] + _wait(waiting, cluster, screen)
+        return [Outcome(run, HELD) for run in held] + _wait_for_runs(waiting, backend, screen)
 
 
-def _queued(cluster: _Cluster) -> dict[str, str]:
-    """The runs that jobs of an earlier start of the sweep still have, and the jobs' numbers."""
-    alive = cluster.states() or {}
-    files = [file for file in cluster.folder.glob("*.json") if file.stem in alive]
+def _queued_runs(backend: _Backend) -> dict[str, str]:
+    """Job IDs, by run name, of the jobs that an earlier start of the sweep has submitted."""
+    alive = backend.states() or {}
+    files = [file for file in backend.folder.glob("*.json") if file.stem in alive]
     return {name: file.stem for file in files for name in json.loads(file.read_text())}
 
 
-def _wait(waiting: dict[Run, str], cluster: _Cluster, screen: ProgressReporter) -> list[Outcome]:
-    """Tell of runs, given with the numbers of their jobs, as they start and end, until all have."""
+def _wait_for_runs(
+    waiting: dict[Run, str], backend: _Backend, screen: ProgressReporter
+) -> list[Outcome]:
+    """Wait for runs, given with the IDs of their jobs, and report when they start and end."""
     outcomes: list[Outcome] = []
-    made = {run: completed_updates(run) for run in waiting}
-    begun = dict.fromkeys(waiting, time.monotonic())
-    before: dict[str, str] = {}
-    missed: set[str] = set()
+    initial_updates = {run: completed_updates(run) for run in waiting}
+    start = dict.fromkeys(waiting, time.monotonic())
+    previous: dict[str, str] = {}
+    missing: set[str] = set()
     while waiting:
-        time.sleep(cluster.poll_seconds)
-        states = cluster.states()
+        time.sleep(backend.poll_seconds)
+        states = backend.states()
         if states is None:
             continue
-        for run, number in list(waiting.items()):
-            if states.get(number) == "RUNNING" != before.get(number):  # also when it goes on
+        for run, job_id in list(waiting.items()):
+            if states.get(job_id) == "RUNNING" != previous.get(job_id):  # also after a requeue
                 screen.started([run])
-                begun[run] = time.monotonic()
-            # Files made elsewhere may show late: a job must be missed twice.
-            if is_done(run) or (number not in states and number in missed):
-                seconds, updates = time.monotonic() - begun[run], completed_updates(run) - made[run]
-                outcomes.append(_outcome(run, number, cluster.folder, seconds, max(updates, 0)))
+                start[run] = time.monotonic()
+            # Files written on other nodes may appear late: wait until a job is missing twice.
+            if is_done(run) or (job_id not in states and job_id in missing):
+                seconds = time.monotonic() - start[run]
+                updates = max(completed_updates(run) - initial_updates[run], 0)
+                outcomes.append(_final_outcome(run, job_id, backend.folder, seconds, updates))
                 screen.ended(outcomes[-1])
                 del waiting[run]
-        before, missed = states, {number for number in waiting.values() if number not in states}
+        previous, missing = states, {i for i in waiting.values() if i not in states}
     return outcomes
 
 
-def _outcome(run: Run, number: str, folder: Path, seconds: float, updates: int) -> Outcome:
-    """What has become of a run whose job has ended."""
+def _final_outcome(run: Run, job_id: str, folder: Path, seconds: float, updates: int) -> Outcome:
+    """Outcome of a run whose job has ended."""
     if is_done(run):
         return Outcome(run, DONE, "", seconds, updates)
     if run_state(run) == RUNNING:
@@ -324,8 +353,8 @@ def _outcome(run: Run, number: str, folder: Path, seconds: float, updates: int) 
         found["error"]
         if found
         else (
-            f"its job {number} ended before the run did (scancel, time, memory, a lost node); see "
-            f"{folder / number}_0_log.err"
+            f"its job {job_id} ended before the run did (scancel, time limit, memory or lost "
+            f"node); see {folder / job_id}_0_log.err"
         )
     )
     return Outcome(run, FAILED, error, seconds, updates)

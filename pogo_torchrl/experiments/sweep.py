@@ -1,4 +1,4 @@
-"""The command line of sweeps: plan, runs, report."""
+"""Command ``pogo sweep``: plan, execute and report many runs."""
 
 from __future__ import annotations
 
@@ -41,34 +41,36 @@ ENGINES: dict[str, Callable[[Sequence[Job], DictConfig, ProgressReporter], list[
     "slurm": run_on_slurm,
     "submitit_local": run_by_submitit,
 }
-"""What carries out the jobs, by the name that ``launcher`` takes; see `jobs`."""
+"""Engines by the value of ``launcher``; see :mod:`pogo_torchrl.experiments.jobs`."""
 
 
 STACKABLE = ("fast", "exact")
-"""Values of ``w2_backend`` that give each run of a stack what it gets alone."""
+"""Values of ``w2_backend`` for which a run in a stack equals a single run."""
 
 
-# Seconds between two looks at runs that another process holds.
+# Seconds between two checks of runs that are locked by another process.
 _POLL_SECONDS = 2.0
 
 
 def sweep(arguments: Sequence[str]) -> int:
-    """Plan and carry out a sweep; the work of ``examples/pogo_sweep.py``.
+    """Plan and execute a sweep, then write the report; this is ``pogo sweep``.
 
     Args:
-        arguments: ``"option=value"``, see
-            :class:`~pogo_torchrl.experiments.config.SweepConfig`.
+        arguments: options of :class:`~pogo_torchrl.experiments.config.SweepConfig` as
+            ``option=value``.
 
     Returns:
-        The exit code: 0 when all runs are done, 1 when any has failed.
+        The exit code: 0 if all runs are done, 1 if any has failed.
 
     Raises:
-        ValueError: for what cannot be a sweep; the message names it.
-        OSError: when the disk cannot take the runs.
+        ValueError: for invalid options or an invalid sweep file.
+        OSError: if the disk is too small for the runs, or not writable.
     """
     options, overrides = sweep_options(arguments)
     if options.sweep is None:
-        raise ValueError("sweep is missing: give a sweep file, or the name of one (--help).")
+        raise ValueError(
+            "sweep is missing: write sweep=FILE, or the name of a bundled sweep (--help)."
+        )
     if options.launcher not in ENGINES:
         raise ValueError(
             f"launcher={options.launcher} is unknown; choose one of {', '.join(ENGINES)}."
@@ -87,7 +89,7 @@ def sweep(arguments: Sequence[str]) -> int:
     failed = _execute(jobs, options, screen)
     print(f"{len(runs) - len(failed)} of {len(runs)} runs are done.")
     if failed:
-        print("Failed, and tried again by the same command:")
+        print("Failed (run the same command again to retry):")
         print("\n".join(f"  {outcome.run.name}: {outcome.error}" for outcome in failed))
     if len(failed) < len(runs):
         report.write_report(runs[0].cfg.log_dir, options.results_dir)
@@ -96,24 +98,32 @@ def sweep(arguments: Sequence[str]) -> int:
 
 
 def make_jobs(runs: Sequence[Run], *, stack: bool = False) -> list[Job]:
-    """One job for each run, or for those that can be trained together.
+    """Group runs into jobs.
+
+    Args:
+        runs: the runs.
+        stack: whether to train runs together where possible. Defaults to ``False``: one job per
+            run.
+
+    Returns:
+        The jobs.
 
     Raises:
-        ValueError: when a run's distance cannot be computed for a stack.
+        ValueError: if the ``w2_backend`` of a run cannot be used in a stack.
     """
     if not stack:
         return [Job.of(run) for run in runs]
     for run in runs:
         if run.cfg.w2_backend not in STACKABLE:
             raise ValueError(
-                f"stack=true needs w2_backend={' or '.join(STACKABLE)}, {run.name} has "
-                f"{run.cfg.w2_backend}: GeomLoss's schedule depends on the whole batch of a run."
+                f"stack=true needs w2_backend={' or '.join(STACKABLE)}, but {run.name} has "
+                f"{run.cfg.w2_backend}, whose schedule depends on the whole batch of a run."
             )
     return [Job.of(*group) for group in group_stackable(runs)]
 
 
 def _execute(jobs: Sequence[Job], options: DictConfig, screen: Progress) -> list[Outcome]:
-    """All jobs to their end, those that other processes hold at last; the failures."""
+    """Execute all jobs, waiting for runs that other processes have locked; returns failures."""
     failed: list[Outcome] = []
     while jobs:
         outcomes = ENGINES[options.launcher](jobs, options, screen)
@@ -127,53 +137,62 @@ def _execute(jobs: Sequence[Job], options: DictConfig, screen: Progress) -> list
 
 
 class Progress:
-    """A line as each run starts and ends, with the time that is left."""
+    """Prints a line when a run starts or ends, with an estimate of the remaining time.
+
+    Args:
+        runs: the runs that are to be executed.
+    """
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self._left = {run.name: remaining_updates(run) for run in runs}
+        self._remaining = {run.name: remaining_updates(run) for run in runs}
         self._total = len(runs)
-        self._made = 0
-        self._begun = time.monotonic()
+        self._completed_updates = 0
+        self._start = time.monotonic()
         self._lock = threading.Lock()
-        self._waits = False
+        self._is_waiting = False
 
     def started(self, runs: Sequence[Run]) -> None:
-        """Tell that a process has been started."""
+        """Print that runs have been started."""
         with self._lock:
             for run in runs:
                 print(f"start   {run.name}", flush=True)
 
     def ended(self, outcome: Outcome) -> None:
-        """Tell how a run has ended."""
+        """Print the outcome of a run."""
         if outcome.status == HELD or (outcome.status == STOPPED and not outcome.seconds):
-            return  # nothing has happened
+            return  # the run was not started
         with self._lock:
-            self._left.pop(outcome.run.name)
-            self._made += outcome.updates
-            number = self._total - len(self._left)
-            rest = ""
-            if self._left and self._made and outcome.status != STOPPED:
-                speed = self._made / (time.monotonic() - self._begun)
-                rest = f"; about {format_duration(sum(self._left.values()) / speed)} left"
-            how = outcome.status
+            self._remaining.pop(outcome.run.name)
+            self._completed_updates += outcome.updates
+            number = self._total - len(self._remaining)
+            left = ""
+            if self._remaining and self._completed_updates and outcome.status != STOPPED:
+                speed = self._completed_updates / (time.monotonic() - self._start)
+                left = f"; about {format_duration(sum(self._remaining.values()) / speed)} left"
+            status = outcome.status
             if outcome.seconds:
-                how += f" after {format_duration(outcome.seconds)}"
+                status += f" after {format_duration(outcome.seconds)}"
             elif outcome.status == DONE:
-                how += " by another process"
+                status += " by another process"
             error = f" ({outcome.error})" if outcome.error else ""
             print(
-                f"{number:>3}/{self._total:<3} {outcome.run.name}: {how}{error}{rest}", flush=True
+                f"{number:>3}/{self._total:<3} {outcome.run.name}: {status}{error}{left}",
+                flush=True,
             )
 
     def waiting(self, number: int) -> None:
-        """Tell, once, that other processes are at the runs that are left."""
-        if not self._waits:
-            print(f"Waiting for {number} runs that other processes are at.", flush=True)
-        self._waits = True
+        """Print, once, that the remaining runs are locked by other processes.
+
+        Args:
+            number: how many runs remain.
+        """
+        if not self._is_waiting:
+            print(f"Waiting for {number} runs in progress in other processes.", flush=True)
+        self._is_waiting = True
 
 
 def _table(states: dict[Run, str]) -> str:
-    """Runs by task and weights, with the states of their seeds."""
+    """Table of the runs by task and weights, with the states of their seeds."""
     rows = []
     for (task, weights), runs in groupby(
         states, lambda run: (run.cfg.task, ", ".join(f"{w:g}" for w in run.cfg.w2_weights))
@@ -181,45 +200,47 @@ def _table(states: dict[Run, str]) -> str:
         seeds: dict[str, list[str]] = {}
         for run in runs:
             seeds.setdefault(states[run], []).append(str(run.cfg.seed))
-        found = "; ".join(f"{', '.join(numbers)} {what}" for what, numbers in seeds.items())
-        rows.append((task, weights, found))
+        cell = "; ".join(f"{', '.join(group)} {state}" for state, group in seeds.items())
+        rows.append((task, weights, cell))
     rows = [("task", "w2_weights", "seeds"), *rows]
     first, second = (max(len(row[i]) for row in rows) + 2 for i in (0, 1))
-    lines = [f"  {task:<{first}}{weights:<{second}}{found}" for task, weights, found in rows]
-    for run, what in states.items():
+    lines = [f"  {task:<{first}}{weights:<{second}}{cell}" for task, weights, cell in rows]
+    for run, state in states.items():
         earlier = last_failure(run.folder)
-        if what == FAILED_BEFORE and earlier is not None:
+        if state == FAILED_BEFORE and earlier is not None:
             lines.append(f"  {run.name} failed before: {earlier['error']}")
-        elif what == CONFLICT:
-            lines.append(f"  {run.name} holds a run with other settings and will fail")
+        elif state == CONFLICT:
+            lines.append(f"  {run.name} will fail: its folder contains a run with other settings")
     return "\n".join(lines)
 
 
 def _help() -> str:
-    own, of_runs = config.options(SweepConfig), config.options()
+    all_options, run_options = config.options(SweepConfig), config.options()
+    own = {name: help for name, help in all_options.items() if name not in run_options}
     return "\n".join(
         [
-            "Many runs, from a sweep file to a table; the same command continues unfinished ones.",
+            "Execute all runs of a sweep file and report on them. Run the same command again to "
+            "continue unfinished runs.",
             "",
             "  pogo sweep sweep=FILE [option=value ...]",
             "",
             "Options:",
-            *config.option_lines({name: own[name] for name in own if name not in of_runs}),
+            *config.option_lines(own),
             "",
-            "and those of `pogo train`, for all runs (`pogo train --help` lists them).",
+            "The options of `pogo train` apply to all runs; `pogo train --help` lists them.",
         ]
     )
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command ``pogo sweep``.
+    """Run ``pogo sweep``.
+
+    Exit codes: 0 if all runs are done; 1 if any has failed; 2 for invalid input or a full disk,
+    with a one-line message; 128 + signal number if stopped by a signal.
 
     Args:
         arguments: options of :class:`~pogo_torchrl.experiments.config.SweepConfig` as
             ``option=value`` or ``--option value``.
-
-    Exit codes: 0 when all runs are done, 1 when any has failed, 2 for bad input, after one
-    sentence; 128 + signal when stopped.
     """
     if wants_help(arguments):
         print(_help())
@@ -228,7 +249,7 @@ def main(arguments: Sequence[str]) -> None:
         with on_signals(_interrupt):
             code = sweep(from_flags(arguments, SweepConfig, hydra=False))
     except Interrupted as stop:
-        print("Stopped; the same command continues from here.", file=sys.stderr)
+        print("Stopped; run the same command again to continue.", file=sys.stderr)
         sys.exit(128 + stop.args[0])
     except (ValueError, OSError, ImportError) as error:
         exit_with_error(error)

@@ -1,20 +1,20 @@
-"""Sweep files: what they say, as a list of runs. Starts nothing and writes nothing.
+"""Sweep files: parsing and expansion to a list of runs. Starts and writes nothing.
 
 A sweep file is YAML::
 
-    common:                     # of all runs: seeds, and any option of pogo_offline.py
+    common:                     # for all runs: seeds, and any option of pogo train
       total_steps: 1000000
       eval_interval: 10000
       seeds: [0, 1, 2]
     sinkhorn: {K: 4, blur: 0.05, backend: fast}
-    environments:               # of one task: any option again, and its w2_weights
+    environments:               # per task: its w2_weights, and any option of pogo train
       hopper:
         medium:
           w2_weights_base: [0.2, 0.2]
           w2_weights_third: [0.1, 0.2, 0.3]
           learning_rate: 3e-4
 
-What a task says goes before what ``common`` says, and the command line before both.
+Options of a task take precedence over ``common``, and the command line over both.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from pogo_torchrl.experiments import config
 from pogo_torchrl.experiments.overrides import check_options, check_overrides, compose
 from pogo_torchrl.experiments.run_folder import RunFolder
 
-# Names of the original code, and of the section sinkhorn.
+# Option names of the original code, and of the section sinkhorn.
 _ALIASES = {"max_timesteps": "total_steps", "eval_freq": "eval_interval", "learning_rate": "lr"}
 _SINKHORN = {"K": "num_samples", "blur": "blur", "backend": "w2_backend"}
 _WEIGHTS = ("w2_weights", "w2_weights_base", "w2_weights_third", "w2_weights_grid")
 
-# What tells the runs apart or keeps them apart is the sweep's to set.
+# Options that distinguish the runs or separate their files are set by the sweep.
 _RESERVED = {
     "task": "write it as a key of environments in the sweep file",
     "seed": "write seeds: [0, 1, 2] in the sweep file",
-    "resume": "leave it out, a sweep goes on with what is there",
+    "resume": "leave it out, a sweep always resumes unfinished runs",
     "checkpoint_dir": "leave it out, each run keeps its checkpoints in its folder below log_dir",
 }
 
-# More take more memory, and gain nothing on a processor.
+# Larger stacks need more memory and are not faster on a CPU.
 MAX_STACK_SIZE = 16
 
-# Far beyond any study; a typo in a grid can ask for billions.
+# Far beyond any study, but a typo in a grid can ask for billions.
 _MAX_RUNS = 10_000
 
 
@@ -63,8 +63,8 @@ class Run:
     """One run of a sweep.
 
     Args:
-        arguments: the options of ``pogo_offline.py`` that make it, ``"option=value"``.
-        cfg: the same, composed.
+        arguments: options of ``pogo train`` that start the run, as ``option=value``.
+        cfg: the :class:`~pogo_torchrl.experiments.config.RunConfig` composed from them.
     """
 
     arguments: tuple[str, ...]
@@ -72,17 +72,17 @@ class Run:
 
     @property
     def folder(self) -> RunFolder:
-        """Where it writes."""
+        """Folders of the run."""
         return RunFolder.of(self.cfg)
 
     @property
     def name(self) -> str:
-        """Its folder below ``log_dir``, for people: ``hopper-medium-v2/w2_0.1_0.5/seed_0``."""
+        """Folder of the run below ``log_dir``, e.g. ``hopper-medium-v2/w2_0.1_0.5/seed_0``."""
         return self.folder.root.relative_to(self.cfg.log_dir).as_posix()
 
 
 def sweep_names() -> list[str]:
-    """Names of the sweep files in the package.
+    """Names of the bundled sweep files.
 
     Example:
         >>> sweep_names()
@@ -93,15 +93,19 @@ def sweep_names() -> list[str]:
 
 
 def read_sweep(name: str, overrides: Sequence[str] = ()) -> list[Run]:
-    r"""The runs that a sweep file asks for, in its order: tasks, weights, seeds.
+    r"""Expand a sweep file to its runs, ordered by task, weights and seed.
 
     Args:
-        name: a file, or one of :func:`sweep_names`.
-        overrides: options ``"option=value"`` for all runs; they win over the file.
+        name: path of a sweep file, or one of :func:`sweep_names`.
+        overrides: options for all runs as ``option=value``; they take precedence over the file.
+            Defaults to none.
+
+    Returns:
+        The runs.
 
     Raises:
-        ValueError: for what cannot be a sweep; the message names the file, the key and its value,
-            and what is allowed.
+        ValueError: for an invalid sweep file; the message names the file, the key, its value, and
+            the allowed values.
 
     Example:
         >>> import tempfile
@@ -125,9 +129,9 @@ def read_sweep(name: str, overrides: Sequence[str] = ()) -> list[Run]:
     for override in overrides:
         key = override.partition("=")[0]
         if key == "w2_weights":
-            raise ValueError(f"{override}: the weights tell the runs apart; write them in {name}.")
+            raise ValueError(f"{override}: the weights differ between runs; set them in {name}.")
         if key in _RESERVED:
-            raise ValueError(f"{override} cannot hold for all runs: {_RESERVED[key]}.")
+            raise ValueError(f"{override} cannot apply to all runs: {_RESERVED[key]}.")
     path = _find(name)
     content = _load(path)
     try:
@@ -147,21 +151,21 @@ def _find(name: str) -> Path:
             str(resources.files("pogo_torchrl.experiments") / "conf" / "sweep" / f"{name}.yaml")
         )
     raise ValueError(
-        f"sweep={name} is no file, and none of the package's sweeps ({', '.join(sweep_names())})."
+        f"sweep={name} is neither a file nor a bundled sweep ({', '.join(sweep_names())})."
     )
 
 
 def _load(path: Path) -> dict[str, Any]:
-    # OmegaConf's reader: 3e-4 is a number to it (text to PyYAML), and a key given twice an error.
+    # OmegaConf reads 3e-4 as a number, unlike PyYAML, and rejects duplicate keys.
     try:
         content = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML that can be read: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     return _section(content, str(path), ("common", "sinkhorn", "environments"))
 
 
 def _section(content: Any, where: str, known: Sequence[str] = ()) -> dict[str, Any]:
-    """A mapping (or nothing), with keys that are known where these are given."""
+    """Check that a section is a mapping (or empty), with known keys if these are given."""
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -169,7 +173,7 @@ def _section(content: Any, where: str, known: Sequence[str] = ()) -> dict[str, A
     for key in content:
         if known and key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}."
             raise ValueError(f"{where}: {key} is unknown; {hint}")
     return {str(key): value for key, value in content.items()}
 
@@ -178,7 +182,7 @@ def _runs(content: dict[str, Any], overrides: Sequence[str]) -> Iterator[Run]:
     common = _options(content.get("common"), "common")
     names = {**_SINKHORN, "num_samples": "num_samples"}
     sinkhorn = _section(content.get("sinkhorn"), "sinkhorn", list(names))
-    common = _merged(
+    common = _merge(
         common, _options({names[key]: v for key, v in sinkhorn.items()}, "sinkhorn"), "sinkhorn"
     )
     tasks = list(_tasks(content.get("environments")))
@@ -197,64 +201,65 @@ def _runs(content: dict[str, Any], overrides: Sequence[str]) -> Iterator[Run]:
             raise ValueError(f"{where}: {error}") from error
 
 
-def _merged(left: dict[str, Any], right: dict[str, Any], where: str) -> dict[str, Any]:
+def _merge(left: dict[str, Any], right: dict[str, Any], where: str) -> dict[str, Any]:
     for key in left.keys() & right.keys():
         raise ValueError(f"{where}: {key} is given twice; give it once.")
     return {**left, **right}
 
 
 def _tasks(environments: Any) -> Iterator[tuple[str, Any, str]]:
-    """Task, section, place of each, be it ``hopper: {medium: ...}`` or ``hopper-medium: ...``."""
+    """Task, section and key of each entry, ``hopper: {medium: ...}`` or ``hopper-medium: ...``."""
     for name, levels in _section(environments, "environments").items():
         where = f"environments.{name}"
-        if _task(name) in config.tasks():
-            yield _task(name), levels, where
+        if _task_name(name) in config.tasks():
+            yield _task_name(name), levels, where
             continue
         known = {task for task in config.tasks() if task.startswith(f"{name}-")}
         if not known:
             names = sorted({task.partition("-")[0] for task in config.tasks()})
             near = difflib.get_close_matches(name, [*names, *config.tasks()], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}."
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}."
             raise ValueError(f"environments: {name} is unknown; {hint}")
         for level, section in _section(levels, where).items():
-            task = _task(f"{name}-{level}")
+            task = _task_name(f"{name}-{level}")
             if task not in known:
                 allowed = [t.removeprefix(f"{name}-").removesuffix("-v2") for t in sorted(known)]
                 raise ValueError(f"{where}: {level} is unknown; choose from {', '.join(allowed)}.")
             yield task, section, f"{where}.{level}"
 
 
-def _task(name: str) -> str:
+def _task_name(name: str) -> str:
+    """Name of a task with its version, which may be omitted in the file."""
     return f"{name.removesuffix('-v2')}-v2"
 
 
 def _options(section: Any, where: str) -> dict[str, Any]:
-    """The options in a section by the names of the command line, their types checked."""
+    """Options of a section under their command-line names, with types checked."""
     options: dict[str, Any] = {}
-    for given, value in _flat(_section(section, where)):
+    for given, value in _flatten(_section(section, where)):
         key = _ALIASES.get(given, given)
         if key in _RESERVED:
-            raise ValueError(f"{where}: {key} cannot stand here: {_RESERVED[key]}.")
+            raise ValueError(f"{where}: {key} is not allowed here: {_RESERVED[key]}.")
         if key not in (*_WEIGHTS, "seeds"):
             try:
                 check_overrides([f"{key}={_to_override(value)}"])
             except ValueError as error:
                 raise ValueError(f"{where}.{given}: {error}") from error
-        options = _merged(options, {key: value}, where)
+        options = _merge(options, {key: value}, where)
     return options
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``data: {size: 1}`` as ``data.size: 1``."""
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Flatten ``data: {size: 1}`` to ``data.size: 1``."""
     for key, value in section.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def _to_override(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Format a value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
@@ -285,7 +290,7 @@ def _task_runs(task: str, settings: dict[str, Any], overrides: Sequence[str]) ->
 
 
 def _weights(given: dict[str, Any]) -> list[list[float]]:
-    """The chains' weights; none where the task's preset decides."""
+    """Weights of each chain; empty if the task's preset sets them."""
     for key, value in given.items():
         lists = value if key == "w2_weights_grid" and isinstance(value, list) else [value]
         if not lists or not all(map(_are_numbers, lists)):
@@ -301,17 +306,17 @@ def _weights(given: dict[str, Any]) -> list[list[float]]:
         base = given["w2_weights_base"]
         if len(base) != 2:
             raise ValueError(
-                f"w2_weights_base={base} must hold two numbers, to which w2_weights_third adds the "
-                "third; w2_weights_grid takes chains of any length."
+                f"w2_weights_base={base} must have two numbers, to which w2_weights_third adds the "
+                "third; use w2_weights_grid for chains of any length."
             )
         candidates = [*([weight] for weight in base), given["w2_weights_third"]]
     else:
         raise ValueError(
-            f"{' and '.join(given)} are no way to give weights: give w2_weights, or "
+            f"{' and '.join(given)} cannot be used in this combination: give either w2_weights, "
             "w2_weights_base with w2_weights_third, or w2_weights_grid."
         )
     if math.prod(map(len, candidates)) > _MAX_RUNS:
-        raise ValueError(f"the weights make more than {_MAX_RUNS} chains; give fewer of them.")
+        raise ValueError(f"the weights give more than {_MAX_RUNS} chains; use fewer weights.")
     return [list(chain) for chain in itertools.product(*candidates)]
 
 
@@ -324,31 +329,37 @@ def _are_numbers(values: Any) -> bool:
 
 
 def _check_distinct(runs: Sequence[Run]) -> None:
-    """Every run in a folder of its own, all below one."""
+    """Check that all runs have different folders below the same ``log_dir``."""
     if len(runs) > _MAX_RUNS:
-        raise ValueError(f"{len(runs)} runs are more than {_MAX_RUNS}; give fewer of them.")
+        raise ValueError(f"{len(runs)} runs are more than {_MAX_RUNS}; use fewer runs.")
     folders: set[Path] = set()
     for run in runs:
         if run.cfg.log_dir != runs[0].cfg.log_dir:
             raise ValueError(
-                f"log_dir is {runs[0].cfg.log_dir} and {run.cfg.log_dir}; give one for all runs, "
-                "in common or on the command line."
+                f"log_dir is {runs[0].cfg.log_dir} and {run.cfg.log_dir}; set the same for all "
+                "runs, in common or on the command line."
             )
         if run.folder.root in folders:
-            raise ValueError(f"the run {run.name} is asked for twice; ask for it once.")
+            raise ValueError(f"the run {run.name} is listed twice; list it once.")
         folders.add(run.folder.root)
 
 
 def group_stackable(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs that can be trained as one batched computation, together.
+    """Group runs that can be trained as one batched computation.
 
-    They differ in ``seed``, ``w2_weights`` (of one length) and ``alpha`` only.
+    Runs in a group differ only in ``seed``, ``w2_weights`` (of equal length) and ``alpha``.
+
+    Args:
+        runs: the runs.
+
+    Returns:
+        Groups of at most :data:`MAX_STACK_SIZE` runs.
     """
     found: dict[str, list[list[Run]]] = {}
     for run in runs:
         shared = {k: v for k, v in run.cfg.items() if k not in ("seed", "w2_weights", "alpha")}
-        kind = OmegaConf.to_yaml({**shared, "actors": len(run.cfg.w2_weights)})
-        groups = found.setdefault(kind, [[]])
+        key = OmegaConf.to_yaml({**shared, "actors": len(run.cfg.w2_weights)})
+        groups = found.setdefault(key, [[]])
         if len(groups[-1]) == MAX_STACK_SIZE:
             groups.append([])
         groups[-1].append(run)

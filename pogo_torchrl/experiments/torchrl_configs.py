@@ -1,4 +1,4 @@
-"""POGO in TorchRL's own Hydra config groups: ``loss: pogo`` and ``trainer: pogo``."""
+"""Entries of TorchRL's Hydra config groups: ``loss: pogo`` and ``trainer: pogo``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchrl.trainers.algorithms.configs.trainers import TrainerConfig
 
 @dataclass
 class POGOLossConfig(LossConfig):
-    """TorchRL config group ``loss: pogo``: every keyword of :class:`~pogo_torchrl.POGOLoss`."""
+    """Config ``loss: pogo``: all keyword arguments of :class:`~pogo_torchrl.POGOLoss`."""
 
     actor_network: Any = None
     qvalue_network: Any = None
@@ -42,7 +42,7 @@ class POGOLossConfig(LossConfig):
 
 @dataclass
 class POGOTrainerConfig(TrainerConfig):
-    """TorchRL config group ``trainer: pogo``: keywords of :class:`~pogo_torchrl.POGOTrainer`."""
+    """Config ``trainer: pogo``: keyword arguments of :class:`~pogo_torchrl.POGOTrainer`."""
 
     loss_module: Any = None
     replay_buffer: Any = None

@@ -1,4 +1,4 @@
-"""The command ``pogo train``: one run."""
+"""Command ``pogo train``: a single run."""
 
 from __future__ import annotations
 
@@ -28,36 +28,37 @@ def _hydra_main(cfg: DictConfig) -> None:
     except DivergenceError as error:
         exit_with_error(error, exit_code=3)
     except EvaluationError as error:
-        traceback.print_exception(error.__cause__)  # the environment may be the user's own
+        traceback.print_exception(error.__cause__)  # it may come from a user's environment
         exit_with_error(error, exit_code=1)
     except (ValueError, OSError, ImportError) as error:
         exit_with_error(error)
     except (MemoryError, torch.OutOfMemoryError) as error:
         exit_with_error(
             MemoryError(
-                f"out of memory ({error}): lower batch_size, num_samples, hidden_sizes or the "
+                f"out of memory ({error}): reduce batch_size, num_samples, hidden_sizes or the "
                 "number of w2_weights, or use less data."
             )
         )
     except KeyboardInterrupt:
-        print("pogo: stopped at once", file=sys.stderr)
+        print("pogo: stopped immediately", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command ``pogo train``.
+    """Run ``pogo train``.
+
+    Exit codes: 1 if an evaluation failed, 2 for invalid input or files that cannot be read or
+    written, 3 if training diverged, each with a one-line message; 128 + signal number if stopped by
+    a signal.
 
     Args:
         arguments: options of :class:`~pogo_torchrl.experiments.config.RunConfig` as
             ``option=value`` or ``--option value``, and Hydra's own flags.
-
-    Exit codes: 1 where an evaluation has failed, 2 for bad input and files that cannot be read or
-    written, 3 where training has diverged, each after one sentence; 128 + signal when stopped.
     """
     try:
         arguments = from_flags(arguments)
         check_overrides(arguments)
     except ValueError as error:
         exit_with_error(error)
-    sys.argv = ["pogo train", *arguments]  # where Hydra reads them
+    sys.argv = ["pogo train", *arguments]  # Hydra reads them from here
     _hydra_main()

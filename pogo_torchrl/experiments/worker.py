@@ -1,4 +1,4 @@
-"""What a sweep starts: one run, or a stack of them; it stops when that sweep is gone."""
+"""Worker process of a sweep: trains one run or a stack, and stops if the sweep dies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from pogo_torchrl.experiments.train import main
 
 
 def stop_with_parent() -> None:
-    """Stop as on SIGTERM, with a checkpoint, once nobody holds the other end of stdin.
+    """Save and stop, as on SIGTERM, when the parent process dies.
 
-    The system closes it however the parent ends, ``kill -9`` included.
+    The parent holds the other end of stdin, which the operating system closes however the parent
+    ends, including ``kill -9``.
     """
 
     def wait() -> None:
-        # Not through sys.stdin, whose lock would be held when the interpreter shuts down.
+        # Not through sys.stdin, whose lock would then be held at interpreter shutdown.
         while os.read(0, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
@@ -35,10 +36,10 @@ def stack(arguments: str) -> int:
     """Train a stack of runs.
 
     Args:
-        arguments: a JSON list of each run's options of ``pogo_offline.py``.
+        arguments: JSON list with the options of ``pogo train`` for each run.
 
     Returns:
-        The exit code: 0 when all have come to their end, else that of the first that has not.
+        The exit code: 0 if all runs are complete, otherwise that of the first incomplete run.
     """
     runs = [Run(tuple(own), compose(own)) for own in json.loads(arguments)]
     errors = run_stack([run.cfg for run in runs])

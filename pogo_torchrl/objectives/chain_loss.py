@@ -1,4 +1,4 @@
-"""What a loss of a chain of actors holds: networks, their noise, keys and value estimator."""
+"""Base class for losses of a chain of actors: networks, noise, keys and value estimator."""
 
 from __future__ import annotations
 
@@ -23,30 +23,29 @@ from pogo_torchrl.objectives.checks import check_batch, check_gamma
 from pogo_torchrl.torchrl_private import ProtectedLossModule
 
 Params = dict[str, Tensor]
-"""Parameters and buffers of a network by name, as :func:`torch.func.functional_call` takes them."""
+"""Parameters and buffers of a network by name, the input of :func:`torch.func.functional_call`."""
 
 Noise = dict[str, Tensor]
 """Standard normal draws by name, see :meth:`ChainLoss.draw_noise`."""
 
-
 Terms = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""A function of parameters, batch and noise that returns a loss and what is logged of it."""
+"""A function of parameters, batch and noise that returns a loss and its logged metrics."""
 
 
 def actor_scalars(index: int) -> tuple[str, str, str, str]:
-    r"""What is logged of an actor: its loss, its Q, :math:`D_i` and :math:`\lambda`."""
+    r"""Keys of an actor's metrics: its loss, Q value, :math:`D_i` and :math:`\lambda`."""
     distance = f"w2_{index}" if index else "bc_mse"
     return f"loss_actor_{index}", f"q_actor_{index}", distance, f"lmbd_{index}"
 
 
 class ChainLoss(ProtectedLossModule):
-    """The networks of a chain of actors and their critics, as TorchRL's losses hold theirs.
+    """Base class for losses of a chain of actors and their critics.
 
-    Each actor has its own set of parameters, ``actor_network_0_params``, ...; the critics' are
-    stacked in ``qvalue_network_params``. A subclass has the objectives.
+    Each actor has its own set of parameters, ``actor_network_0_params``, ...; the parameters of the
+    critics are stacked in ``qvalue_network_params``. Subclasses define the objectives.
     """
 
-    # A transport map under TorchRL's default, DETERMINISTIC, would act with z = 0 in the losses.
+    # With TorchRL's default, DETERMINISTIC, a transport map would act with z = 0 in the losses.
     deterministic_sampling_mode = ExplorationType.RANDOM
     default_value_estimator = ValueEstimators.TD0
 
@@ -57,7 +56,7 @@ class ChainLoss(ProtectedLossModule):
     )
 
     tensor_keys: Any
-    actor_network: TensorDictModule  # the function of all actors; see actor_network_{i}_params
+    actor_network: TensorDictModule  # shared by all actors; see actor_network_{i}_params
     qvalue_network: TensorDictModule
     qvalue_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
@@ -75,7 +74,7 @@ class ChainLoss(ProtectedLossModule):
     max_action: Tensor
     _out_keys: list[NestedKey]
 
-    # The objectives of a subclass, see POGOLoss.
+    # Objectives, defined by subclasses; see POGOLoss.
     qvalue_terms: Terms
     first_actor_terms: Terms
     jko_terms: Terms
@@ -83,17 +82,17 @@ class ChainLoss(ProtectedLossModule):
     def _register(
         self, actors: Sequence[TensorDictModule], qvalues: Sequence[TensorDictModule]
     ) -> None:
-        """Register the parameters: each actor's by itself, the critics' stacked ``[C, ...]``."""
+        """Register the parameters: one set per actor, those of the critics stacked."""
         with warnings.catch_warnings():
-            # TorchRL asks for an annotation of every name, and their number is not known here.
+            # TorchRL expects class annotations, but the number of actors is only known here.
             warnings.filterwarnings("ignore", ".*part of the annotations")
             for i, actor in enumerate(actors):
-                # Only actor 0 acts in the TD target.
+                # Only actor 0 is used in the TD target.
                 self.convert_to_functional(
                     actor, f"actor_network_{i}", create_target_params=self.delay_actor and i == 0
                 )
-        self.__dict__["actor_network"] = actors[0]  # the function of all; no parameters of its own
-        # Of a list of one, TorchRL registers no parameters; of a module, it draws new ones.
+        self.__dict__["actor_network"] = actors[0]  # not a submodule: its parameters are above
+        # TorchRL registers no parameters for a list of one, and reinitialises a single module.
         several = len(qvalues) > 1
         self.convert_to_functional(
             list(qvalues) if several else qvalues[0],
@@ -107,7 +106,7 @@ class ChainLoss(ProtectedLossModule):
                 params.data.update_(values)
 
     def _act(self, actor: Params, state: TensorDictBase, noise: Tensor | None) -> Tensor:
-        """Actions of an actor that is given its z, or draws on its own (``noise=None``)."""
+        """Actions of an actor for the given z; if ``noise`` is ``None``, the actor draws it."""
         inputs = state.select(*self.actor_network.in_keys, strict=False)
         if noise is not None:
             inputs.set(self.actor_network.noise_key, noise)
@@ -133,26 +132,27 @@ class ChainLoss(ProtectedLossModule):
         return torch.stack([one({name: v[j] for name, v in qvalue.items()}) for j in critics])
 
     def params(self, name: str) -> Params:
-        """The parameters and buffers of a network by name.
+        """Return the parameters and buffers of a network by name.
 
         Args:
-            name: ``actor_network_0``, ..., ``qvalue_network``, or one of them after ``target_``.
+            name: ``actor_network_0``, ..., ``qvalue_network``, or one of these prefixed with
+                ``target_``.
 
         Returns:
-            The tensors themselves, as :func:`torch.func.functional_call` takes them; the critics'
-            are stacked ``[C, ...]``.
+            The tensors themselves (not copies), for :func:`torch.func.functional_call`; those of
+            the critics are stacked ``[C, ...]``.
         """
         tensors = getattr(self, f"{name}_params").items(True, True)
         return {".".join(key) if isinstance(key, tuple) else key: value for key, value in tensors}
 
     def actor_params(self, index: int) -> list[nn.Parameter]:
-        """The trainable parameters of actor ``index``, for an optimizer of its own.
+        """Return the trainable parameters of one actor, for its own optimizer.
 
         Args:
-            index: which actor; negative indices count from the end.
+            index: index of the actor; negative indices count from the end.
 
         Raises:
-            IndexError: when there is no such actor.
+            IndexError: if ``index`` is out of range.
 
         Example:
             >>> import torch
@@ -166,17 +166,19 @@ class ChainLoss(ProtectedLossModule):
         return [p for p in params.parameters() if p.requires_grad]
 
     def qvalue_params(self) -> list[nn.Parameter]:
-        """The trainable parameters of the critics, stacked ``[C, ...]``, for their optimizer."""
+        """Return the trainable parameters of the critics, stacked ``[C, ...]``."""
         return [p for p in self.qvalue_network_params.parameters() if p.requires_grad]
 
     def _actor_index(self, index: int) -> int:
         if not -self.num_actors <= index < self.num_actors:
-            raise IndexError(f"actor index {index} is not in 0..{self.num_actors - 1}.")
+            raise IndexError(
+                f"actor index {index} is out of range: the actors are 0..{self.num_actors - 1}."
+            )
         return index % self.num_actors
 
     def randomness_changed(self) -> None:
-        """Keep the randomness of vmap."""
-        # What TorchRL works out at each call, torch.compile (2.11) cannot trace.
+        """Cache the vmap randomness."""
+        # TorchRL determines it in every call, which torch.compile (2.11) cannot trace.
         self._critics_randomness = self.vmap_randomness
 
     def draw_noise(
@@ -186,18 +188,18 @@ class ChainLoss(ProtectedLossModule):
         critic: bool = True,
         actors: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        r"""All standard normal draws that an update on a batch takes, from a single call.
+        r"""Draw all standard normal noise for an update on a batch, in a single call.
 
         Args:
-            tensordict: the batch, of which only shapes matter.
-            critic: draw those of the TD target. Defaults to ``True``.
-            actors: draw those of these actors. Defaults to all.
+            tensordict: the batch; only its shapes are used.
+            critic: draw the noise of the TD target. Defaults to ``True``.
+            actors: indices of the actors to draw noise for. Defaults to all actors.
 
         Returns:
-            ``smoothing`` (n of the TD target, ``[*B, d]``) and, for actors that read z from the
-            tensordict, each actor's z: ``target`` (:math:`z'`) and ``actor_0``, ``[*B, d]``, and
-            for :math:`i \ge 1` ``actor_i`` and ``reference_i``, ``[*B, K, d]``, one and the same
-            with ``shared_noise``.
+            The draws by name: ``smoothing`` (n in the TD target), of shape ``[*B, d]``, and, for
+            actors that read z from the tensordict, ``target`` (:math:`z'`) and ``actor_0``, of
+            shape ``[*B, d]``, and for :math:`i \ge 1` ``actor_i`` and ``reference_i``, of shape
+            ``[*B, K, d]``, which are the same tensor with ``shared_noise=True``.
 
         Example:
             >>> import torch
@@ -213,7 +215,7 @@ class ChainLoss(ProtectedLossModule):
         action = tensordict.get(self.tensor_keys.action)
         actor = self.actor_network
         reads_noise = hasattr(actor, "noise_key")
-        if action is None:  # only actor 0 and the critics need the data's
+        if action is None:  # only actor 0 and the critics need the actions of the dataset
             batch_size, dim = tensordict.batch_size, actor.noise_dim if reads_noise else 0
         else:
             *batch_size, dim = action.shape
@@ -238,18 +240,18 @@ class ChainLoss(ProtectedLossModule):
         return noise
 
     def actor(self, index: int) -> TensorDictModule:
-        """Actor ``index`` as a policy that shares the parameters being trained.
+        """Return one actor as a policy that shares the parameters being trained.
 
         Args:
-            index: which actor; negative indices count from the end (``-1``: the last, the
-                policy that the chain is for).
+            index: index of the actor; negative indices count from the end, and ``-1`` is the
+                policy to deploy.
 
         Returns:
-            A module of the class that was passed in, for any batch shape. It follows the
-            training; take a ``deepcopy`` to keep a snapshot.
+            A module of the class that was passed in, for any batch shape. It changes as training
+            proceeds; use ``copy.deepcopy`` to keep a snapshot.
 
         Raises:
-            IndexError: when there is no such actor.
+            IndexError: if ``index`` is out of range.
 
         Example:
             >>> import torch
@@ -266,14 +268,19 @@ class ChainLoss(ProtectedLossModule):
         return policy
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critics' loss, summed over the critics; see :meth:`qvalue_terms`.
+        """Compute the loss of the critics, summed over the critics; see :meth:`qvalue_terms`.
 
         Args:
-            tensordict: a batch with the keys of :attr:`in_keys`.
+            tensordict: a batch with the keys :attr:`in_keys`.
 
         Returns:
-            The loss, and a dictionary of detached values: ``td_error`` (squared, ``[C, *B]``),
-            and the batch means ``pred_value``, ``target_value`` and ``next_state_value``.
+            The loss and a dictionary of detached metrics: ``td_error`` (the squared error, of
+            shape ``[C, *B]``) and the batch means ``pred_value``, ``target_value`` and
+            ``next_state_value``.
+
+        Raises:
+            KeyError: if a key is missing.
+            ValueError: if a dtype or shape does not match.
         """
         self.check_batch(tensordict)
         loss, metadata = self.qvalue_terms(
@@ -289,24 +296,27 @@ class ChainLoss(ProtectedLossModule):
     def actor_loss(
         self, tensordict: TensorDictBase, index: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""The objective :math:`L_i` of one actor, or the sum over the chain.
+        r"""Compute the loss :math:`L_i` of one actor, or the sum over the chain.
 
         See :meth:`first_actor_terms` and :meth:`jko_terms`.
 
         Args:
-            tensordict: a batch with the observations and, for actor 0, the data's actions.
-            index: which actor, ``0 .. N - 1``; ``None`` sums over all, on this batch and with the
-                parameters as they are.
+            tensordict: a batch with the observations and, for actor 0, the actions.
+            index: index of the actor, in 0..N - 1. Defaults to ``None``: the sum over all actors,
+                at the current parameters.
 
         Returns:
-            The loss, and a dictionary of detached scalars ``loss_actor_i``, ``q_actor_i``,
+            The loss and a dictionary of the detached scalars ``loss_actor_i``, ``q_actor_i``,
             ``w2_i`` (``bc_mse`` for actor 0) and ``lmbd_i``.
 
         Raises:
-            IndexError: when there is no such actor.
+            IndexError: if ``index`` is out of range.
+            KeyError, ValueError: if a key, dtype or shape does not match (actor 0).
         """
         if index is not None and not 0 <= index < self.num_actors:
-            raise IndexError(f"actor index {index} is not in 0..{self.num_actors - 1}.")
+            raise IndexError(
+                f"actor index {index} is out of range: the actors are 0..{self.num_actors - 1}."
+            )
         indices = range(self.num_actors) if index is None else (index,)
         if 0 in indices:
             self.check_batch(tensordict, (*self.actor_network.in_keys, self.tensor_keys.action))
@@ -330,15 +340,15 @@ class ChainLoss(ProtectedLossModule):
     def check_batch(
         self, tensordict: TensorDictBase, keys: Sequence[NestedKey] | None = None
     ) -> None:
-        """Refuse a batch that lacks keys or has shapes or dtypes that do not fit.
+        """Validate the keys, shapes and dtypes of a batch.
 
         Args:
             tensordict: a batch.
-            keys: what it must hold. Defaults to :attr:`in_keys`.
+            keys: keys that it must contain. Defaults to :attr:`in_keys`.
 
         Raises:
-            KeyError: when a key is missing.
-            ValueError: when a dtype or a shape does not fit.
+            KeyError: if a key is missing.
+            ValueError: if a dtype or shape does not match.
         """
         check_batch(
             tensordict,
@@ -351,9 +361,15 @@ class ChainLoss(ProtectedLossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """All losses of one batch, without any update in between.
+        """Compute all losses of one batch at the current parameters.
 
-        Also writes each sample's TD error under the ``priority`` key of ``tensordict``.
+        Also writes the TD error of each sample to the ``priority`` key of ``tensordict``.
+
+        Args:
+            tensordict: a batch with the keys :attr:`in_keys`.
+
+        Returns:
+            A tensordict with the entries :attr:`out_keys`.
         """
         loss_actor, actor_metadata = self.actor_loss(tensordict)
         loss_qvalue, qvalue_metadata = self.qvalue_loss(tensordict)
@@ -370,7 +386,7 @@ class ChainLoss(ProtectedLossModule):
         return td_out
 
     def reset_parameters_recursive(self) -> None:
-        """Draw all parameters anew, each actor and critic on its own; targets start equal."""
+        """Reinitialise all actors and critics independently, and copy them to their targets."""
         registered: dict[str, Any] = dict(self.named_children())
         for name in (*(f"actor_network_{i}" for i in range(self.num_actors)), "qvalue_network"):
             network, params = getattr(self, name), registered[f"{name}_params"].data
@@ -386,18 +402,18 @@ class ChainLoss(ProtectedLossModule):
     def make_value_estimator(
         self, value_type: ValueEstimators | None = None, **hyperparams
     ) -> ChainLoss:
-        """Choose the estimator of the TD target; ``gamma`` is the most common hyperparameter.
+        """Set the value estimator that computes the TD target.
 
         Args:
-            value_type: TD(0), the default and the method's, TD(1) or TD(lambda), or a
-                ``ValueEstimatorBase`` class or instance.
+            value_type: ``TD0``, ``TD1`` or ``TDLambda``, or a ``ValueEstimatorBase`` class or
+                instance. Defaults to ``TD0``, as in the method.
             **hyperparams: passed to the estimator, e.g. ``gamma=0.99``.
 
         Returns:
-            The loss, for chaining.
+            The loss itself.
 
         Raises:
-            ValueError: when gamma is not in [0, 1].
+            ValueError: if ``gamma`` is not in [0, 1].
         """
         if "gamma" in hyperparams:
             check_gamma(hyperparams["gamma"])
@@ -411,7 +427,7 @@ class ChainLoss(ProtectedLossModule):
             LossModule.make_value_estimator(self, value_type, **hyperparams)
             self.keys_changed()
             return self
-        # On the host by default: each compiled update would copy gamma from there.
+        # The default device is the host, from which every compiled update would copy gamma.
         hyperparams.setdefault("device", self.min_action.device)
         dispatch_value_estimator(
             self,
@@ -429,7 +445,7 @@ class ChainLoss(ProtectedLossModule):
         return self
 
     def keys_changed(self) -> None:
-        """Pass the keys on to the value estimator, and list those that a batch must hold."""
+        """Forward the keys to the value estimator and update :attr:`in_keys`."""
         if self.has_value_estimator:
             self.value_estimator.set_keys(
                 value=self.tensor_keys.state_action_value,
@@ -455,7 +471,7 @@ class ChainLoss(ProtectedLossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Keys that a batch must hold."""
+        """Keys that a batch must contain."""
         return self._in_keys
 
     @in_keys.setter
@@ -464,7 +480,7 @@ class ChainLoss(ProtectedLossModule):
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """Keys of the output, see the class."""
+        """Keys of the output of :meth:`forward`."""
         return self._out_keys
 
     @out_keys.setter

@@ -1,7 +1,7 @@
 """The POGO objective as a TorchRL loss module.
 
-The algorithm is in three functions of :class:`POGOLoss`, each under the equation that it computes:
-``qvalue_terms`` (the critics), ``first_actor_terms`` (actor 0) and ``jko_terms`` (the others).
+Three methods of :class:`POGOLoss` implement the algorithm, each documented with its equation:
+``qvalue_terms`` (the critics), ``first_actor_terms`` (actor 0) and ``jko_terms`` (later actors).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -32,99 +33,115 @@ from pogo_torchrl.ot import BACKENDS, MAX_POINTS, sinkhorn_divergence
 
 
 class POGOLoss(ChainLoss):
-    r"""POGO: a chain of JKO steps of a Wasserstein gradient flow of policies, for offline RL.
+    r"""POGO loss module: twin critics and a JKO chain of actors for offline RL.
 
-    Twin critics learn from the first actor of the chain, which acts in the TD target with TD3's
-    clipped noise (see :meth:`qvalue_loss`):
+    POGO discretises a Wasserstein gradient flow of policies into JKO steps, one per actor of the
+    chain. The critics regress on a TD target in which actor 0 selects the next action, with the
+    clipped noise and the minimum over critics of TD3 (see :meth:`qvalue_loss`):
 
     .. math::
         y = r + \gamma (1 - terminated) \min_{j=1,2} \bar Q_j(s', \mathrm{clip}(\pi_0(s', z')
             + \mathrm{clip}(\sigma n, -c, c))), \qquad
         L_Q = \sum_j (Q_j(s, a) - y)^2
 
-    Each actor :math:`\pi_i` improves on the one before it, actor 0 on the data (see
-    :meth:`actor_loss`):
+    Actor 0 is regularised towards the actions of the dataset, every later actor :math:`\pi_i`
+    towards the previous actor (see :meth:`actor_loss`):
 
     .. math::
         L_i = -\lambda\, \mathbb{E}[Q_1(s, \pi_i(s, z))] + w_i D_i, \qquad
         D_0 = \mathrm{mean}\,(\pi_0(s, z) - a)^2, \qquad
         D_i = \mathbb{E}_s\, S_\varepsilon(\pi_i(\cdot|s), \pi_{i-1}(\cdot|s))
 
-    with :math:`\lambda = \alpha / \mathrm{mean}|Q_1(s, \pi_i(s, z))|` and :math:`S_\varepsilon` the
-    debiased Sinkhorn divergence of ``num_samples`` actions per state and policy, about
-    :math:`W_2^2/2`, computed on actions mapped to [-1, 1]. Keep these scales as they are (mean
-    over dimensions in :math:`D_0`, half the squared distance summed over dimensions in
-    :math:`D_i`): the published ``w2_weights`` are tuned to them. References and critics are
-    detached: each term trains its own actor only.
+    Here :math:`\lambda = \alpha / \mathrm{mean}|Q_1(s, \pi_i(s, z))|`, and :math:`S_\varepsilon`
+    is the debiased Sinkhorn divergence between ``num_samples`` actions per state and policy,
+    approximately :math:`W_2^2/2`. Both :math:`D_0` and :math:`D_i` are computed on actions mapped
+    to [-1, 1]; :math:`D_0` averages over the action dimensions, whereas :math:`D_i` sums half the
+    squared distance over them. The published ``w2_weights`` are tuned to these scales. Critics and
+    previous actors are detached: each term trains its own actor only.
 
-    :meth:`forward` evaluates every term on one batch, as any TorchRL loss does. The sequential
-    order of the method (actor i sees the just updated actor i - 1 and critic) is obtained by
-    stepping :meth:`qvalue_loss` and ``actor_loss(td, 0), ..., actor_loss(td, N - 1)`` in turn, each
-    with an optimizer of its own (:meth:`qvalue_params`, :meth:`actor_params`), as
-    :class:`~pogo_torchrl.POGOTrainer` does.
+    :meth:`forward` evaluates all terms on one batch, like other TorchRL losses. The method itself
+    is sequential: actor i is trained against the critics and actor i - 1 after their own update.
+    To reproduce it, step :meth:`qvalue_loss` and then ``actor_loss(td, 0)``, ...,
+    ``actor_loss(td, N - 1)``, each with its own optimizer (:meth:`qvalue_params`,
+    :meth:`actor_params`); :class:`~pogo_torchrl.POGOTrainer` does so.
 
-    Source: "Policy Optimization as a Gradient Flow in Offline Reinforcement Learning" (POGO);
-    target noise and twin critics from TD3 (Fujimoto et al., 2018); :math:`\lambda` from TD3+BC
-    (Fujimoto and Gu, 2021).
+    References:
+        *Policy Optimization as a Gradient Flow in Offline Reinforcement Learning* (POGO).
+
+        Fujimoto et al., *Addressing Function Approximation Error in Actor-Critic Methods*, 2018,
+        arXiv:1802.09477 (TD3: twin critics, target noise).
+
+        Fujimoto & Gu, *A Minimalist Approach to Offline Reinforcement Learning*, 2021,
+        arXiv:2106.06860 (TD3+BC: :math:`\lambda`).
+
+        Feydy et al., *Interpolating between Optimal Transport and MMD using Sinkhorn Divergences*,
+        2019, arXiv:1810.08278 (:math:`S_\varepsilon`).
 
     Args:
-        actor_network (TensorDictModule or list of them): one actor, from which the chain is made
-            with newly drawn parameters for actors 1, 2, ..., or a list of ``len(w2_weights)``
-            actors of one architecture. Any stochastic TorchRL actor serves; the method's is
-            :class:`~pogo_torchrl.TransportActor`. Each actor has its own set of parameters,
-            ``actor_network_0_params``, ``actor_network_1_params``, ..., which the modules passed in
-            share: a single one is actor 0. The policy to deploy is ``actor(-1)``. Actors and
-            critics cannot share layers.
-        qvalue_network (TensorDictModule or list of them): one critic, copied ``num_qvalue_nets``
-            times with new parameters, or the list.
+        actor_network (TensorDictModule or list of TensorDictModule): a single actor, which becomes
+            actor 0 and is copied with reinitialised parameters for actors 1, 2, ..., or a list of
+            ``len(w2_weights)`` actors with the same architecture. Any stochastic TorchRL actor is
+            supported; the method uses :class:`~pogo_torchrl.TransportActor`. The modules passed in
+            share the trained parameters ``actor_network_0_params``, ``actor_network_1_params``,
+            ... Actors and critics cannot share layers. The policy to deploy is ``actor(-1)``.
+        qvalue_network (TensorDictModule or list of TensorDictModule): a single critic, copied
+            ``num_qvalue_nets`` times with reinitialised parameters, or a list of critics.
 
     Keyword Args:
-        w2_weights (sequence of float): :math:`w_i`, one for each actor; its length is the
-            chain's. Defaults to ``(0.2, 0.2, 0.2)``.
-        action_spec (TensorSpec, optional): bounded action spec. Exclusive with ``bounds``; where
-            neither is given, the actor's own ``action_spec`` is used.
-        bounds (tuple of float, optional): lower and upper bound of the actions.
+        w2_weights (sequence of float): weights :math:`w_i \ge 0`, one per actor; their number sets
+            the length of the chain. Defaults to ``(0.2, 0.2, 0.2)``.
+        action_spec (TensorSpec, optional): bounded action spec. Exclusive with ``bounds``. If
+            neither is given, the ``action_spec`` of the actor is used.
+        bounds (tuple of float or of Tensor, optional): lower and upper action bounds.
         num_qvalue_nets (int): number of critics. Defaults to ``2``.
-        num_samples (int): K, actions per state and policy in :math:`D_i`. Defaults to ``4``.
-        blur (float): Sinkhorn blur in units of half the action range. Defaults to ``0.05``.
-        w2_backend (str): backend of :func:`~pogo_torchrl.sinkhorn_divergence`: GeomLoss's, or
-            ``"fast"`` (the same divergence, its annealing started from the action bounds), or
-            ``"exact"`` (the optimal assignment, ``num_samples <= 10``). Defaults to
-            ``"tensorized"``.
-        w2_fraction (float): share of the batch's states, in (0, 1], on which :math:`D_i` is
-            evaluated for i >= 1, scaled so that its expectation stays that of the whole batch: less
-            to compute, more variance. Defaults to ``1.0``, the method's.
-        shared_noise (bool): draw the actions of :math:`\pi_i` and :math:`\pi_{i-1}` in
-            :math:`D_i` with the same z, which makes it 0 for equal policies and removes its pull
-            on their spread; for actors that read z from the tensordict, as
-            :class:`~pogo_torchrl.TransportActor` does. Defaults to ``False``: z is drawn
-            independently, as the method has it.
-        policy_noise (float): :math:`\sigma` of the target noise in units of half the action
-            range. Defaults to ``0.2``.
-        noise_clip (float): c, in the same units. Defaults to ``0.5``.
-        q_normalization (str or None): ``"mean_abs"`` or ``None``, see
+        num_samples (int): K, the number of actions per state and policy in :math:`D_i`. Defaults
+            to ``4``.
+        blur (float): Sinkhorn blur, in units of half the action range. Defaults to ``0.05``.
+        w2_backend (str): backend of :func:`~pogo_torchrl.sinkhorn_divergence`: ``"tensorized"``,
+            ``"online"`` or ``"auto"`` (GeomLoss), ``"fast"`` (the same divergence, annealed from
+            the diameter of the action bounds) or ``"exact"`` (optimal assignment, for
+            ``num_samples <= 10``). Defaults to ``"tensorized"``.
+        w2_fraction (float): fraction of the batch's states, in (0, 1], on which :math:`D_i` is
+            evaluated for :math:`i \ge 1`. It is rescaled to keep its expectation: smaller values
+            are cheaper and noisier. Defaults to ``1.0``.
+        shared_noise (bool): use the same z for the actions of :math:`\pi_i` and
+            :math:`\pi_{i-1}` in :math:`D_i`, so that it vanishes for equal policies and does not
+            shrink their spread. Requires actors that read z from the tensordict, such as
+            :class:`~pogo_torchrl.TransportActor`. Defaults to ``False`` (independent draws, as in
+            the method).
+        policy_noise (float): :math:`\sigma`, the standard deviation of the target noise in units
+            of half the action range. Defaults to ``0.2``.
+        noise_clip (float): c, the clipping range of the target noise in the same units. Defaults
+            to ``0.5``.
+        q_normalization (str or None): ``"mean_abs"``, or ``None`` for :math:`\lambda = \alpha`; see
             :func:`pogo_torchrl.functional.q_scale`. Defaults to ``"mean_abs"``.
-        alpha (float): weight of the Q term. Defaults to ``1.0``.
-        delay_actor (bool): let the Polyak copy of actor 0 act in the TD target instead of the
-            online one. Defaults to ``False``.
-        delay_qvalue (bool): separate target critics. Defaults to ``True``.
-        loss_function (str): distance of the critics to the target: ``"l2"``, ``"l1"`` or
+        alpha (float): weight of the Q term, positive. Defaults to ``1.0``.
+        delay_actor (bool): use a target copy of actor 0 in the TD target instead of the online
+            actor. Defaults to ``False``.
+        delay_qvalue (bool): use target copies of the critics in the TD target. Defaults to
+            ``True``.
+        loss_function (str): loss between the critics and the TD target: ``"l2"``, ``"l1"`` or
             ``"smooth_l1"``. Defaults to ``"l2"``.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. Defaults to ``"mean"``.
-        deactivate_vmap (bool): loop over the critics instead of ``vmap``. Defaults to ``False``.
-        use_prioritized_weights (bool or "auto"): weigh samples by ``priority_weight`` where the
-            batch holds it. Defaults to ``"auto"``.
+        deactivate_vmap (bool): replace ``vmap`` over the critics by a loop. Defaults to ``False``.
+        use_prioritized_weights (bool or "auto"): weight samples by ``priority_weight`` if the
+            batch contains it. Defaults to ``"auto"``.
 
     Raises:
-        ValueError: for settings out of range, actors of different architecture, or a list whose
-            length does not fit; the message says what to do.
+        ValueError: if a setting is out of range, if a list of networks has the wrong length, or
+            if its networks differ in architecture.
 
-    Output: ``loss_qvalue`` and ``loss_actor`` (the sum over the chain) carry gradients; everything
-    else is a detached scalar for the log: for each actor i ``loss_actor_i``, ``q_actor_i``,
-    ``lmbd_i`` (:math:`\lambda`) and :math:`D_i`, which is ``bc_mse`` for actor 0, a mean squared
-    error, and ``w2_i`` for the others; ``pred_value``, ``target_value``, ``next_state_value``.
-    (Summing every key that starts with ``loss``, as TorchRL's trainer does,
-    therefore gives the right gradient.)
+    A batch of shape ``[*B]`` contains ``observation`` (``[*B, n]``), ``action`` (``[*B, d]``) and,
+    under ``"next"``, ``observation``, ``reward``, ``done`` and ``terminated`` (the last three of
+    shape ``[*B, 1]``). The observation keys are those of the networks; ``set_keys`` changes the
+    others.
+
+    The output contains ``loss_qvalue`` and ``loss_actor`` (the sum over the chain), which carry
+    gradients. All other entries are detached scalars for logging: for each actor i
+    ``loss_actor_i``, ``q_actor_i``, ``lmbd_i`` (:math:`\lambda`) and :math:`D_i` (``bc_mse`` for
+    actor 0, ``w2_i`` for later actors), and ``pred_value``, ``target_value`` and
+    ``next_state_value``. Summing all entries whose key starts with ``loss``, as TorchRL's trainer
+    does, therefore gives the correct gradient.
 
     Examples:
         >>> import torch
@@ -146,12 +163,12 @@ class POGOLoss(ChainLoss):
         ... }, [8])
         >>> out = loss(data)
         >>> (out["loss_qvalue"] + out["loss_actor"]).backward()
-        >>> sorted(out.keys())[:4]
-        ['lmbd_0', 'lmbd_1', 'loss_actor', 'loss_actor_0']
+        >>> loss.out_keys[:6]
+        ['loss_actor', 'loss_qvalue', 'loss_actor_0', 'q_actor_0', 'bc_mse', 'lmbd_0']
         >>> loss.actor(-1)(data.select("observation"))["action"].shape
         torch.Size([8, 4])
 
-    It takes tensors as keyword arguments too and then returns a tuple in the order of
+    The loss also accepts tensors as keyword arguments. It then returns a tuple in the order of
     :attr:`out_keys`:
 
         >>> _ = loss.select_out_keys("loss_actor", "loss_qvalue")
@@ -165,17 +182,17 @@ class POGOLoss(ChainLoss):
 
     @dataclass
     class _AcceptedKeys:
-        """Default keys, to be changed by ``set_keys(name=key)``.
+        """Default tensordict keys, which ``set_keys(name=key)`` replaces.
 
         Attributes:
             action (NestedKey): the action. Defaults to ``"action"``.
-            state_action_value (NestedKey): what the critic writes. Defaults to
+            state_action_value (NestedKey): the output of the critics. Defaults to
                 ``"state_action_value"``.
-            priority (NestedKey): where the TD error of each sample is written, for prioritised
-                replay. Defaults to ``"td_error"``.
+            priority (NestedKey): key to which the TD error of each sample is written, for
+                prioritised replay. Defaults to ``"td_error"``.
             reward (NestedKey): the reward, under ``"next"``. Defaults to ``"reward"``.
             done (NestedKey): end of the trajectory, under ``"next"``. Defaults to ``"done"``.
-            terminated (NestedKey): true end of the episode, under ``"next"``. Defaults to
+            terminated (NestedKey): terminal state, under ``"next"``. Defaults to
                 ``"terminated"``.
             priority_weight (NestedKey): importance weight of each sample. Defaults to
                 ``"priority_weight"``.
@@ -203,19 +220,19 @@ class POGOLoss(ChainLoss):
         num_qvalue_nets: int = 2,
         num_samples: int = 4,
         blur: float = 0.05,
-        w2_backend: str = "tensorized",
+        w2_backend: Literal["tensorized", "online", "auto", "fast", "exact"] = "tensorized",
         w2_fraction: float = 1.0,
         shared_noise: bool = False,
         policy_noise: float = 0.2,
         noise_clip: float = 0.5,
-        q_normalization: str | None = "mean_abs",
+        q_normalization: Literal["mean_abs"] | None = "mean_abs",
         alpha: float = 1.0,
         delay_actor: bool = False,
         delay_qvalue: bool = True,
-        loss_function: str = "l2",
-        reduction: str | None = "mean",
+        loss_function: Literal["l2", "l1", "smooth_l1"] = "l2",
+        reduction: Literal["mean", "sum", "none"] | None = "mean",
         deactivate_vmap: bool = False,
-        use_prioritized_weights: str | bool = "auto",
+        use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         reduction = "mean" if reduction is None else reduction
@@ -230,8 +247,8 @@ class POGOLoss(ChainLoss):
         check_choice("w2_backend", w2_backend, BACKENDS)
         if w2_backend == "exact" and num_samples > MAX_POINTS:
             raise ValueError(
-                f"num_samples={num_samples} is too large for w2_backend='exact', which takes "
-                f"1..{MAX_POINTS}: lower it, or use w2_backend='fast'."
+                f"num_samples={num_samples} is too large for w2_backend='exact', which supports at "
+                f"most {MAX_POINTS}: lower it, or use w2_backend='fast'."
             )
         check_choice("q_normalization", q_normalization, functional.Q_NORMALIZATIONS)
         check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
@@ -255,12 +272,12 @@ class POGOLoss(ChainLoss):
         self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
 
-        actors = as_networks(actor_network, self.num_actors, "actor", "one for each of w2_weights")
+        actors = as_networks(actor_network, self.num_actors, "actor", "one per entry of w2_weights")
         qvalues = as_networks(qvalue_network, num_qvalue_nets, "qvalue_network", "num_qvalue_nets")
         if shared_noise and not hasattr(actors[0], "noise_key"):
             raise ValueError(
-                "shared_noise=True needs actors that read z from the tensordict, but "
-                f"{type(actors[0]).__name__} has no noise_key: use TransportActor or "
+                "shared_noise=True requires actors that read their noise z from the tensordict, "
+                f"but {type(actors[0]).__name__} has no noise_key: use TransportActor, or set "
                 "shared_noise=False."
             )
         low, high = action_bounds(action_spec, bounds, actors[0], self.tensor_keys.action)
@@ -283,7 +300,7 @@ class POGOLoss(ChainLoss):
     def qvalue_terms(
         self, qvalue: Params, batch: TensorDictBase, noise: Noise, actor: Params, target: Params
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""The critics' loss.
+        r"""Compute the loss of the critics from explicit parameters and noise.
 
         .. math::
             L_Q = \sum_j \mathrm{mean}\, (Q_j(s, a) - y)^2
@@ -291,12 +308,12 @@ class POGOLoss(ChainLoss):
         Args:
             qvalue: parameters of the critics, stacked ``[C, ...]``.
             batch: transitions.
-            noise: ``target`` and ``smoothing`` of :meth:`draw_noise`.
-            actor: parameters of the actor in the TD target: actor 0 or its Polyak copy.
-            target: parameters of the target critics.
+            noise: the entries ``target`` and ``smoothing`` of :meth:`draw_noise`.
+            actor: parameters of the actor in the TD target: actor 0 or its target copy.
+            target: parameters of the target critics, stacked ``[C, ...]``.
 
         Returns:
-            As :meth:`qvalue_loss`.
+            The loss and the metadata of :meth:`qvalue_loss`.
         """
         with torch.no_grad():
             target_value, next_value = self._target_value(batch, noise, actor, target)
@@ -314,7 +331,7 @@ class POGOLoss(ChainLoss):
     def _target_value(
         self, batch: TensorDictBase, noise: Noise, actor: Params, target: Params
     ) -> tuple[Tensor, Tensor]:
-        r"""The TD target, and its value of the next state; each ``[*B]``.
+        r"""TD target and the value of the next state, each of shape ``[*B]``.
 
         .. math::
             y = r + \gamma (1 - terminated) \min_j \bar Q_j(s', a'), \qquad
@@ -343,7 +360,7 @@ class POGOLoss(ChainLoss):
         weight: float | Tensor,
         alpha: float | Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""The loss of actor 0, which steps from the data.
+        r"""Compute the loss of actor 0, which is regularised towards the dataset's actions.
 
         .. math::
             L_0 = -\lambda\, \mathrm{mean}\, Q_1(s, \pi_0(s, z))
@@ -352,13 +369,13 @@ class POGOLoss(ChainLoss):
         Args:
             actor: parameters of actor 0.
             batch: transitions.
-            noise: ``actor_0`` of :meth:`draw_noise`.
-            qvalue: parameters of the critics, stacked ``[C, ...]``; they are frozen.
+            noise: the entry ``actor_0`` of :meth:`draw_noise`.
+            qvalue: parameters of the critics, stacked ``[C, ...]``; they receive no gradient.
             weight: :math:`w_0`.
             alpha: weight of the Q term.
 
         Returns:
-            As :meth:`actor_loss`.
+            The loss and the metadata of :meth:`actor_loss`.
         """
         action = self._act(actor, batch, noise.get("actor_0"))
         distance = functional.l2_distance(
@@ -378,31 +395,31 @@ class POGOLoss(ChainLoss):
         *,
         index: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""The loss of actor i, i >= 1, which steps from the actor before it.
+        r"""Compute the loss of actor i >= 1, a JKO step from actor i - 1.
 
         .. math::
             L_i = -\lambda\, \mathrm{mean}\, Q_1(s, \pi_i(s, z)) + w_i\, \mathrm{mean}_s\,
                   S_\varepsilon(\pi_i(\cdot|s), \pi_{i-1}(\cdot|s))
 
-        The first of the K draws of :math:`\pi_i` in the divergence also serves the Q term: each
-        term's distribution is that of draws of its own, and so is the loss's expectation.
+        The Q term reuses the first of the K actions that :math:`\pi_i` draws for the divergence.
+        Each term keeps its distribution, and the loss keeps its expectation.
 
         Args:
             actor: parameters of actor i.
             batch: transitions.
-            noise: ``actor_i`` and ``reference_i`` of :meth:`draw_noise`.
-            reference: parameters of actor i - 1; they are fixed.
-            qvalue: parameters of the critics, stacked ``[C, ...]``; they are frozen.
+            noise: the entries ``actor_i`` and ``reference_i`` of :meth:`draw_noise`.
+            reference: parameters of actor i - 1; they receive no gradient.
+            qvalue: parameters of the critics, stacked ``[C, ...]``; they receive no gradient.
             weight: :math:`w_i`.
             alpha: weight of the Q term.
             index: i.
 
         Returns:
-            As :meth:`actor_loss`.
+            The loss and the metadata of :meth:`actor_loss`.
         """
         z, z_reference = noise.get(f"actor_{index}"), noise.get(f"reference_{index}")
         state = batch.select(*self.actor_network.in_keys, strict=False)
-        # With w2_fraction < 1 the first states of the batch stand for all of it in the divergence.
+        # With w2_fraction < 1 the divergence is evaluated on the first states of the batch only.
         count = math.ceil(self.w2_fraction * state.shape[0])
         repeated = self._repeat(state[:count])
         samples = self._act(actor, repeated, z if z is None else z[:count])
@@ -414,7 +431,7 @@ class POGOLoss(ChainLoss):
             self._to_unit_box(references),
             blur=self.blur,
             backend=self.w2_backend,
-            # The diagonal of the unit box; GeomLoss measures the batch's, as published.
+            # The diagonal of [-1, 1]^d. As published, GeomLoss uses the diameter of the batch.
             diameter=2 * samples.shape[-1] ** 0.5 if self.w2_backend == "fast" else None,
         )
         action = samples[..., 0, :]
@@ -436,7 +453,7 @@ class POGOLoss(ChainLoss):
         *,
         index: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r""":math:`-\lambda Q_1 + w_i D_i`, reduced over the batch, and what is logged of it."""
+        r""":math:`-\lambda Q_1 + w_i D_i` reduced over the batch, and its logged metrics."""
         frozen = {name: values[0].detach() for name, values in qvalue.items()}
         q = self._qvalue(frozen, batch, action)
         scale = functional.q_scale(q, alpha, self.q_normalization)
@@ -446,7 +463,7 @@ class POGOLoss(ChainLoss):
         return loss, dict(zip(actor_scalars(index), values))
 
     def _repeat(self, state: TensorDictBase) -> TensorDictBase:
-        """The same states ``num_samples`` times, along a new last batch dimension."""
+        """Repeat the states ``num_samples`` times along a new last batch dimension."""
         return state.unsqueeze(-1).expand(*state.batch_size, self.num_samples)
 
     def _to_unit_box(self, action: Tensor) -> Tensor:

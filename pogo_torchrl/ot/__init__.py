@@ -1,4 +1,4 @@
-"""Optimal transport between small clouds of actions: one signature, one solver a file."""
+"""Optimal transport between small point clouds of actions, with one solver per module."""
 
 from pogo_torchrl.ot.exact import MAX_POINTS
 from pogo_torchrl.ot.sinkhorn import BACKENDS, sinkhorn_divergence

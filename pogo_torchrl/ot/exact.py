@@ -1,11 +1,11 @@
-r"""Exact optimal transport between small clouds of equal size: the optimal assignment.
+r"""Exact optimal transport between small point clouds of equal size: the optimal assignment.
 
-Held and Karp's recursion over subsets, vectorised: :math:`V(S)` is the least cost of assigning the
-first :math:`|S|` points of x to the subset S of y,
+A vectorised Held-Karp recursion over subsets, where :math:`V(S)` is the minimal cost of assigning
+the first :math:`|S|` points of x to the subset S of y:
 
 .. math:: V(S) = \min_{j \in S} V(S \setminus \{j\}) + c_{|S|, j}.
 
-It takes :math:`K 2^{K-1}` additions for each pair of clouds and no host synchronisation.
+It needs :math:`K 2^{K-1}` additions per pair of clouds and no host synchronisation.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ import torch
 from torch import Tensor
 
 MAX_POINTS = 10
-"""Largest K of ``backend="exact"``: 5120 additions a pair; one point more doubles it."""
+"""Largest K of ``backend="exact"``: 5120 additions per pair, doubling with every further point."""
 
 
 def assignment_cost(x: Tensor, y: Tensor) -> Tensor:
-    """``min over permutations p of mean_k |x_k - y_p(k)|^2 / 2`` for ``[*B, K, d]``; [*B].
+    r"""Return :math:`\min_p \mathrm{mean}_k \tfrac12 |x_k - y_{p(k)}|^2` over permutations p.
 
-    The gradient is that of the cost at the best permutation (envelope theorem).
+    By the envelope theorem, the gradient is that of the cost at the optimal permutation.
+
+    Args:
+        x: clouds of shape ``[*B, K, d]``, with K up to :data:`MAX_POINTS`.
+        y: clouds of the same shape.
+
+    Returns:
+        The costs, of shape ``[*B]``.
     """
     with torch.no_grad():
         partners = _assign(x.detach(), y.detach())
@@ -31,8 +38,8 @@ def assignment_cost(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _assign(x: Tensor, y: Tensor) -> Tensor:
-    """Partner in y of each point of x, ``[*B, K]``."""
-    # Under torch.compile K may be a symbol; a comparison makes it a number.
+    """Index in y of the point assigned to each point of x, shape ``[*B, K]``."""
+    # torch.compile may treat K as symbolic; the comparison specialises it.
     k = next(k for k in range(1, MAX_POINTS + 1) if k == x.shape[-2])
     cost = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1).movedim((-2, -1), (0, 1))
     best = cost.new_zeros(1, *cost.shape[2:])
@@ -41,20 +48,20 @@ def _assign(x: Tensor, y: Tensor) -> Tensor:
         last, rest = (torch.tensor(table, device=x.device) for table in _tables(k, size))
         best, choice = (best[rest] + cost[size - 1][last]).min(1)
         choices.append(choice)
-    # Walk back from the full set; `where` is the set's place among those of its size.
-    where = torch.zeros_like(choices[-1])
+    # Backtrack from the full set; `position` indexes the current set among those of its size.
+    position = torch.zeros_like(choices[-1])
     partners = []
     for size in range(k, 0, -1):
         last, rest = (torch.tensor(table, device=x.device) for table in _tables(k, size))
-        choice = choices[size - 1].gather(0, where)
-        partners.append(last[where, choice])
-        where = rest[where, choice]
+        choice = choices[size - 1].gather(0, position)
+        partners.append(last[position, choice])
+        position = rest[position, choice]
     return torch.cat(partners[::-1]).movedim(0, -1)
 
 
 @torch.compiler.assume_constant_result
 def _tables(k: int, size: int) -> tuple[list[list[int]], list[list[int]]]:
-    """For each subset of ``size`` of k: its members, and the place of it without each of them."""
+    """Members of each subset of size ``size``, and its index after removing each of them."""
     smaller = {s: i for i, s in enumerate(itertools.combinations(range(k), size - 1))}
     subsets = list(itertools.combinations(range(k), size))
     rest = [[smaller[s[:i] + s[i + 1 :]] for i in range(size)] for s in subsets]

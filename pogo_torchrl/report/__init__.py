@@ -1,4 +1,4 @@
-"""Run folders -> tables, figures and a page. Reads files only; knows nothing of the training."""
+"""Tables, figures and a summary page from run folders. Reads files only and needs no PyTorch."""
 
 from __future__ import annotations
 

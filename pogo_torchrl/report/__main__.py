@@ -1,4 +1,4 @@
-"""``python -m pogo_torchrl.report``: the command ``pogo report``."""
+"""``python -m pogo_torchrl.report``: the same as the command ``pogo report``."""
 
 import sys
 

@@ -15,24 +15,28 @@ from pogo_torchrl.report.tables import Cell, Table
 SCORE = "D4RL's normalised score (0: random policy, 100: expert)"
 OVER_SEEDS = "mean ± sample standard deviation over seeds"
 LAST_BEST = (
-    "Last: the last evaluation of each run. Best: the highest of its evaluations, chosen by test "
-    "return, of each actor and action mode by itself."
+    "Last: the last evaluation of each run. Best: its highest evaluation, chosen by test return, "
+    "separately for each actor and action mode."
 )
 SELECTION = (
-    "Choosing w2_weights by their scores is selection on test returns: the best of several scores "
-    "higher than it would in new runs, on average."
+    "Choosing w2_weights by score is selection on test returns: on average, the chosen weights "
+    "score higher here than they would in new runs."
 )
 BOOTSTRAP = (
-    f"Intervals: 95 %, stratified bootstrap, {RESAMPLES} resamples; too short where a task has "
+    f"Intervals: 95 %, stratified bootstrap, {RESAMPLES} resamples; too narrow where a task has "
     "few seeds. IQM: interquartile mean."
 )
 
 
 def headline_table(settings: Sequence[Setting]) -> Table:
-    """The last actor, deterministic: one row a task and choice of weights."""
+    """Scores of the last actor with deterministic actions: one row per task and weights.
+
+    Args:
+        settings: all settings of the study.
+    """
     return Table(
         "headline",
-        f"Last actor, deterministic actions: {SCORE}, {OVER_SEEDS}; data score: mean of the "
+        f"Last actor, deterministic actions: {SCORE}, {OVER_SEEDS}. Data score: mean over the "
         "dataset's episodes.",
         (
             "task",
@@ -62,7 +66,11 @@ def headline_table(settings: Sequence[Setting]) -> Table:
 
 
 def scores_table(settings: Sequence[Setting]) -> Table:
-    """Every actor in both modes, last and best checkpoint."""
+    """Scores of every actor in both action modes, at the last and the best checkpoint.
+
+    Args:
+        settings: all settings of the study.
+    """
     rows: list[tuple[Cell, ...]] = [
         (
             setting.task,
@@ -96,10 +104,14 @@ def scores_table(settings: Sequence[Setting]) -> Table:
 
 
 def groups_table(scores: Sequence[GroupScore]) -> Table:
-    """Means and interquartile means over tasks, with intervals."""
+    """Means and interquartile means over tasks, with bootstrap intervals.
+
+    Args:
+        scores: the result of :func:`~pogo_torchrl.report.study.group_scores`.
+    """
     return Table(
         "groups",
-        f"Over tasks and seeds, at the best w2_weights of each task: {SCORE}.",
+        f"Over tasks and seeds, with the best w2_weights of each task: {SCORE}.",
         (
             "tasks",
             "number of tasks",
@@ -117,7 +129,11 @@ def groups_table(scores: Sequence[GroupScore]) -> Table:
 
 
 def chain_table(settings: Sequence[Setting]) -> Table:
-    """What each step of the chain adds to the score."""
+    """Score difference between each actor and its predecessor, paired within each run.
+
+    Args:
+        settings: all settings of the study; chains of a single actor are skipped.
+    """
     settings = [setting for setting in settings if len(setting.weights) > 1]
     steps = max((len(setting.weights) for setting in settings), default=1) - 1
     rows: list[tuple[Cell, ...]] = []
@@ -132,8 +148,8 @@ def chain_table(settings: Sequence[Setting]) -> Table:
             )
     return Table(
         "chain",
-        "Improvement along the chain at the last checkpoint: differences of scores of one run's "
-        f"actors, {OVER_SEEDS}.",
+        "Improvement along the chain at the last checkpoint: score differences between actors of "
+        f"the same run, {OVER_SEEDS}.",
         (
             "task",
             "w2_weights",
@@ -147,7 +163,11 @@ def chain_table(settings: Sequence[Setting]) -> Table:
 
 
 def weights_table(settings: Sequence[Setting]) -> Table:
-    """Choices of weights of each task, best first."""
+    """The weights tried for each task, best first.
+
+    Args:
+        settings: all settings of the study.
+    """
     rows: list[tuple[Cell, ...]] = []
     for task, members in by_task(settings).items():
         ranked = sorted(members, key=lambda setting: -setting.headline.mean)
@@ -156,7 +176,8 @@ def weights_table(settings: Sequence[Setting]) -> Table:
             rows.append((task, rank, setting.label, len(setting.runs), setting.headline, behind))
     return Table(
         "weights",
-        f"w2_weights of each task by the last actor's score (deterministic, last checkpoint), "
+        f"w2_weights of each task, ranked by the last actor's score (deterministic, last "
+        f"checkpoint), "
         f"{OVER_SEEDS}.",
         ("task", "rank", "w2_weights", "seeds", "last checkpoint", "behind the best"),
         rows,
@@ -165,11 +186,16 @@ def weights_table(settings: Sequence[Setting]) -> Table:
 
 
 def published_table(selected: Sequence[Setting]) -> Table:
-    """The study beside published scores, task by task."""
+    """The study next to published scores, task by task.
+
+    Args:
+        selected: one setting per task; tasks without published scores are skipped.
+    """
     return Table(
         "published",
-        f"Beside published scores: {SCORE}. POGO here: last actor, deterministic, last checkpoint, "
-        f"{OVER_SEEDS}, at the best w2_weights of the task. Others: {PER_TASK_SOURCE}.",
+        f"Comparison with published scores: {SCORE}. POGO here: last actor, deterministic, last "
+        f"checkpoint, {OVER_SEEDS}, with the best w2_weights of the task. Others: "
+        f"{PER_TASK_SOURCE}.",
         ("task", "data of POGO here", "last step", "seeds", "POGO here", *ALGORITHMS),
         [
             (
@@ -188,7 +214,7 @@ def published_table(selected: Sequence[Setting]) -> Table:
 
 
 def published_groups_table() -> Table:
-    """Group means that others have published."""
+    """Published mean scores over groups of tasks."""
     return Table(
         "published_groups",
         f"Published means over D4RL's nine locomotion and six antmaze tasks: {SCORE}.",

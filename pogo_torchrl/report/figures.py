@@ -1,4 +1,4 @@
-"""Figures over runs: scores stand on one scale, colours go with markers and line styles."""
+"""Figures of a report. Each colour is paired with a marker and a line style."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pogo_torchrl.report.published import ALGORITHMS, PER_TASK
 from pogo_torchrl.report.run_logs import MODES
 from pogo_torchrl.report.study import GroupScore, Setting, by_task
 
-# Okabe and Ito's palette, readable by colour-blind people.
+# Okabe and Ito's palette, safe for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (8, 2)))
@@ -27,13 +27,13 @@ _DATA = "mean of the data's episodes"
 
 
 def curves_figure(settings: Sequence[Setting]) -> Figure:
-    """Learning curves of one task: a row of panels a setting, a panel a mode, a line an actor.
+    """Learning curves of one task: one row of panels per setting, one panel per action mode.
 
-    A line is the mean over the seeds that were evaluated at that step, its band one sample
-    standard deviation to both sides where there are two or more.
+    Each line is an actor's mean over the seeds evaluated at that step. With two or more seeds, the
+    band around it is plus and minus one sample standard deviation.
 
     Args:
-        settings: all of one task.
+        settings: all settings of one task.
     """
     figure, grid = _panels(len(settings), 2, height=2.1, sharex=True, sharey=True)
     for row, setting in zip(grid, settings):
@@ -55,7 +55,11 @@ def curves_figure(settings: Sequence[Setting]) -> Figure:
 
 
 def chain_figure(settings: Sequence[Setting]) -> Figure:
-    """Improvement along the chain: a panel a task and mode, a row a setting, a marker a step."""
+    """Improvement along the chain: one panel per task and mode, one row per setting.
+
+    Args:
+        settings: settings of one environment; chains of a single actor are skipped.
+    """
     settings = [setting for setting in settings if len(setting.weights) > 1]
     tasks = by_task(settings)
     figure, grid = _dot_panels(tasks, columns=2)
@@ -78,7 +82,13 @@ def chain_figure(settings: Sequence[Setting]) -> Figure:
 
 
 def weights_figure(settings: Sequence[Setting]) -> Figure:
-    """Sensitivity to the weights: a panel a task, a row a setting; last actor, deterministic."""
+    """Sensitivity to the weights: one panel per task, one row per setting.
+
+    Shows the last actor's scores with deterministic actions.
+
+    Args:
+        settings: settings of one environment.
+    """
     tasks = by_task(settings)
     figure, grid = _dot_panels(tasks, columns=1)
     for (axes,), members in zip(grid, tasks.values()):
@@ -93,7 +103,11 @@ def weights_figure(settings: Sequence[Setting]) -> Figure:
 
 
 def published_figure(selected: Sequence[Setting]) -> Figure:
-    """The study beside published scores: a row a task."""
+    """The study next to published scores: one row per task.
+
+    Args:
+        selected: one setting per task; tasks without published scores are skipped.
+    """
     known = [setting for setting in selected if setting.task in PER_TASK]
     figure, grid = _panels(1, 1, height=0.8 + 0.55 * len(known))
     axes = grid[0, 0]
@@ -113,9 +127,13 @@ def published_figure(selected: Sequence[Setting]) -> Figure:
 
 
 def intervals_figure(scores: Sequence[GroupScore]) -> Figure:
-    """IQM with intervals: a panel a group of tasks, a row an actor."""
+    """Interquartile means with intervals: one row of panels per group of tasks.
+
+    Args:
+        scores: the result of :func:`~pogo_torchrl.report.study.group_scores`.
+    """
     names = list(dict.fromkeys(score.group for score in scores))
-    # The longest chain has a row for each of its actors.
+    # One row for each index that any group compares, then one for the last actors.
     actors = [*sorted({score.actor for score in scores} - {"last"}, key=int), "last"]
     figure, grid = _panels(len(names), 2, height=0.6 + 0.3 * len(actors), sharex=True)
     for row, name in zip(grid, names):
@@ -141,15 +159,18 @@ def intervals_figure(scores: Sequence[GroupScore]) -> Figure:
 
 
 def encode(figure: Figure, kind: str) -> bytes:
-    """The figure as a file, the same bytes at every call.
+    """Encode a figure as the content of a file; equal figures give equal bytes.
 
     Args:
         figure: the figure.
-        kind: ``"png"`` or ``"pdf"``.
+        kind: the file format, ``"png"`` or ``"pdf"``.
+
+    Returns:
+        The content of the file.
     """
     file = io.BytesIO()
     metadata = {"CreationDate": None} if kind == "pdf" else {}
-    # Fonts that can be searched and edited, as journals ask for.
+    # TrueType fonts: text stays searchable and editable, as journals require.
     with matplotlib.rc_context({"pdf.fonttype": 42}):
         figure.savefig(file, format=kind, dpi=150, metadata=metadata)
     return file.getvalue()
@@ -173,7 +194,7 @@ def _curve(axes: Axes, setting: Setting, actor: int, mode: int) -> None:
 
 
 def _dot(axes: Axes, values: np.ndarray, y: float, style: int, label: str) -> None:
-    """Mean and standard deviation, and each seed as a faint dot."""
+    """Draw mean and standard deviation, and a faint dot for each seed."""
     found = spread(values)
     if len(values) > 1:
         axes.plot(
@@ -197,7 +218,7 @@ def _cycle(values: Sequence[Any], index: int) -> Any:
 
 
 def _panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A grid of axes of the width of a page; height is that of one row, in inches."""
+    """Make a grid of axes as wide as a page; ``height`` is the height of one row in inches."""
     figure = Figure(figsize=(7.2, 0.9 + height * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, **options)
     for axes in grid.flat:
@@ -206,7 +227,7 @@ def _panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
 
 
 def _dot_panels(tasks: dict[str, list[Setting]], columns: int) -> tuple[Figure, np.ndarray]:
-    """A row of panels for each task, as high as it has settings."""
+    """Make one row of panels per task, its height proportional to the number of settings."""
     lines = [len(members) for members in tasks.values()]
     figure = Figure(
         figsize=(7.2, 1.2 + 0.45 * len(lines) + 0.38 * sum(lines)), layout="constrained"
@@ -223,13 +244,13 @@ def _dot_panels(tasks: dict[str, list[Setting]], columns: int) -> tuple[Figure, 
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
-    """Name the rows of a dot plot, from the top."""
+    """Label the rows of a dot plot, from top to bottom."""
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
     axes.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def _legend(figure: Figure, panels: Any) -> None:
-    """One legend for all panels, below them: inside it would hide data."""
+    """Draw one legend for all panels, below them, where it hides no data."""
     found: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels()):

@@ -1,4 +1,4 @@
-"""Means, spreads and intervals over seeds and tasks."""
+"""Means, standard deviations and bootstrap intervals over seeds and tasks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ RESAMPLES = 10_000
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation; NaN for the deviation of one number."""
+    """Mean and sample standard deviation; the deviation of a single value is NaN."""
 
     mean: float
     std: float
 
 
 class Estimate(NamedTuple):
-    """A value and its interval; NaN for bounds that the data do not give."""
+    """A value and its interval; the bounds are NaN where the data do not determine them."""
 
     value: float
     low: float
@@ -31,7 +31,7 @@ def spread(values: ArrayLike) -> Spread:
     r"""Mean and sample standard deviation (divisor n - 1).
 
     Args:
-        values: n numbers.
+        values: the n values.
 
     Example:
         >>> spread([1.0, 2.0, 3.0])
@@ -44,21 +44,24 @@ def spread(values: ArrayLike) -> Spread:
 
 
 def mean(scores: ArrayLike) -> NDArray[np.floating]:
-    """Mean along the last axis."""
+    """Return the mean along the last axis."""
     return np.asarray(scores, dtype=float).mean(-1)
 
 
 def iqm(scores: ArrayLike) -> NDArray[np.floating]:
     r"""Interquartile mean along the last axis: the mean of the middle half.
 
-    Of n sorted numbers the first and the last ``floor(n / 4)`` are left out; up to three numbers
-    give their mean. The same as ``scipy.stats.trim_mean(scores, 0.25, axis=-1)``.
+    Of n sorted values the first and the last ``floor(n / 4)`` are dropped; with n up to three this
+    is the plain mean. The same as ``scipy.stats.trim_mean(scores, 0.25, axis=-1)``.
 
     Args:
-        scores: numbers, ``[..., n]``.
+        scores: the values, ``[..., n]``.
 
-    Source: Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical
-    Precipice".
+    Returns:
+        The interquartile means, ``[...]``.
+
+    Source: Agarwal et al., *Deep Reinforcement Learning at the Edge of the Statistical Precipice*,
+    2021, arXiv:2108.13264.
 
     Example:
         >>> float(iqm([0.0, 1.0, 2.0, 30.0]))
@@ -77,20 +80,21 @@ def bootstrap(
 ) -> Estimate:
     r"""A statistic of all runs of a study, with its stratified bootstrap interval.
 
-    Each of `RESAMPLES` resamples draws, for every task by itself, as many of its runs as it has,
-    with replacement; the interval is between the percentiles ``100 (1 -+ level) / 2`` of the
-    statistic over the resamples. The random numbers are the same at every call.
+    Each of `RESAMPLES` resamples draws the runs of every task with replacement, as many as the task
+    has. The interval lies between the percentiles ``100 (1 -+ level) / 2`` of the statistic over
+    the resamples. The generator is seeded, so that equal scores give equal intervals.
 
     Args:
-        strata: one array of scores a task, of any lengths.
-        statistic: from ``[..., n]`` to ``[...]``.
-        level: probability of the interval.
+        strata: one array of scores per task; lengths may differ.
+        statistic: maps ``[..., n]`` to ``[...]``. Defaults to :func:`iqm`.
+        level: coverage probability of the interval. Defaults to ``0.95``.
 
     Returns:
-        The statistic of all scores together. The interval is NaN where no task has two runs, for
-        then nothing is known of the spread.
+        The statistic of all scores pooled. The bounds are NaN if no task has two runs, because the
+        variation over seeds is then unknown.
 
-    Source: Agarwal et al. (2021), as above; the procedure of their library rliable.
+    Source: Agarwal et al., *Deep Reinforcement Learning at the Edge of the Statistical Precipice*,
+    2021, arXiv:2108.13264; the procedure of their library rliable.
 
     Example:
         >>> bootstrap([[10.0, 20.0, 30.0, 40.0], [60.0, 60.0]])

@@ -1,4 +1,4 @@
-"""Table and curves of one run."""
+"""Score table and learning curves of a single run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ class Curve(NamedTuple):
 
 
 def read_scores(path: str | Path) -> dict[tuple[int, str], Curve]:
-    """The curves in a run's ``evaluations.csv``, by ``(actor, mode)``; damaged rows are left out.
+    """Read the score curves of a run, skipping damaged rows.
+
+    Args:
+        path: the run's ``evaluations.csv``.
+
+    Returns:
+        The curves by ``(actor, mode)``.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: if the file does not exist.
     """
     curves: dict[tuple[int, str], Curve] = defaultdict(lambda: Curve([], []))
     for row in filter(None, read_rows(Path(path))):
@@ -34,11 +40,17 @@ def read_scores(path: str | Path) -> dict[tuple[int, str], Curve]:
 
 
 def score_table(path: str | Path, behaviour_score: float) -> str:
-    r"""Each actor's last and best score beside the score of the data's own behaviour.
+    r"""Format the last and best score of each actor, and the dataset's score for comparison.
 
     Args:
-        path: a run's ``evaluations.csv``.
+        path: the run's ``evaluations.csv``.
         behaviour_score: mean D4RL score of the episodes in the dataset.
+
+    Returns:
+        The table as text.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
 
     Example:
         >>> import tempfile
@@ -72,15 +84,18 @@ def score_table(path: str | Path, behaviour_score: float) -> str:
 
 
 def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_score: float) -> None:
-    """Draw the learning curves of all actors, deterministic solid and stochastic dashed.
+    """Plot the learning curves of all actors, deterministic solid and stochastic dashed.
 
     Args:
-        path: a run's ``evaluations.csv``.
-        out: the figure to write; its ending gives the format.
-        title: stands above the axes.
-        behaviour_score: drawn as the dataset's level.
+        path: the run's ``evaluations.csv``.
+        out: the figure to write; its suffix selects the format.
+        title: title of the figure.
+        behaviour_score: mean D4RL score of the episodes in the dataset, drawn as a horizontal line.
+
+    Raises:
+        FileNotFoundError: if ``path`` does not exist.
     """
-    # Not pyplot's, which would choose a backend for the whole process.
+    # Not pyplot, which would choose a backend for the whole process.
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
     for (actor, mode), curve in sorted(read_scores(path).items()):
@@ -96,6 +111,6 @@ def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_scor
     axes.axhline(behaviour_score, color="0.5", linestyle=":", label="dataset's behaviour")
     axes.set(xlabel="updates", ylabel="D4RL score", title=title)
     axes.grid(alpha=0.3)
-    # Below the axes: scores swing, and inside it would hide some.
+    # Below the axes, where it hides no curve.
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)
     figure.savefig(out, dpi=150)

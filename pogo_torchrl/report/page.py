@@ -1,4 +1,4 @@
-"""The page that one shows to a colleague."""
+"""The summary page of a report."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ def page(
     tables: Mapping[str, Table],
     figures: Iterable[str],
 ) -> str:
-    """The one-page summary as Markdown.
+    """Format the summary page as Markdown.
 
     Args:
-        runs: all runs.
-        left_out: folders that are not in any table, each with the reason.
-        tables: by name, those that have rows.
+        runs: all runs that could be read.
+        left_out: the folders that could not, by name, each with the reason.
+        tables: the tables that have rows, by name.
         figures: names of the figures that were drawn.
+
+    Returns:
+        The content of ``README.md``.
     """
-    sections = ["# POGO: results", _what_ran(runs, left_out)]
-    said: set[str] = set()
+    sections = ["# POGO: results", _overview(runs, left_out)]
+    shown: set[str] = set()
 
     def show(table: Table) -> str:
-        """With its caption, and those of its notes that do not stand further up."""
-        notes = [note for note in table.notes if note not in said]
-        said.update(notes)
+        """Format a table with its caption and the notes that are not on the page yet."""
+        notes = [note for note in table.notes if note not in shown]
+        shown.update(notes)
         return f"{' '.join([table.caption, *notes])}\n\n{table.markdown()}"
 
     if "headline" in tables:
@@ -39,40 +42,40 @@ def page(
         groups = tables["groups"]
         last = groups._replace(rows=[row for row in groups.rows if row[3] == "last"])
         sections += [
-            "## Over tasks",
+            "## Aggregates over tasks",
             show(last),
             "Every actor: [tables/groups.md](tables/groups.md).",
         ]
     titles = {
         "intervals": "",
-        "published": "## Beside published scores",
+        "published": "## Comparison with published scores",
         "curves": "## Learning curves",
         "chain": "## Improvement along the chain",
         "weights": "## Sensitivity to w2_weights",
     }
     for figure in figures:
-        kind = figure.partition("_")[0]
-        # One title for all figures of a kind.
-        title = titles.pop(kind, "")
+        section = figure.partition("_")[0]
+        # Only the first figure of a section carries its title.
+        title = titles.pop(section, "")
         sections.append(title)
-        if kind == "published":
+        if section == "published":
             sections += [*_comparable(runs), show(tables["published"])]
             sections.append(show(tables["published_groups"]))
-        if kind == "weights" and title:
+        if section == "weights" and title:
             sections.append(show(tables["weights"]))
         sections.append(f"![{figure}](figures/{figure}.png)")
-    sections += ["## Missing, failed, damaged", _problems(runs, left_out)]
+    sections += ["## Unfinished, failed and damaged runs", _problems(runs, left_out)]
     sections += ["## Files", _FILES]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
 _FILES = """\
-* `summary.csv`: one row a task, w2_weights, seed, actor and action mode
+* `summary.csv`: one row per task, w2_weights, seed, actor and action mode
 * `tables/`: all tables as Markdown, CSV (four decimals) and LaTeX (booktabs)
 * `figures/`: all figures as PNG and PDF"""
 
 
-def _what_ran(runs: Sequence[RunRecord], left_out: Mapping[str, str]) -> str:
+def _overview(runs: Sequence[RunRecord], left_out: Mapping[str, str]) -> str:
     done = sum(run.done for run in runs)
     failed = sum(bool(run.error) for run in runs)
     tasks = Counter(run.task for run in runs)
@@ -80,10 +83,10 @@ def _what_ran(runs: Sequence[RunRecord], left_out: Mapping[str, str]) -> str:
     sources = sorted({run.data_source for run in runs})
     steps = sorted({run.total_steps for run in runs})
     lines = [
-        f"{len(runs)} runs ({_count(len(tasks), 'task')}, {len(settings)} choices of task and "
-        f"w2_weights): {done} done, {len(runs) - done - failed} unfinished, {failed} failed"
+        f"{len(runs)} runs ({_count(len(tasks), 'task')}, {len(settings)} combinations of task "
+        f"and w2_weights): {done} done, {len(runs) - done - failed} unfinished, {failed} failed"
         + (f"; {_count(len(left_out), 'folder')} could not be read." if left_out else "."),
-        f"Updates of a run: {', '.join(map(str, steps))}. Data: {', '.join(sources)}."
+        f"Updates per run: {', '.join(map(str, steps))}. Data: {', '.join(sources)}."
         if runs
         else "",
     ]
@@ -95,13 +98,13 @@ def _count(number: int, what: str) -> str:
 
 
 def _comparable(runs: Sequence[RunRecord]) -> list[str]:
-    """What must be said where runs did not learn from D4RL's datasets."""
+    """A warning if any run was trained on data other than D4RL's datasets."""
     others = sorted({run.data_source for run in runs} - {"d4rl"})
     if not others:
         return []
     return [
-        "**Not comparable as it stands:** the published scores are for D4RL's own datasets, and "
-        f"these runs learned from other data (data.source: {', '.join(others)})."
+        "**Not directly comparable:** the published scores are for D4RL's own datasets, and these "
+        f"runs were trained on other data (data.source: {', '.join(others)})."
     ]
 
 
@@ -117,4 +120,4 @@ def _problems(runs: Sequence[RunRecord], left_out: Mapping[str, str]) -> str:
             found.append(run.evaluations.damage)
         if found:
             lines.append(f"* `{run.name}`: {'; '.join(found)}")
-    return "\n".join(lines) or "Nothing."
+    return "\n".join(lines) or "None."

@@ -1,4 +1,4 @@
-"""Scores that others have published on D4RL's version 2 datasets, with their sources."""
+"""Published scores on D4RL's version 2 datasets, with their sources."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ALGORITHMS = ("TD3+BC", "IQL", "ReBRAC")
 PER_TASK_SOURCE = (
     "Tarasov et al. 2023, Revisiting the Minimalist Approach to Offline Reinforcement Learning "
     "(ReBRAC), arXiv:2305.09836, tables 2 and 3: last checkpoint, mean ± standard deviation over "
-    "10 seeds other than those that all three algorithms were tuned on"
+    "10 seeds, disjoint from the seeds that all three algorithms were tuned on"
 )
 
 _PER_TASK = {
@@ -33,13 +33,13 @@ _PER_TASK = {
 }
 
 PER_TASK = {
-    task: {name: Spread(*numbers) for name, numbers in zip(ALGORITHMS, row)}
+    task: {name: Spread(*values) for name, values in zip(ALGORITHMS, row)}
     for task, row in _PER_TASK.items()
 }
-"""Score of each algorithm in each task."""
+"""Score of each algorithm on each task: mean and standard deviation over seeds."""
 
 TASKS = tuple(PER_TASK)
-"""The nine locomotion and six antmaze tasks, in the order of papers' tables."""
+"""The nine locomotion and six antmaze tasks, in the order used by the papers."""
 
 
 class GroupMeans(NamedTuple):
@@ -51,15 +51,13 @@ class GroupMeans(NamedTuple):
     source: str
 
 
-# The other numbers have been compared with the text of the papers.
-_POGO = "POGO's paper, second-hand; its Gaussian variant, which is not this algorithm"
+# Only POGO's means have not been compared with the text of the paper.
+_POGO = "POGO's paper, its Gaussian variant, which is not this algorithm; not verified"
 _REBRAC = "ReBRAC's paper, means of tables 2 and 3"
 _IQL = "Kostrikov et al. 2022 (IQL), arXiv:2110.06169, table 1"
 
 GROUP_MEANS = (
-    GroupMeans(
-        "POGO", 83.2, 45.3, "POGO's paper, its Gaussian variant, not this algorithm; unchecked"
-    ),
+    GroupMeans("POGO", 83.2, 45.3, _POGO),
     GroupMeans("TD3+BC", 75.3, None, _IQL),
     GroupMeans("TD3+BC, tuned", 72.1, 28.7, _REBRAC),
     GroupMeans("IQL", 76.9, None, _IQL),

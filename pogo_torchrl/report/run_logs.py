@@ -1,4 +1,4 @@
-"""Run folders, read at any moment: half-finished ones, and damaged ones."""
+"""Reading run folders, including those of unfinished and damaged runs."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ Array = NDArray[np.floating]
 
 
 class Evaluations(NamedTuple):
-    """All whole evaluations of a run: those that have a row for every actor and action mode."""
+    """The complete evaluations of a run: those with a row for every actor and action mode."""
 
     steps: NDArray[np.integer]
-    """Updates made, ``[T]``, ascending."""
+    """Completed updates at each evaluation, ``[T]``, ascending."""
     scores: Array
-    """Normalised scores, ``[T, N, 2]``: evaluation, actor, mode (as in :data:`MODES`)."""
+    """Normalised scores, ``[T, N, 2]``: evaluation, actor, mode (in the order of :data:`MODES`)."""
     returns: Array
-    """Mean returns, of the same shape."""
+    """Mean returns, ``[T, N, 2]``."""
     damage: str = ""
-    """What had to be left out, in a sentence."""
+    """Description of what was skipped; empty if the file is intact."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the folder of one run tells."""
+    """Content of one run folder."""
 
     name: str
-    """The folder below ``log_dir``."""
+    """Path of the folder, relative to ``log_dir``."""
     task: str
     weights: tuple[float, ...]
     seed: int
@@ -48,21 +48,21 @@ class RunRecord:
     data_source: str
     evaluations: Evaluations
     steps_made: int
-    """Updates up to the last row of any of its files."""
+    """Completed updates, judged by the last row of any CSV file."""
     done: bool
     data_score: float
     """Mean score of the episodes in the dataset; NaN if unknown."""
     error: str
-    """Why its last attempt failed; empty if it did not."""
+    """Why the last attempt failed; empty if it did not."""
 
     @property
     def label(self) -> str:
-        """The weights as people write them, such as ``0.2, 0.2, 0.1``."""
+        """The weights as text, such as ``0.2, 0.2, 0.1``."""
         return weights_label(self.weights)
 
     @property
     def evaluated(self) -> bool:
-        """Whether there is any whole evaluation."""
+        """Whether the run has at least one complete evaluation."""
         return len(self.evaluations.steps) > 0
 
     @property
@@ -72,12 +72,12 @@ class RunRecord:
 
     @property
     def best(self) -> Array:
-        """The best scores of any checkpoint, of each actor and mode by itself, ``[N, 2]``."""
+        """Best scores over all checkpoints, separately for each actor and mode, ``[N, 2]``."""
         return self.evaluations.scores.max(0)
 
     @property
     def status(self) -> str:
-        """``done``, or how far it is, such as ``5000 of 20000``."""
+        """``done``, or the progress: ``5000 of 20000``, or ``failed at 5000 of 20000``."""
         if self.done:
             return "done"
         progress = f"{self.steps_made} of {self.total_steps}"
@@ -85,7 +85,7 @@ class RunRecord:
 
 
 def weights_label(weights: tuple[float, ...]) -> str:
-    """Weights as people write them.
+    """Format weights as text.
 
     Example:
         >>> weights_label((0.2, 1.0))
@@ -95,7 +95,7 @@ def weights_label(weights: tuple[float, ...]) -> str:
 
 
 def task_order(task: str) -> tuple[int, str]:
-    """Sorts tasks as papers do, unknown ones last."""
+    """Sort key for tasks: the order used by the papers, unknown tasks last."""
     return (TASKS.index(task) if task in TASKS else len(TASKS), task)
 
 
@@ -106,18 +106,18 @@ def read_runs(log_dir: str | Path) -> tuple[list[RunRecord], dict[str, str]]:
         log_dir: the folder that the runs were written to.
 
     Returns:
-        The runs, sorted by task, weights and seed; and by name the folders that are left out
-        because nothing says what they hold, each with the reason.
+        The runs, sorted by task, weights and seed; and the folders that could not be read, by name,
+        each with the reason.
 
     Raises:
-        FileNotFoundError: when there is no run folder.
+        FileNotFoundError: if there is no run folder.
     """
     log_dir = Path(log_dir)
     folders = sorted(p for p in log_dir.glob("*/w2_*/seed_*") if p.is_dir())
     if not folders:
         raise FileNotFoundError(
-            f"log_dir={log_dir} holds no runs (TASK/w2_WEIGHTS/seed_SEED); give the folder that "
-            "they were written to."
+            f"log_dir={log_dir} contains no runs (TASK/w2_WEIGHTS/seed_SEED); give the folder that "
+            "the runs were written to."
         )
     runs, left_out = [], {}
     for folder in folders:
@@ -126,7 +126,7 @@ def read_runs(log_dir: str | Path) -> tuple[list[RunRecord], dict[str, str]]:
             runs.append(read_run(folder, name))
         except ValueError as error:
             failure = _read_json(folder / "failed.json").get("error")
-            left_out[name] = f"failed: {_line(failure)}" if failure else str(error)
+            left_out[name] = f"failed: {_one_line(failure)}" if failure else str(error)
     runs.sort(key=lambda run: (task_order(run.task), run.weights, run.seed))
     return runs, left_out
 
@@ -135,16 +135,19 @@ def read_run(folder: Path, name: str) -> RunRecord:
     """Read one run folder.
 
     Args:
-        folder: the folder.
-        name: what to call it.
+        folder: the run folder.
+        name: name of the run in the report.
+
+    Returns:
+        The content of the folder.
 
     Raises:
-        ValueError: when its ``config.yaml`` does not say which run it is.
+        ValueError: if its ``config.yaml`` is missing or damaged.
     """
     training = folder / "training"
     cfg = _read_config(training / "config.yaml")
     evaluations = read_evaluations(training / "evaluations.csv", len(cfg["w2_weights"]))
-    made = [*evaluations.steps.tolist(), *_steps(training / "metrics.csv")]
+    steps = [*evaluations.steps.tolist(), *_read_steps(training / "metrics.csv")]
     done_steps = _read_json(folder / "done.json").get("total_steps", -1)
     done = isinstance(done_steps, int) and done_steps >= cfg["total_steps"]
     return RunRecord(
@@ -155,25 +158,28 @@ def read_run(folder: Path, name: str) -> RunRecord:
         total_steps=cfg["total_steps"],
         data_source=cfg["data_source"],
         evaluations=evaluations,
-        steps_made=max(made, default=0),
+        steps_made=max(steps, default=0),
         done=done,
-        data_score=_data_score(training / "train.log"),
-        # The run may have succeeded after it failed.
-        error="" if done else _line(_read_json(folder / "failed.json").get("error", "")),
+        data_score=_read_data_score(training / "train.log"),
+        # A failed run may have been completed since.
+        error="" if done else _one_line(_read_json(folder / "failed.json").get("error", "")),
     )
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, int, str, float, float] | None]:
-    """Rows ``(step, actor, mode, score, return)`` of an ``evaluations.csv``.
+    """Iterate over the rows ``(step, actor, mode, score, return)`` of an ``evaluations.csv``.
 
-    Yields ``None`` for a row that is damaged: that was cut short, is garbled or not finite.
+    Yields ``None`` for a damaged row: truncated, garbled, or with a score that is not finite.
+
+    Args:
+        path: the file.
 
     Raises:
-        FileNotFoundError: when there is no such file.
+        FileNotFoundError: if the file does not exist.
     """
-    # A last line without its end was cut short, perhaps in the middle of a number.
-    whole, _, rest = path.read_text(errors="replace").rpartition("\n")
-    reader = csv.DictReader(whole.replace("\0", "\ufffd").splitlines())
+    # A last line without a newline was truncated, possibly in the middle of a number.
+    complete, _, rest = path.read_text(errors="replace").rpartition("\n")
+    reader = csv.DictReader(complete.replace("\0", "\ufffd").splitlines())
     while True:
         try:
             row = next(reader, None)
@@ -192,11 +198,14 @@ def read_rows(path: Path) -> Iterator[tuple[int, int, str, float, float] | None]
 
 
 def read_evaluations(path: Path, actors: int) -> Evaluations:
-    r"""Read a run's ``evaluations.csv``, leaving out what is damaged.
+    r"""Read a run's ``evaluations.csv``, skipping damaged rows and incomplete evaluations.
 
     Args:
-        path: the file; one that is absent holds no evaluations.
-        actors: length N of the chain.
+        path: the file; if it does not exist, there are no evaluations.
+        actors: number of actors N in the chain.
+
+    Returns:
+        The complete evaluations, and a description of what was skipped.
 
     Example:
         >>> import tempfile
@@ -207,7 +216,7 @@ def read_evaluations(path: Path, actors: int) -> Evaluations:
         ...                         "2,0,deterministic,11,4")
         ...     read_evaluations(path, 1)._asdict()  # doctest: +NORMALIZE_WHITESPACE
         {'steps': array([1]), 'scores': array([[[40., 38.]]]), 'returns': array([[[10., 9.]]]),
-         'damage': 'evaluations.csv: 1 damaged row left out'}
+         'damage': 'evaluations.csv: 1 damaged row skipped'}
     """
     found: dict[int, dict[tuple[int, str], tuple[float, float]]] = {}
     damaged = 0
@@ -216,36 +225,36 @@ def read_evaluations(path: Path, actors: int) -> Evaluations:
             if row is None or not 0 <= row[1] < actors:
                 damaged += 1
             else:
-                step, actor, mode, *numbers = row
-                found.setdefault(step, {})[actor, mode] = (numbers[0], numbers[1])
+                step, actor, mode, score, mean_return = row
+                found.setdefault(step, {})[actor, mode] = (score, mean_return)
     except FileNotFoundError:
         pass
     except OSError as error:
-        return Evaluations(*_stack({}, actors), f"evaluations.csv cannot be read: {error}")
-    whole = {step: found[step] for step in sorted(found) if len(found[step]) == 2 * actors}
+        return Evaluations(*_to_arrays({}, actors), f"evaluations.csv cannot be read: {error}")
+    complete = {step: found[step] for step in sorted(found) if len(found[step]) == 2 * actors}
     damage = []
     if damaged:
-        damage.append(f"{damaged} damaged row{'s' * (damaged > 1)} left out")
-    if cut := len(found) - len(whole):
-        damage.append(f"{cut} incomplete evaluation{'s' * (cut > 1)} left out")
+        damage.append(f"{damaged} damaged row{'s' * (damaged > 1)} skipped")
+    if incomplete := len(found) - len(complete):
+        damage.append(f"{incomplete} incomplete evaluation{'s' * (incomplete > 1)} skipped")
     return Evaluations(
-        *_stack(whole, actors), f"evaluations.csv: {', '.join(damage)}" if damage else ""
+        *_to_arrays(complete, actors), f"evaluations.csv: {', '.join(damage)}" if damage else ""
     )
 
 
-def _stack(
+def _to_arrays(
     evaluations: Mapping[int, Mapping[tuple[int, str], tuple[float, float]]], actors: int
 ) -> tuple[NDArray[np.integer], Array, Array]:
     table = [
         [[rows[actor, mode] for mode in MODES] for actor in range(actors)]
         for rows in evaluations.values()
     ]
-    numbers = np.array(table, dtype=float).reshape(-1, actors, len(MODES), 2)
-    return np.array(list(evaluations), dtype=int), numbers[..., 0], numbers[..., 1]
+    values = np.array(table, dtype=float).reshape(-1, actors, len(MODES), 2)
+    return np.array(list(evaluations), dtype=int), values[..., 0], values[..., 1]
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The settings that say which run it is."""
+    """Read the settings that identify a run."""
     try:
         cfg = yaml.safe_load(path.read_text())
         data = cfg.get("data") or {}
@@ -257,7 +266,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             "data_source": str(data.get("source", "unknown")),
         }
     except FileNotFoundError:
-        raise ValueError("not started: there is no training/config.yaml") from None
+        raise ValueError("not started: training/config.yaml does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         raise ValueError("training/config.yaml cannot be read: it is damaged") from None
     if not found["w2_weights"]:
@@ -266,7 +275,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
+    """Read a JSON object; empty if the file is missing or damaged."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -274,7 +283,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _line(text: object) -> str:
+def _one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
@@ -285,14 +294,14 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def _steps(path: Path) -> list[int]:
-    """First column of a CSV file."""
-    whole = _read_text(path).rpartition("\n")[0]
-    cells = (line.partition(",")[0] for line in whole.split("\n"))
+def _read_steps(path: Path) -> list[int]:
+    """Read the first column of a CSV file, ``step``."""
+    complete = _read_text(path).rpartition("\n")[0]
+    cells = (line.partition(",")[0] for line in complete.split("\n"))
     return [int(cell) for cell in cells if cell.isdecimal()]
 
 
-def _data_score(path: Path) -> float:
-    """Mean score of the dataset's episodes, which a run tells in its log alone."""
+def _read_data_score(path: Path) -> float:
+    """Read the mean score of the dataset's episodes, which only the log contains."""
     found = re.findall(r"Data: .* mean D4RL score (-?[\d.]+)$", _read_text(path), re.MULTILINE)
     return float(found[-1]) if found else math.nan

@@ -1,4 +1,4 @@
-"""Runs put together: over seeds, and over tasks."""
+"""Runs aggregated over seeds and over tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOCOMOTION = ("halfcheetah", "hopper", "walker2d")
 
 
 class Setting(NamedTuple):
-    """The runs of one task and one choice of weights that have an evaluation; one a seed."""
+    """The evaluated runs of one task with the same weights, one per seed."""
 
     task: str
     weights: tuple[float, ...]
@@ -23,44 +23,44 @@ class Setting(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The task's environment, such as ``hopper``."""
+        """Environment of the task, such as ``hopper``."""
         return self.task.split("-")[0]
 
     @property
     def label(self) -> str:
-        """The weights as people write them."""
+        """The weights as text, such as ``0.2, 0.2, 0.1``."""
         return weights_label(self.weights)
 
     @property
     def last(self) -> Array:
-        """Scores of each run's last checkpoint, ``[S, N, 2]``."""
+        """Scores of each run at its last checkpoint, ``[S, N, 2]``: seed, actor, mode."""
         return np.stack([run.last for run in self.runs])
 
     @property
     def best(self) -> Array:
-        """Best scores of each run's checkpoints, ``[S, N, 2]``."""
+        """Best score of each run over its checkpoints, ``[S, N, 2]``: seed, actor, mode."""
         return np.stack([run.best for run in self.runs])
 
     @property
     def headline(self) -> Spread:
-        """Last actor, deterministic, last checkpoint; over seeds."""
+        """Score of the last actor at the last checkpoint over seeds, with deterministic actions."""
         return spread(self.last[:, -1, 0])
 
     @property
     def last_steps(self) -> str:
-        """Updates at the last checkpoint, such as ``20000`` or ``5000-20000`` over seeds."""
+        """Updates at the last evaluation: ``20000``, or the range over seeds, ``5000-20000``."""
         steps = [int(run.evaluations.steps[-1]) for run in self.runs]
         return str(max(steps)) if min(steps) == max(steps) else f"{min(steps)}-{max(steps)}"
 
     @property
     def data_score(self) -> float:
-        """Mean score of the episodes in the data; NaN if unknown."""
+        """Mean score of the episodes in the dataset; NaN if unknown."""
         known = [run.data_score for run in self.runs if np.isfinite(run.data_score)]
         return float(np.mean(known)) if known else np.nan
 
 
 class GroupScore(NamedTuple):
-    """Scores of one actor in one mode over a group of tasks."""
+    """Aggregate scores of one actor in one action mode over a group of tasks."""
 
     group: str
     tasks: int
@@ -74,10 +74,13 @@ class GroupScore(NamedTuple):
 
 
 def settings(runs: Iterable[RunRecord]) -> list[Setting]:
-    """Evaluated runs by task and weights, in their order.
+    """Group the evaluated runs by task and weights, keeping their order.
 
     Args:
-        runs: sorted, as :func:`~pogo_torchrl.report.read_runs` gives them.
+        runs: the runs, sorted as by :func:`~pogo_torchrl.report.read_runs`.
+
+    Returns:
+        One setting for each combination of task and weights that has been evaluated.
     """
     evaluated = (run for run in runs if run.evaluated)
     return [
@@ -87,16 +90,16 @@ def settings(runs: Iterable[RunRecord]) -> list[Setting]:
 
 
 def by_task(found: Iterable[Setting]) -> dict[str, list[Setting]]:
-    """The settings of each task, in their order."""
-    return _by(found, lambda setting: setting.task)
+    """Group settings by task, keeping their order."""
+    return _group_by(found, lambda setting: setting.task)
 
 
 def by_family(found: Iterable[Setting]) -> dict[str, list[Setting]]:
-    """The settings of each environment, in their order."""
-    return _by(found, lambda setting: setting.family)
+    """Group settings by environment, keeping their order."""
+    return _group_by(found, lambda setting: setting.family)
 
 
-def _by(found: Iterable[Setting], key: Callable[[Setting], str]) -> dict[str, list[Setting]]:
+def _group_by(found: Iterable[Setting], key: Callable[[Setting], str]) -> dict[str, list[Setting]]:
     parts: dict[str, list[Setting]] = {}
     for setting in found:
         parts.setdefault(key(setting), []).append(setting)
@@ -104,7 +107,7 @@ def _by(found: Iterable[Setting], key: Callable[[Setting], str]) -> dict[str, li
 
 
 def best_settings(found: Iterable[Setting]) -> list[Setting]:
-    """Of each task the setting with the highest headline score; the first of equals."""
+    """Select the setting with the highest headline score for each task; ties go to the first."""
     return [
         max(members, key=lambda setting: setting.headline.mean)
         for members in by_task(found).values()
@@ -112,7 +115,16 @@ def best_settings(found: Iterable[Setting]) -> list[Setting]:
 
 
 def groups(selected: Sequence[Setting]) -> dict[str, list[Setting]]:
-    """All tasks, locomotion, antmaze, and each environment; each set of tasks once."""
+    """Group settings into all tasks, locomotion and each environment.
+
+    A group with the same tasks as an earlier one is dropped.
+
+    Args:
+        selected: one setting per task.
+
+    Returns:
+        The settings of each group, by its name.
+    """
     families = by_family(selected)
     wanted = {
         "all tasks": set(families),
@@ -128,11 +140,16 @@ def groups(selected: Sequence[Setting]) -> dict[str, list[Setting]]:
 
 
 def group_scores(selected: Sequence[Setting]) -> list[GroupScore]:
-    """Means and interquartile means over tasks and seeds, of every actor and mode.
+    """Means and interquartile means over tasks and seeds, for every actor and mode.
+
+    The last actors of all chains are compared as ``last``. The other actors are compared by index,
+    up to the length of the shortest chain.
 
     Args:
-        selected: one setting a task. The last actors of their chains are compared as ``last``, the
-            others by their index, as far as all chains have it.
+        selected: one setting per task.
+
+    Returns:
+        One entry for each group of :func:`groups`, actor and action mode.
     """
     rows = []
     for name, members in groups(selected).items():

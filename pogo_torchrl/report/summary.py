@@ -16,16 +16,19 @@ COLUMNS = (
 
 
 def summary_csv(runs: Iterable[RunRecord]) -> str:
-    """The numbers of every run as CSV; a run that has no evaluation yet has empty cells.
+    """Format the scores of every run as CSV; runs without an evaluation get empty cells.
 
     Args:
-        runs: as :func:`~pogo_torchrl.report.read_runs` gives them.
+        runs: the runs, in the order of :func:`~pogo_torchrl.report.read_runs`.
+
+    Returns:
+        The content of ``summary.csv``.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
     for run in runs:
-        # The same spelling as in the names of the folders.
+        # Spelled as in the names of the run folders.
         weights = "_".join(f"{w:g}" for w in run.weights)
         data_score = "" if math.isnan(run.data_score) else f"{run.data_score:.1f}"
         for actor in range(len(run.weights)):
@@ -40,7 +43,7 @@ def _scores(run: RunRecord, actor: int, mode: int) -> list[object]:
     if not run.evaluated:
         return [""] * 5
     curve = scores[:, actor, mode]
-    best = int(curve.argmax())  # the first of equals
+    best = int(curve.argmax())  # the earliest of equal scores
     return [
         int(steps[-1]), f"{curve[-1]:.4f}", f"{returns[-1, actor, mode]:.4f}",
         int(steps[best]), f"{curve[best]:.4f}",

@@ -1,8 +1,8 @@
 r"""Tables as Markdown, CSV and LaTeX.
 
-Cells are text, integers, scores (with one decimal in print and four in CSV), a
-:class:`~pogo_torchrl.report.Spread` or an :class:`~pogo_torchrl.report.Estimate`; ``None`` and NaN
-are what there is nothing to say about.
+A cell is text, an integer, a score (one decimal in print, four in CSV), a
+:class:`~pogo_torchrl.report.Spread` or an :class:`~pogo_torchrl.report.Estimate`. ``None`` and NaN
+are missing values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ _TEX = {
 
 
 class Table(NamedTuple):
-    r"""Rows under a header, with a caption that says what the numbers are, and notes to it.
+    r"""A table with a header, a caption that defines its values, and notes.
+
+    Args:
+        name: name of the table's files.
+        caption: defines the values shown.
+        columns: the header.
+        rows: the cells, row by row.
+        notes: further sentences of the caption. Defaults to none.
 
     Example:
         >>> table = Table("scores", "Scores: 100 % = expert.", ("task", "last"),
@@ -65,40 +72,46 @@ class Table(NamedTuple):
 
     @property
     def full_caption(self) -> str:
-        """Caption and notes."""
+        """Caption and notes as one paragraph."""
         return " ".join([self.caption, *self.notes])
 
     def markdown(self) -> str:
-        """The table alone, without caption and notes."""
+        """Format the table as Markdown, without caption and notes."""
         header = f"| {' | '.join(self.columns)} |"
         rule = "|---" * len(self.columns) + "|"
-        body = ([_print(cell).replace("|", r"\|") for cell in row] for row in self.rows)
+        body = ([_format_cell(cell).replace("|", r"\|") for cell in row] for row in self.rows)
         return "\n".join([header, rule, *(f"| {' | '.join(cells)} |" for cells in body)])
 
     def csv(self) -> str:
-        """Each number in a column of its own: ``_mean`` and ``_std``, ``_low`` and ``_high``."""
+        """Format the table as CSV, with one value per column.
+
+        The parts of a cell go to columns with the suffixes ``_mean`` and ``_std``, or ``_low`` and
+        ``_high`` next to the value.
+        """
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        kinds = [_kind(column) for column in zip(*self.rows)]
-        # Names for programs: π1 − π0 is pi1_minus_pi0.
-        spelled = (name.replace("π", "pi").replace("−", "minus") for name in self.columns)
-        names = [re.sub(r"\W+", "_", name).strip("_").lower() for name in spelled]
+        types = [_column_type(column) for column in zip(*self.rows)]
+        # ASCII identifiers: π1 − π0 becomes pi1_minus_pi0.
+        spellings = (name.replace("π", "pi").replace("−", "minus") for name in self.columns)
+        names = [re.sub(r"\W+", "_", name).strip("_").lower() for name in spellings]
         writer.writerow(
-            f"{name}{ending}" for name, kind in zip(names, kinds) for ending in _ENDINGS[kind]
+            f"{name}{suffix}"
+            for name, column_type in zip(names, types)
+            for suffix in _SUFFIXES[column_type]
         )
         for row in self.rows:
             cells = []
-            for cell, kind in zip(row, kinds):
+            for cell, column_type in zip(row, types):
                 parts = cell if isinstance(cell, Spread | Estimate) else [cell]
-                cells += [_number(part, 4) for part in parts]
-                cells += [""] * (len(_ENDINGS[kind]) - len(parts))
+                cells += [_format_number(part, 4) for part in parts]
+                cells += [""] * (len(_SUFFIXES[column_type]) - len(parts))
             writer.writerow(cells)
         return file.getvalue()
 
     def latex(self) -> str:
-        """A ``table`` environment, for the package booktabs."""
-        kinds = [_kind(column) for column in zip(*self.rows)]
-        alignment = "".join("l" if kind is str else "r" for kind in kinds)
+        """Format the table as a LaTeX ``table`` environment; requires the package booktabs."""
+        types = [_column_type(column) for column in zip(*self.rows)]
+        alignment = "".join("l" if column_type is str else "r" for column_type in types)
         lines = [
             r"% \usepackage{booktabs}",
             r"\begin{table}",
@@ -117,7 +130,7 @@ class Table(NamedTuple):
         return "\n".join(lines) + "\n"
 
 
-_ENDINGS: dict[type, tuple[str, ...]] = {
+_SUFFIXES: dict[type, tuple[str, ...]] = {
     Spread: ("_mean", "_std"),
     Estimate: ("", "_low", "_high"),
     str: ("",),
@@ -125,24 +138,26 @@ _ENDINGS: dict[type, tuple[str, ...]] = {
 }
 
 
-def _kind(cells: Sequence[Cell]) -> type:
-    """What a column holds: text, numbers, or one of the two kinds of several numbers."""
-    for kind in (Spread, Estimate, str):
-        if any(isinstance(cell, kind) for cell in cells):
-            return kind
+def _column_type(cells: Sequence[Cell]) -> type:
+    """Type of a column: ``Spread``, ``Estimate``, ``str``, or ``float`` for other numbers."""
+    for column_type in (Spread, Estimate, str):
+        if any(isinstance(cell, column_type) for cell in cells):
+            return column_type
     return float
 
 
-def _number(cell: object, decimals: int) -> str:
+def _format_number(cell: object, decimals: int) -> str:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
     # Adding zero turns -0.0 into 0.0.
     return f"{round(cell, decimals) + 0:.{decimals}f}" if isinstance(cell, float) else str(cell)
 
 
-def _print(cell: Cell) -> str:
-    """As people read it."""
-    parts = [_number(x, 1) for x in (cell if isinstance(cell, Spread | Estimate) else [cell])]
+def _format_cell(cell: Cell) -> str:
+    """Format a cell for reading."""
+    parts = [
+        _format_number(x, 1) for x in (cell if isinstance(cell, Spread | Estimate) else [cell])
+    ]
     if isinstance(cell, Spread) and parts[1]:
         return f"{parts[0]} ± {parts[1]}"
     if isinstance(cell, Estimate) and parts[1]:
@@ -155,7 +170,7 @@ def _tex(text: str) -> str:
 
 
 def _tex_cell(cell: Cell) -> str:
-    text = _print(cell)
+    text = _format_cell(cell)
     if isinstance(cell, str) or text == "–":
         return _tex(text)
     return f"${text.replace('±', chr(92) + 'pm')}$"

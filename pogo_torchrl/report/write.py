@@ -1,4 +1,4 @@
-"""All of ``results/``: summary, tables, figures and the page that shows them."""
+"""Writing a report: ``summary.csv``, tables, figures and the summary page."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from pogo_torchrl.report.tables import Table
 def write_report(log_dir: str | Path, results_dir: str | Path) -> Path:
     """Write tables, figures and a one-page summary of all runs below a folder.
 
-    Reads files only, at any moment of a study. The same files give the same report, byte for byte.
+    Only reads the files of the runs, so it can be called while a study is running. The same files
+    give the same report, byte for byte.
 
     Args:
         log_dir: the folder that the runs were written to.
-        results_dir: where to write; files of an earlier report there are replaced.
+        results_dir: the folder to write to; files of an earlier report are replaced.
 
     Returns:
         The path of the one-page summary, ``results_dir/README.md``.
 
     Raises:
-        FileNotFoundError: when there is no run below ``log_dir``.
-        OSError: when ``results_dir`` cannot be written.
+        FileNotFoundError: if there is no run below ``log_dir``.
+        OSError: if ``results_dir`` cannot be written.
 
     Example:
         >>> write_report("no_such_folder", "results")
         Traceback (most recent call last):
             ...
-        FileNotFoundError: log_dir=no_such_folder holds no runs (TASK/w2_WEIGHTS/seed_SEED); give \
-the folder that they were written to.
+        FileNotFoundError: log_dir=no_such_folder contains no runs (TASK/w2_WEIGHTS/seed_SEED); \
+give the folder that the runs were written to.
     """
     results_dir = Path(results_dir)
     runs, left_out = read_runs(log_dir)
@@ -66,8 +67,8 @@ the folder that they were written to.
         _write(stem.with_suffix(".csv"), table.csv())
         _write(stem.with_suffix(".tex"), table.latex())
     for name, figure in drawn.items():
-        for kind in ("png", "pdf"):
-            _write(results_dir / "figures" / f"{name}.{kind}", figures.encode(figure, kind))
+        for suffix in ("png", "pdf"):
+            _write(results_dir / "figures" / f"{name}.{suffix}", figures.encode(figure, suffix))
     path = results_dir / "README.md"
     _write(path, page(runs, left_out, tables, list(drawn)))
     return path
@@ -90,14 +91,14 @@ def _tables(
 def _figures(
     found: Sequence[Setting], selected: Sequence[Setting], scores: Sequence[GroupScore]
 ) -> Iterator[tuple[str, Figure]]:
-    """Name and figure; none that would be empty."""
+    """Iterate over the names and figures, skipping those that would be empty."""
     if scores:
         yield "intervals", figures.intervals_figure(scores)
     if any(setting.task in PER_TASK for setting in selected):
         yield "published", figures.published_figure(selected)
     for task, members in by_task(found).items():
         yield f"curves_{_slug(task)}", figures.curves_figure(members)
-    # One for each environment, so that none outgrows a page.
+    # One figure per environment, so that each fits on a page.
     for family, members in by_family(found).items():
         if any(len(setting.weights) > 1 for setting in members):
             yield f"chain_{_slug(family)}", figures.chain_figure(members)
@@ -106,7 +107,7 @@ def _figures(
 
 
 def _slug(name: str) -> str:
-    """A name as part of a file's name."""
+    """Make a name safe for use in a file name."""
     return re.sub(r"[^\w.-]", "_", name)
 
 

@@ -1,4 +1,4 @@
-"""Training on TorchRL's Trainer."""
+"""Trainer of POGO, built on TorchRL's Trainer."""
 
 from pogo_torchrl.trainers.optimizers import LR_SCHEDULES, lr_scheduler
 from pogo_torchrl.trainers.stack import TrainerStack

@@ -1,4 +1,4 @@
-"""TorchRL checkpoints that are on the disk before they appear, and show whether they still are."""
+"""TorchRL checkpoints that survive crashes and detect damage."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from pogo_torchrl.files import atomic_write, digests, sync
 
 FORMAT_VERSION = 3
-"""Raised with every change after which older checkpoints cannot be read."""
+"""Version of the checkpoint format, incremented with every incompatible change."""
 
-_DIGESTS = "sha256.json"
+_DIGESTS_FILE = "sha256.json"
 
 
 class DurableCheckpoint(Checkpoint):
-    """A TorchRL checkpoint with checksums, which are written once all data are on the disk.
+    """A TorchRL checkpoint with checksums, which are written once all data are on disk.
 
-    TorchRL writes a checkpoint under a temporary name and renames it, but a crash of the machine
-    can still lose data of the renamed files. Here the file of checksums is written after all
-    others are on the disk, so that :func:`is_intact` tells a whole checkpoint from a part of one.
-    Files are written with plain writes, which fail with an error on a full disk where TorchRL's
-    default, memory-mapped files, kills the process.
+    TorchRL writes a checkpoint under a temporary name and renames it, but a machine crash can
+    still lose data of the renamed files. Here the checksum file is written after all other files
+    have been synced to disk, so that :func:`is_intact` can distinguish complete checkpoints from
+    incomplete ones. Files are written with regular writes, which raise an error on a full disk;
+    TorchRL's default, memory-mapped files, would kill the process.
     """
 
     def __init__(self) -> None:
@@ -42,24 +42,32 @@ class DurableCheckpoint(Checkpoint):
         self.register("rng", GlobalRNGState())
 
     def save(self, path: str | Path, **kwargs: Any) -> Path:
-        """Save as TorchRL does; checksums, which make the checkpoint a whole one, come last."""
+        """Save a checkpoint and write its checksums last, which marks it as complete.
+
+        Args:
+            path: folder of the checkpoint.
+            **kwargs: passed on to TorchRL's ``Checkpoint.save``.
+
+        Returns:
+            The folder that was written.
+        """
         destination = super().save(path, **kwargs)
         for part in (*destination.rglob("*"), destination, destination.parent):
             sync(part)
         recorded = digests(destination)
-        with atomic_write(destination / _DIGESTS, "x") as file:
+        with atomic_write(destination / _DIGESTS_FILE, "x") as file:
             json.dump(recorded, file)
         sync(destination)
         return destination
 
 
 class PriorityState:
-    """The state of a prioritised sampler for a checkpoint, its trees as tensors.
+    """Checkpoint state of a prioritised sampler, with its trees as tensors.
 
-    TorchRL's own state holds the trees as objects, which its checkpoints do not read back.
+    TorchRL's own state holds the trees as objects, which its checkpoints cannot read back.
 
     Args:
-        sampler: of the replay buffer.
+        sampler: prioritised sampler of the replay buffer.
     """
 
     trees = ("_sum_tree", "_min_tree")
@@ -68,14 +76,14 @@ class PriorityState:
         self.sampler = sampler
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, the largest priority, and the leaves of both trees."""
+        """Return the settings, the largest priority and the leaves of both trees."""
         state, leaves = dict(self.sampler.state_dict()), torch.arange(self.sampler.max_size)
         for name in self.trees:
             state[name] = torch.as_tensor(state[name][leaves])
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state returned by :meth:`state_dict`."""
         own, leaves = self.sampler.state_dict(), torch.arange(self.sampler.max_size)
         for name in self.trees:
             own[name][leaves] = state_dict[name]
@@ -83,7 +91,13 @@ class PriorityState:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint holds what was written.
+    """Check whether a checkpoint is complete and undamaged.
+
+    Args:
+        path: folder of the checkpoint.
+
+    Returns:
+        ``True`` if all files match the recorded checksums.
 
     Example:
         >>> import tempfile, torch
@@ -96,19 +110,26 @@ def is_intact(path: Path) -> bool:
         (True, False)
     """
     if any(file.is_symlink() for file in path.rglob("*")):
-        return False  # TorchRL writes none, and they may lead anywhere
+        return False  # TorchRL writes no symbolic links, and a link may point anywhere
     try:
-        recorded = json.loads((path / _DIGESTS).read_text())
-        return recorded == digests(path, without=_DIGESTS)
+        recorded = json.loads((path / _DIGESTS_FILE).read_text())
+        return recorded == digests(path, without=_DIGESTS_FILE)
     except (OSError, ValueError):
         return False
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    """What was recorded beside the states.
+    """Read the metadata of a checkpoint.
+
+    Args:
+        path: folder of the checkpoint.
+
+    Returns:
+        The metadata, including ``"format_version"`` and ``"fingerprint"``.
 
     Raises:
-        ValueError: when the checkpoint is none of ours, or leads out of its folder.
+        ValueError: if the checkpoint was not written by this package, or if its files point
+            outside its folder.
     """
     try:
         found = Checkpoint.manifest(path)["metadata"]
@@ -118,12 +139,16 @@ def metadata(path: Path) -> dict[str, Any]:
     except (CheckpointError, KeyError, TypeError) as error:
         reason = str(error)
     raise ValueError(
-        f"{path} is no checkpoint of pogo_torchrl ({reason}): delete it, or choose another "
+        f"{path} was not written by pogo_torchrl ({reason}): delete it, or choose another "
         "checkpoint_dir."
     )
 
 
 def remove_unfinished(rotation: CheckpointRotation) -> None:
-    """Delete what a killed process has left of a checkpoint it was writing or removing."""
+    """Delete leftovers of a process that was killed while writing or removing a checkpoint.
+
+    Args:
+        rotation: checkpoint rotation whose folder is cleaned up.
+    """
     for path in rotation.directory.glob(f".{rotation.prefix}-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Hooks of POGOTrainer: metrics, evaluations, and a stop where training has diverged."""
+"""Hooks of POGOTrainer: metrics, evaluation, progress bar and divergence detection."""
 
 from __future__ import annotations
 
@@ -17,47 +17,57 @@ from pogo_torchrl.trainers.stepper import RunningMean
 
 
 class DivergenceError(FloatingPointError):
-    """Training has diverged; the message says what, at which step, and what to try."""
+    """Raised when training has diverged; the message states what, at which update, and remedies."""
 
 
 class EvaluationError(RuntimeError):
-    """An evaluation failed; the message says when, and how to go on."""
+    """Raised when an evaluation has failed; the message states when, and how to resume."""
 
 
 class Evaluation(NamedTuple):
-    """What one actor reached in one mode."""
+    """Evaluation results of one actor in one mode."""
 
     actor: int
+    """Index of the actor in the chain."""
     mode: str
+    """``"deterministic"`` (z = 0) or ``"stochastic"`` (z ~ N(0, I))."""
     returns: np.ndarray
-    """Undiscounted return of each episode."""
+    """Undiscounted return of each episode, ``[E]``."""
     lengths: np.ndarray
-    """Steps of each episode."""
+    """Number of steps of each episode, ``[E]``."""
     scores: np.ndarray
-    """D4RL score of each episode, 0 for random and 100 for expert."""
+    """D4RL score of each episode, ``[E]``: 0 for random and 100 for expert."""
 
 
 class EvaluationInterrupted(Exception):
-    """The evaluation was told to stop, see :meth:`pogo_torchrl.evaluation.Evaluator.interrupt`."""
+    """Raised when :meth:`pogo_torchrl.evaluation.Evaluator.interrupt` stops an evaluation."""
 
 
 class Sink(Protocol):
-    """Where rows of numbers go: a CSV file, TensorBoard, ..."""
+    """Destination for rows of metrics: a CSV file, TensorBoard, ..."""
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take the rows of one step."""
+        """Write the rows of one step.
+
+        Args:
+            step: number of updates completed so far.
+            rows: metrics by column name.
+        """
 
 
 class LogMetrics(TrainerHookBase):
-    """Trainer hook: averages all losses and writes them every ``interval`` updates.
+    """Trainer hook that averages all losses and writes them every ``interval`` updates.
 
-    Adds ``std_i``, the spread of actor i's actions over z (standard deviation over 16 draws,
+    It also writes ``std_i``, the standard deviation of actor i's actions over z (over 16 draws,
     averaged over the last batch and the action dimensions): 0 means that the actor ignores z.
-    Its draws come from a stream of their own, so that logging leaves the training as it is.
+    These draws use a separate random generator, so that logging does not affect training.
 
     Args:
-        sinks: where the rows go.
-        interval: updates between two rows. Defaults to ``1000``.
+        sinks: destinations of the rows.
+        interval: number of updates between two rows. Defaults to ``1000``.
+
+    Raises:
+        ValueError: if ``interval`` is less than 1.
     """
 
     num_spread_samples = 16
@@ -71,7 +81,12 @@ class LogMetrics(TrainerHookBase):
         self._started = self._last = (0.0, 0)
 
     def register(self, trainer: Any, name: str = "log_metrics") -> None:
-        """Register at the trainer's boundaries."""
+        """Register the hook with a trainer.
+
+        Args:
+            trainer: the :class:`~pogo_torchrl.POGOTrainer`.
+            name: unused, part of TorchRL's interface.
+        """
         self.trainer = trainer
         self.means: RunningMean = trainer.optimization_stepper.track()
         trainer.add_interval(self.interval)
@@ -87,7 +102,7 @@ class LogMetrics(TrainerHookBase):
         if not due or not self.means.count:
             return
         row = self.means()
-        row.update(self._spread())
+        row.update(self._action_std())
         now, (before, earlier) = self._clock(), self._last
         # wall-clock columns last
         row["updates_per_second"] = (step - earlier) / max(now - before, 1e-9)
@@ -100,7 +115,7 @@ class LogMetrics(TrainerHookBase):
             self.trainer.bar.show(loss_q=row["loss_qvalue"])
 
     @torch.no_grad()
-    def _spread(self) -> dict[str, float]:
+    def _action_std(self) -> dict[str, float]:
         loss, spread = self.trainer.loss_module, {}
         batch = self.trainer.optimization_stepper.last_batch
         generator = torch.Generator().manual_seed(0)
@@ -117,17 +132,22 @@ class LogMetrics(TrainerHookBase):
 
 
 class Evaluate(TrainerHookBase):
-    """Trainer hook: evaluates the chain every ``interval`` updates and at the end.
+    """Trainer hook that evaluates the chain every ``interval`` updates and at the end.
 
     Args:
-        evaluate: takes no argument and returns the evaluations of the chain as it is.
-        report: called with each list of evaluations, e.g. to print it.
-        sinks: where the rows go.
-        interval: updates between two evaluations.
+        evaluate: function without arguments that evaluates the current chain.
+
+    Keyword Args:
+        sinks: destinations of the rows. Defaults to none.
+        report: called with each list of evaluations, e.g. to print it. Defaults to a no-op.
+        interval: number of updates between two evaluations. Defaults to ``10_000``.
 
     Attributes:
-        last_step: the step of the last evaluation; set it to that of the last row in the sinks
-            before a resumed run goes on.
+        last_step: step of the last evaluation; before a resumed run continues, set it to the step
+            of the last row in the sinks.
+
+    Raises:
+        ValueError: if ``interval`` is less than 1.
     """
 
     def __init__(
@@ -147,14 +167,19 @@ class Evaluate(TrainerHookBase):
         self.last_step: int | None = None
 
     def register(self, trainer: Any, name: str = "evaluate") -> None:
-        """Register at the trainer's boundaries."""
+        """Register the hook with a trainer.
+
+        Args:
+            trainer: the :class:`~pogo_torchrl.POGOTrainer`.
+            name: unused, part of TorchRL's interface.
+        """
         self.trainer = trainer
         trainer.add_interval(self.interval)
         trainer.register_op("setup", self._catch_up)
         trainer.register_op("post_steps", self._run)
 
     def up_to_date(self) -> bool:
-        """Whether the evaluation of this step, if one is due, is written."""
+        """Return ``False`` if an evaluation is due at this step and has not been written yet."""
         return not self._due() or self.last_step == self.trainer.collected_frames
 
     def _due(self) -> bool:
@@ -162,13 +187,13 @@ class Evaluate(TrainerHookBase):
         return step % self.interval == 0 or step >= self.trainer.total_frames
 
     def _catch_up(self) -> None:
-        """The evaluation that was cut off where a resumed run goes on."""
+        """Repeat the evaluation that was interrupted at the step where a resumed run starts."""
         step = self.trainer.collected_frames
         if step > 0 and not self.up_to_date():
             try:
                 self._evaluate(step)
             except EvaluationInterrupted:
-                self.trainer.collector.stop()  # this step's evaluation is still to come
+                self.trainer.collector.stop()  # the evaluation of this step is still missing
 
     def _run(self) -> None:
         if not self._due() or self.trainer.stopping:
@@ -176,15 +201,15 @@ class Evaluate(TrainerHookBase):
         try:
             self._evaluate(self.trainer.collected_frames)
         except EvaluationInterrupted:
-            pass  # the run is about to stop; it catches up when it is resumed
+            pass  # the run is stopping; this evaluation is repeated on resume
         except FloatingPointError as error:
             raise DivergenceError(str(error)) from error
         except Exception as error:
-            # Whatever it is, it shall not cost the training up to here.
+            # Save a checkpoint first, so that no training progress is lost.
             self.trainer.save_trainer(force_save=True)
             raise EvaluationError(
                 f"The evaluation at update {self.trainer.collected_frames} failed: {error}. A "
-                "checkpoint of this update is kept; resume=true repeats the evaluation."
+                "checkpoint of this update was saved: use resume=true to repeat the evaluation."
             ) from error
 
     def _evaluate(self, step: int) -> None:
@@ -210,22 +235,27 @@ class Evaluate(TrainerHookBase):
 
 
 class ProgressBar(TrainerHookBase):
-    """Trainer hook: a progress bar over the updates of the whole run, also of a resumed one."""
+    """Trainer hook that shows a progress bar over all updates of a run, including resumed ones."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
 
     def register(self, trainer: Any, name: str = "progress_bar") -> None:
-        """Register at the trainer's boundaries."""
+        """Register the hook with a trainer.
+
+        Args:
+            trainer: the :class:`~pogo_torchrl.POGOTrainer`.
+            name: unused, part of TorchRL's interface.
+        """
         self.trainer = trainer
         trainer.register_op("setup", self._start)
         trainer.register_op("post_steps", self._update)
         trainer.register_op("shutdown", self._close)
 
-    def show(self, **numbers: float) -> None:
-        """Show numbers beside the bar."""
+    def show(self, **metrics: float) -> None:
+        """Display metrics next to the bar."""
         if self._bar is not None:
-            self._bar.set_postfix(numbers, refresh=False)
+            self._bar.set_postfix(metrics, refresh=False)
 
     def _start(self) -> None:
         done, total = self.trainer.collected_frames, self.trainer.total_frames
@@ -241,21 +271,24 @@ class ProgressBar(TrainerHookBase):
 
 
 class StopOnDivergence(TrainerHookBase):
-    """Trainer hook: stops the run where a loss is not finite or the critics have exploded.
+    """Trainer hook that stops the run if a loss is not finite or the critics have exploded.
 
-    It reads the averages that ``metrics`` keeps on the device, at the boundaries of the other hooks
+    It reads the averages that ``metrics`` keeps on the device, at the intervals of the other hooks
     and of checkpoints: no synchronisation per update, and no checkpoint of a diverged run.
-    Register it before the hooks that shall not act after a divergence.
+    Register it before the hooks that must not run after a divergence.
 
     Args:
-        metrics: the hook that averages the losses.
-        largest_return: the largest discounted return, in magnitude, that the data's rewards
-            allow, ``max|r| / (1 - gamma)``; ``None``: unknown. Critics whose mean lies beyond it
-            get one warning; beyond ``explosion`` times it, the run stops.
-        warn: called with the text of the warning.
+        metrics: hook that averages the losses.
+        largest_return: largest magnitude of a discounted return that the rewards of the dataset
+            allow, ``max|r| / (1 - gamma)``. If the mean critic value exceeds it, a warning is
+            issued once; if it exceeds ``explosion`` times this value, the run stops. Defaults to
+            ``None``: unknown, the critics are not checked.
+
+    Keyword Args:
+        warn: called with the text of the warning. Defaults to ``print``.
 
     Raises:
-        DivergenceError: from the trainer's loop, where training has diverged.
+        DivergenceError: from the trainer's loop, if training has diverged.
 
     Example:
         >>> StopOnDivergence(LogMetrics([]), largest_return=300.0).explosion
@@ -272,12 +305,17 @@ class StopOnDivergence(TrainerHookBase):
         warn: Callable[[str], None] = print,
     ) -> None:
         self.metrics = metrics
-        self.largest_return = largest_return or None  # rewards of 0 bound nothing
+        self.largest_return = largest_return or None  # all rewards are 0: no bound
         self.warn = warn
         self._warned = False
 
     def register(self, trainer: Any, name: str = "stop_on_divergence") -> None:
-        """Register at the trainer's boundaries."""
+        """Register the hook with a trainer.
+
+        Args:
+            trainer: the :class:`~pogo_torchrl.POGOTrainer`.
+            name: unused, part of TorchRL's interface.
+        """
         self.trainer = trainer
         trainer.register_op("post_steps", self._check)
 
@@ -289,31 +327,31 @@ class StopOnDivergence(TrainerHookBase):
         broken = [name for name, value in means.items() if not math.isfinite(value)]
         if broken:
             raise DivergenceError(
-                f"Training has diverged: at update {step}, since the last row of metrics.csv, "
-                f"{', '.join(broken)} became infinite or NaN. {_ADVICE}"
+                f"Training has diverged: at update {step}, {', '.join(broken)} became infinite or "
+                f"NaN since the last row of metrics.csv. {_DIVERGENCE_HINT}"
             )
         value = abs(means.get("pred_value", 0.0))
         if self.largest_return is None or value <= self.largest_return:
             return
         size = (
-            f"at update {step} Q is {value:.3g} on average, and the data's rewards allow no return "
-            f"beyond {self.largest_return:.3g}"
+            f"at update {step} the mean Q value is {value:.3g}, but the rewards of the dataset "
+            f"allow no return beyond {self.largest_return:.3g}"
         )
         if value > self.explosion * self.largest_return:
-            raise DivergenceError(f"Training has diverged: {size}. {_ADVICE}")
+            raise DivergenceError(f"Training has diverged: {size}. {_DIVERGENCE_HINT}")
         if not self._warned:
             self._warned = True
-            self.warn(f"The critics overestimate: {size}. {_ADVICE}")
+            self.warn(f"The critics overestimate: {size}. {_DIVERGENCE_HINT}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Return an empty state: the hook has none."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Nothing to load."""
+        """Do nothing: the hook has no state."""
 
 
-_ADVICE = (
+_DIVERGENCE_HINT = (
     "Try larger w2_weights, a smaller alpha, q_normalization=mean_abs, critic_layer_norm=true or "
     "a smaller lr."
 )

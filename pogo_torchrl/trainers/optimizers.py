@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: one of each for the critics and for every actor."""
+"""Optimizers and learning-rate schedules of the critics and the actors."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.trainers.fused.update import trained_parameters
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
-"""Makes an optimizer of parameters: ``torch.optim.AdamW``, ``partial(torch.optim.SGD, lr=0.1)``."""
+"""Maps parameters to an optimizer: ``torch.optim.AdamW``, ``partial(torch.optim.SGD, lr=0.1)``."""
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
-"""Makes a scheduler of an optimizer: ``partial(CosineAnnealingLR, T_max=1000)``."""
+"""Maps an optimizer to its scheduler: ``partial(CosineAnnealingLR, T_max=1000)``."""
 
 LR_SCHEDULES = ("constant", "linear", "cosine")
-"""Accepted names of :func:`lr_scheduler`."""
+"""Schedule names that :func:`lr_scheduler` accepts."""
 
 
 def lr_scheduler(
     name: Literal["constant", "linear", "cosine"], total_steps: int
 ) -> MakeScheduler | None:
-    r"""A schedule of the learning rate over a training, by name.
+    r"""Look up a learning-rate schedule by name.
 
     .. math::
         \mathrm{linear}: lr_t = lr_0 (1 - t / T), \qquad
@@ -36,13 +36,14 @@ def lr_scheduler(
 
     Args:
         name: ``"constant"``, ``"linear"`` or ``"cosine"``.
-        total_steps: T, in updates.
+        total_steps: length T of the schedule, in updates.
 
     Returns:
-        What :class:`~pogo_torchrl.POGOTrainer` takes; ``None`` for ``"constant"``.
+        A function from an optimizer to its scheduler, as accepted by
+        :class:`~pogo_torchrl.POGOTrainer`; ``None`` for ``"constant"``.
 
     Raises:
-        ValueError: for another name.
+        ValueError: if ``name`` is unknown.
 
     Example:
         >>> import torch
@@ -61,16 +62,21 @@ def lr_scheduler(
 
 
 class ChainOptimizers:
-    """The optimizers of a loss and their schedulers, made when they are first needed.
+    """The optimizers of a loss and their schedulers, created on first use.
 
-    By then the loss is on its device and has its dtype, so that moments are made there.
+    By then the loss has been moved to its device and dtype, so that the moments are created there.
 
     Args:
-        loss: whose critics and actors.
-        qvalue: the optimizer of the critics, or what makes it.
-        actor: a sequence of one optimizer for each actor, or what makes each.
-        qvalue_scheduler: makes the scheduler of the critics' learning rate; ``None``: constant.
-        actor_scheduler: makes that of each actor.
+        loss: objective whose critics and actors are optimised.
+        qvalue: optimizer of the critics, or a function from parameters to an optimizer.
+        actor: sequence with one optimizer per actor, or a function that is called for each actor.
+        qvalue_scheduler: function from the critics' optimizer to its scheduler. Defaults to
+            ``None``: a constant learning rate.
+        actor_scheduler: the same for the optimizer of each actor. Defaults to ``None``.
+
+    Raises:
+        ValueError: if an argument is neither an optimizer nor a function, or if the number of
+            optimizers does not match the number of actors.
     """
 
     def __init__(
@@ -83,93 +89,99 @@ class ChainOptimizers:
     ) -> None:
         self.loss = loss
         if not isinstance(qvalue, Optimizer) and not callable(qvalue):
-            raise ValueError(_UNUSABLE.format("qvalue_optimizer", "an optimizer", qvalue))
+            raise ValueError(_INVALID_OPTIMIZER.format("qvalue_optimizer", "an optimizer", qvalue))
         actors = actor if callable(actor) else list(actor)
         if isinstance(actors, list):
             if not all(isinstance(one, Optimizer) for one in actors):
-                raise ValueError(_UNUSABLE.format("actor_optimizer", "a list of them", actor))
+                raise ValueError(
+                    _INVALID_OPTIMIZER.format("actor_optimizer", "a list of optimizers", actor)
+                )
             if len(actors) != loss.num_actors:
                 raise ValueError(
                     f"actor_optimizer holds {len(actors)} optimizers for {loss.num_actors} actors: "
-                    "give one for each, made from loss.actor_params(i), or what makes them."
+                    "pass one per actor, created from loss.actor_params(i), or a function that "
+                    "creates them."
                 )
-        self._given = {"qvalue": qvalue}
-        self._schedules = {"qvalue": qvalue_scheduler}
+        self._optimizer_specs = {"qvalue": qvalue}
+        self._scheduler_factories = {"qvalue": qvalue_scheduler}
         for i in range(loss.num_actors):
-            self._given[f"actor_{i}"] = actors[i] if isinstance(actors, list) else actors
-            self._schedules[f"actor_{i}"] = actor_scheduler
-        self._made: dict[str, Optimizer] | None = None
+            self._optimizer_specs[f"actor_{i}"] = actors[i] if isinstance(actors, list) else actors
+            self._scheduler_factories[f"actor_{i}"] = actor_scheduler
+        self._optimizers: dict[str, Optimizer] | None = None
         self._schedulers: dict[str, LRScheduler] = {}
 
     @property
     def by_name(self) -> dict[str, Optimizer]:
-        """The optimizers: ``qvalue``, ``actor_0``, ``actor_1``, ..."""
-        if self._made is None:
-            self._made = {name: self._make(name) for name in self._given}
+        """The optimizers by name: ``qvalue``, ``actor_0``, ``actor_1``, ..."""
+        if self._optimizers is None:
+            self._optimizers = {name: self._create(name) for name in self._optimizer_specs}
             self._schedulers = {
-                name: make(self._made[name])
-                for name, make in self._schedules.items()
+                name: make(self._optimizers[name])
+                for name, make in self._scheduler_factories.items()
                 if make is not None
             }
-        return self._made
+        return self._optimizers
 
-    def _make(self, name: str) -> Optimizer:
-        given = self._given[name]
+    def _create(self, name: str) -> Optimizer:
+        given = self._optimizer_specs[name]
         if isinstance(given, Optimizer):
             return given
         made = given(trained_parameters(self.loss, name))
         if not isinstance(made, Optimizer):
             option = "qvalue_optimizer" if name == "qvalue" else "actor_optimizer"
-            raise ValueError(_UNUSABLE.format(option, "an optimizer", made))
+            raise ValueError(_INVALID_OPTIMIZER.format(option, "an optimizer", made))
         return made
 
     def step_schedulers(self) -> None:
-        """Move the learning rates on by one update."""
+        """Advance all learning-rate schedules by one update."""
         for scheduler in self._schedulers.values():
             if scheduler.last_epoch > 0:
                 scheduler.step()
                 continue
             with warnings.catch_warnings():
-                # It looks for a call of optimizer.step(), which a compiled update does not make.
+                # It expects a call of optimizer.step(), which a compiled update does not make.
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments, counts, learning rates and schedules."""
+        """Return the moments, step counts, learning rates and schedules."""
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.by_name.items()}
         schedulers = {name: one.state_dict() for name, one in self._schedulers.items()}
-        return {"optimizers": _copied(optimizers), "schedulers": schedulers}
+        return {"optimizers": _clone_tensors(optimizers), "schedulers": schedulers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore them from a checkpoint."""
+        """Restore the state returned by :meth:`state_dict`."""
         for name, optimizer in self.by_name.items():
             optimizer.load_state_dict(state_dict["optimizers"][name])
         for name, scheduler in self._schedulers.items():
             scheduler.load_state_dict(state_dict["schedulers"][name])
 
 
-_UNUSABLE = (
+_INVALID_OPTIMIZER = (
     "{0} must be a torch.optim class, a function of parameters that returns an optimizer (e.g. "
     "functools.partial(torch.optim.AdamW, lr=3e-4)), or {1}, not {2!r}."
 )
 
 
-def _copied(state: Any) -> Any:
-    """Of tensors that are part of a stack, a file would take the whole stack."""
+def _clone_tensors(state: Any) -> Any:
+    """Clone all tensors: saving a view of a stack would write the whole stack."""
     if isinstance(state, torch.Tensor):
         return state.clone()
     if isinstance(state, dict):
-        return {key: _copied(value) for key, value in state.items()}
-    return [_copied(value) for value in state] if isinstance(state, list) else state
+        return {key: _clone_tensors(value) for key, value in state.items()}
+    return [_clone_tensors(value) for value in state] if isinstance(state, list) else state
 
 
 def adam(lr: float, weight_decay: float = 0.0, *, device: torch.device) -> MakeOptimizer:
-    """What makes the default optimizer: Adam, or AdamW where there is weight decay.
+    """Build a factory of the default optimizer: Adam, or AdamW if there is weight decay.
 
     Args:
         lr: learning rate.
-        weight_decay: decoupled from the gradient, as in AdamW. Defaults to ``0.0``: none.
-        device: where the parameters will be; torch has a kernel for the whole step on some.
+        weight_decay: decoupled weight decay, as in AdamW. Defaults to ``0.0``.
+        device: device of the parameters; on CPU and CUDA the fused implementation is used.
+
+    Returns:
+        A function from parameters to an optimizer.
     """
     fused = device.type in ("cpu", "cuda")
     if weight_decay:

@@ -1,4 +1,4 @@
-"""Runs that differ in seed, w2_weights or alpha, trained together as one batched computation."""
+"""Train runs that differ in seed, w2_weights or alpha as one batched computation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pogo_torchrl.torchrl_private import count_updates, run_stage
 from pogo_torchrl.trainers.fused.update import Update
 from pogo_torchrl.trainers.trainer import OfflineStepIterator, POGOTrainer
 
-_SHARED = ("policy_freq", "tau", "clip_grad_norm", "bf16")
+_SHARED_SETTINGS = ("policy_freq", "tau", "clip_grad_norm", "bf16")
 
-# Of TorchRL's stages, those that a stack runs.
-_STAGES = {
+# Stages of TorchRL's trainer that a stack runs.
+_SUPPORTED_STAGES = {
     "setup",
     "process_optim_batch",
     "post_optim",
@@ -27,24 +27,27 @@ _STAGES = {
 
 
 class TrainerStack:
-    """Trainers in step: one update of the stack is an update of each of them.
+    """Trains several trainers in lockstep: one update of the stack updates each of them.
 
-    Each trainer keeps its own data stream, noise, lambda, hooks and checkpoints, and ends where it
-    would have ended alone, up to the rounding of batched products. What fails in the hooks of one
-    ends that one only.
+    Each trainer keeps its own data stream, noise, lambda, hooks and checkpoints, and its result is
+    that of training it alone, except for the rounding of batched products. An error in the hooks
+    of one trainer ends only that trainer.
 
     Args:
-        trainers: whose losses have one architecture and one set of settings, up to ``w2_weights``
-            and ``alpha``, with Adam or AdamW; all at the same update.
-        active: called with a trainer's place; a context in which the global random state is that
-            trainer's.
-        around_hooks: the same, where its hooks and checkpoints act, not at each update. Defaults to
-            ``active``.
-        compile: run the update of the stack as one graph. Defaults to ``False``.
+        trainers: trainers at the same update, whose losses share one architecture and all settings
+            except ``w2_weights`` and ``alpha``, and whose optimizers are Adam or AdamW.
+        active: function from a trainer's index to a context manager in which the global random
+            state is that of the trainer. Entered at each update.
+
+    Keyword Args:
+        around_hooks: like ``active``, but entered for the trainer's hooks and checkpoints. Defaults
+            to ``active``.
+        compile: run the update of the stack as one graph of ``torch.compile``. Defaults to
+            ``False``.
 
     Raises:
-        ValueError: when the trainers are at different updates, when their settings differ, or have
-            a target updater, a replay buffer or hooks that a stack cannot follow.
+        ValueError: if the trainers are at different updates, if their settings differ, or if a
+            trainer has a target updater, a replay buffer or hooks that a stack does not support.
     """
 
     def __init__(
@@ -57,27 +60,38 @@ class TrainerStack:
     ) -> None:
         steps = {trainer.collected_frames for trainer in trainers}
         if len(steps) > 1:
-            raise ValueError(f"trainers of a stack must be at one update, not at {sorted(steps)}.")
+            raise ValueError(
+                f"trainers of a stack must be at the same update, not at {sorted(steps)}."
+            )
         self.trainers = list(trainers)
         self.steppers = [trainer.optimization_stepper for trainer in trainers]
         self.active, self.around_hooks = active, around_hooks or active
         self.errors: list[Exception | None] = [None] * len(trainers)
         self.compile = compile
-        shared = [{name: getattr(one, name) for name in _SHARED} for one in self.steppers]
+        shared = [{name: getattr(one, name) for name in _SHARED_SETTINGS} for one in self.steppers]
         if any(settings != shared[0] for settings in shared):
             raise ValueError(f"trainers of a stack must share their settings, not {shared}.")
-        others = sorted({stage for trainer in trainers for stage in trainer.stages} - _STAGES)
+        others = sorted(
+            {stage for trainer in trainers for stage in trainer.stages} - _SUPPORTED_STAGES
+        )
         if others:
             raise ValueError(
-                f"a stack has no stages {', '.join(others)}, for which its trainers have hooks (a "
-                "prioritised replay buffer is one): train these alone."
+                f"a stack does not support the stages {', '.join(others)}, for which its trainers "
+                "have hooks (a prioritised replay buffer registers one): train them one by one."
             )
         self._update: Update | None = None
 
     def train(self) -> list[Exception | None]:
-        """Train all to their end; returns what has ended each of them early, if anything."""
+        """Train all trainers to their end.
+
+        Returns:
+            For each trainer the exception that ended it early, or ``None``.
+
+        Raises:
+            ValueError: if the optimizers of the trainers differ in settings or learning rates.
+        """
         first = self.trainers[0]
-        self._each(lambda trainer: run_stage(trainer, "setup"))
+        self._for_each(lambda trainer: run_stage(trainer, "setup"))
         ticks = OfflineStepIterator(first.total_frames)
         ticks.step = first.collected_frames
         ticks.intervals = sorted(
@@ -89,35 +103,39 @@ class TrainerStack:
             self._prepare()
             for _ in range(tick.numel()):
                 self.update()
-            self._each(self._after)
+            self._for_each(self._finish_tick)
             if not any(map(self._is_running, range(len(self.trainers)))):
                 break
-        self._each(lambda trainer: run_stage(trainer, "shutdown"))
+        self._for_each(lambda trainer: run_stage(trainer, "shutdown"))
         return self.errors
 
     def update(self) -> None:
-        """One update of all, those that have ended included: the others do not notice."""
+        """Update all trainers once.
+
+        Trainers that have ended are included: they keep their index in the stack, and do not affect
+        the others.
+        """
         if self._update is None:
             self._prepare()
         assert self._update is not None
         batches, noises = [], []
-        for place, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
-            with self.active(place):
+        for index, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
+            with self.active(index):
                 count_updates(trainer, 1)
                 batches.append(run_stage(trainer, "process_optim_batch", TensorDict()))
                 noises.append(stepper.draw_noise(batches[-1]))
         first = self.steppers[0]
         noise = {name: torch.stack([one[name] for one in noises]) for name in noises[0]}
         stacked = self._update(torch.stack(batches), noise, first.lr(), first.with_actors)
-        for place, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
-            own = stacked.map(itemgetter(place))
-            stepper.record_metrics(own, batches[place])
+        for index, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
+            own = stacked.map(itemgetter(index))
+            stepper.record_metrics(own, batches[index])
             stepper.advance(1)
             run_stage(trainer, "post_optim")
-            run_stage(trainer, "post_optim_log", batches[place])
+            run_stage(trainer, "post_optim_log", batches[index])
 
     def _prepare(self) -> None:
-        """Find the memory that the losses and the optimizers have now."""
+        """Bind the update to the current memory of the losses and the optimizers."""
         rates = [stepper.rates() for stepper in self.steppers]
         if any(own != rates[0] for own in rates):
             raise ValueError(f"trainers of a stack must share their learning rates, not {rates}.")
@@ -139,21 +157,21 @@ class TrainerStack:
             stepper.use_update(self._update)
 
     @staticmethod
-    def _after(trainer: POGOTrainer) -> None:
-        """What follows the updates of a tick in TorchRL's trainer."""
+    def _finish_tick(trainer: POGOTrainer) -> None:
+        """Run what TorchRL's trainer runs after the updates of a tick."""
         run_stage(trainer, "post_steps")
         ends = trainer.stopping or trainer.collected_frames >= trainer.total_frames
         trainer.save_trainer(force_save=ends)
 
-    def _each(self, action: Callable[[POGOTrainer], None]) -> None:
-        for place, trainer in enumerate(self.trainers):
-            if self.errors[place] is not None:
+    def _for_each(self, action: Callable[[POGOTrainer], None]) -> None:
+        for index, trainer in enumerate(self.trainers):
+            if self.errors[index] is not None:
                 continue
             try:
-                with self.around_hooks(place):
+                with self.around_hooks(index):
                     action(trainer)
-            except Exception as error:  # it ends this one, whatever it is
-                self.errors[place] = error
+            except Exception as error:  # ends only this trainer
+                self.errors[index] = error
 
-    def _is_running(self, place: int) -> bool:
-        return self.errors[place] is None and not self.trainers[place].stopping
+    def _is_running(self, index: int) -> bool:
+        return self.errors[index] is None and not self.trainers[index].stopping

@@ -1,4 +1,4 @@
-"""The state of a training: runs updates, averages what they give, saves and restores it all."""
+"""The optimization stepper: runs updates, averages their metrics, saves and restores the state."""
 
 from __future__ import annotations
 
@@ -25,92 +25,98 @@ from pogo_torchrl.trainers.optimizers import ChainOptimizers, MakeOptimizer, Mak
 
 
 class Batches(Protocol):
-    """Where batches come from: a replay buffer."""
+    """Source of batches, such as a replay buffer."""
 
     def sample(self) -> TensorDictBase:
-        """The next batch."""
+        """Return the next batch."""
 
 
 class RunningMean:
-    """The mean of an update's scalars over all updates since it was last reset.
+    """Running mean of the scalars of all updates since the last reset.
 
-    Kept on the device, in one place for good, so that a CUDA graph can add to it.
+    It is accumulated on the device, always in the same memory, so that a CUDA graph can add to it.
+
+    Args:
+        names: names of the scalars.
+        like: tensor whose device and dtype are used.
     """
 
     def __init__(self, names: Sequence[str], like: Tensor) -> None:
         self.names = list(names)
-        self.sums = like.new_zeros(len(names) + 1)  # the last one counts
+        self.sums = like.new_zeros(len(names) + 1)  # the last entry counts the updates
 
     def add(self, scalars: Tensor) -> None:
-        """Take those of one more update."""
+        """Add the scalars of one update, in the order of ``names``."""
         self.sums[:-1].add_(scalars)
         self.sums[-1].add_(1)
 
     @property
     def count(self) -> int:
-        """Updates since the last reset."""
+        """Number of updates since the last reset; waits for the device."""
         return int(self.sums[-1])
 
     def __call__(self) -> dict[str, float]:
-        """The means by name; empty before the first update."""
+        """Return the means by name; empty before the first update. Waits for the device."""
         if not self.count:
             return {}
         return dict(sorted(zip(self.names, (self.sums[:-1] / self.sums[-1]).tolist())))
 
     def tensors(self) -> TensorDict:
-        """The means by name, without waiting for the device."""
+        """Return the means by name, without waiting for the device."""
         return TensorDict(dict(zip(self.names, (self.sums[:-1] / self.sums[-1]).unbind())))
 
     def reset(self) -> None:
-        """Start again."""
+        """Reset the sums and the count to zero."""
         self.sums.zero_()
 
     def to(self, like: Tensor) -> None:
-        """Move it to where, and to what dtype, another tensor is."""
+        """Move the sums to the device and dtype of ``like``."""
         self.sums = self.sums.to(like)
 
     def state_dict(self) -> Tensor:
-        """The sums, and their number."""
+        """Return the sums and the count, as one vector."""
         return self.sums.clone()
 
     def load_state_dict(self, state_dict: Tensor) -> None:
-        """Restore them."""
+        """Restore the state returned by :meth:`state_dict`."""
         self.sums.copy_(state_dict)
 
 
 class POGOOptimizationStepper(OptimizationStepper):
-    """One update of POGO on one batch, or many: all that changes during a training, in one place.
+    """Optimization stepper of POGO: runs updates and owns all state that changes during training.
 
-    What it trains is read from the loss module whenever training starts or goes on: the loss may
-    have been moved, cast or loaded in between.
+    The parameters are read from the loss module whenever training starts or continues, so the loss
+    may be moved, cast or loaded in between.
 
     Args:
         loss_module: the objective.
 
     Keyword Args:
         lr: learning rate of the default optimizers. Defaults to ``3e-4``.
-        qvalue_optimizer: of the critics: a ``torch.optim`` class, a function of their parameters
-            that returns an optimizer, or an optimizer made from ``loss.qvalue_params()``. Defaults
+        qvalue_optimizer: optimizer of the critics: a ``torch.optim`` class, a function from
+            parameters to an optimizer, or an optimizer of ``loss_module.qvalue_params()``. Defaults
             to Adam.
-        actor_optimizer: of the actors: what makes an optimizer for each, or a list of them, each
-            made from ``loss.actor_params(i)``. Defaults to Adam.
-        qvalue_lr_scheduler: makes a scheduler of the critics' optimizer, stepped after each update.
-            Defaults to ``None``: the learning rate is constant.
-        actor_lr_scheduler: the same for each actor.
-        clip_grad_norm: largest norm of the gradient of the critics, and of that of each actor.
-            Defaults to ``None``: gradients are not clipped.
-        policy_freq: critic steps per chain of actor steps. Defaults to ``1``.
-        tau: also move the targets, by this Polyak step. Defaults to ``None``: they are moved
-            elsewhere.
-        compile: run the whole update as one graph of ``torch.compile``. It is given the same noise
-            and gives the same numbers, up to rounding. Takes Adam and AdamW. Defaults to ``False``.
+        actor_optimizer: optimizers of the actors: a class or function that is called for each
+            actor, or a list with an optimizer of ``loss_module.actor_params(i)`` for each actor i.
+            Defaults to Adam.
+        qvalue_lr_scheduler: function from the critics' optimizer to its scheduler, which is stepped
+            after each update. Defaults to ``None``: a constant learning rate.
+        actor_lr_scheduler: the same for the optimizer of each actor. Defaults to ``None``.
+        clip_grad_norm: maximum gradient norm, applied separately to the critics and to each actor.
+            Defaults to ``None``: no clipping.
+        policy_freq: number of critic updates per update of the actors. Defaults to ``1``.
+        tau: Polyak step of the target networks. Defaults to ``None``: the stepper does not update
+            the targets.
+        compile: run the whole update as one graph of ``torch.compile``. It uses the same noise and
+            gives the same values, except for rounding. Supports Adam and AdamW only. Defaults to
+            ``False``.
         bf16: run the networks in bfloat16 (autocast); parameters, moments and the divergence stay
             in float32. Defaults to ``False``.
 
     Raises:
-        ValueError: for optimizers that are none, or are not one for each actor, and a divergence
-            that cannot be compiled; when training starts, for optimizers of other parameters than
-            the loss's, or that cannot be compiled.
+        ValueError: if an optimizer is invalid, if there is not one optimizer per actor, or if the
+            divergence cannot be compiled. When training starts: if an optimizer does not hold the
+            parameters of the loss, or cannot be compiled.
 
     Example:
         >>> import torch
@@ -125,7 +131,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         ['qvalue', 'actor_0', 'actor_1']
     """
 
-    max_graph_updates = 25  # updates in one CUDA graph
+    max_graph_updates = 25  # maximum number of updates per CUDA graph
 
     def __init__(
         self,
@@ -158,10 +164,10 @@ class POGOOptimizationStepper(OptimizationStepper):
         self.steps = 0
         critics, actors = scalar_names(loss_module)
         self.names, self._num_qvalue = critics + actors, len(critics)
-        # Always the same memory: a CUDA graph writes it.
+        # Always the same memory, because CUDA graphs write to it.
         self.scalars = loss_module.min_action.new_zeros(len(self.names))
         self._means: list[RunningMean] = []
-        self._tick = RunningMean(self.names, self.scalars)  # of one call of run()
+        self._run_means = RunningMean(self.names, self.scalars)  # means over one call of run()
         self._update: Update | None = None
         self._graphs: UpdateGraphs | None = None
         self._lr: tuple[list[float], Any] = ([], None)
@@ -169,18 +175,18 @@ class POGOOptimizationStepper(OptimizationStepper):
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
-        """The optimizers by name: ``qvalue``, ``actor_0``, ``actor_1``, ...; made where needed."""
+        """Optimizers by name: ``qvalue``, ``actor_0``, ``actor_1``, ...; created on first use."""
         return self._optimizers.by_name
 
     # ------------------------------------------------------------------ updates
 
     def step(self, trainer: Any, sub_batch: TensorDictBase) -> TensorDictBase:
-        """Update on one batch, and write each sample's TD error to it for prioritised replay.
+        """Run one update and write the TD error of each sample to the batch, or run many updates.
 
         Args:
-            trainer: whose loop makes this step.
-            sub_batch: the batch; an empty one stands for as many updates as it is long, on batches
-                that ``trainer`` samples.
+            trainer: trainer whose loop calls this method.
+            sub_batch: a batch of transitions ``[*B]``. A tensordict without entries stands for
+                ``sub_batch.numel()`` updates on batches sampled from ``trainer.dataset``.
 
         Returns:
             The detached scalars of all losses, or their means over the updates.
@@ -193,38 +199,46 @@ class POGOOptimizationStepper(OptimizationStepper):
         results = self.update_on(sub_batch, self.lr())
         sub_batch.set(self.loss_module.tensor_keys.priority, results.td_error)
         self.advance(1)
-        if isinstance(trainer, Trainer):  # whose loop leaves the stage to steppers
+        if isinstance(trainer, Trainer):  # its loop leaves this stage to the stepper
             run_stage(trainer, "post_loss", sub_batch)
         return self.metrics
 
     def run(self, count: int, batches: Batches) -> TensorDictBase:
-        """Make ``count`` updates on batches as they are sampled.
+        """Run ``count`` updates, sampling a batch for each.
 
-        On a GPU a compiled update is replayed as CUDA graphs of many updates
+        On a GPU, compiled updates are replayed as CUDA graphs
         (:mod:`pogo_torchrl.trainers.fused.cuda_graphs`).
 
         Args:
-            count: how many.
-            batches: where they come from.
+            count: number of updates.
+            batches: source of the batches, usually a replay buffer.
 
         Returns:
-            The means of the detached scalars of all losses.
+            The means over the updates of the detached scalars of all losses.
         """
         self._prepare()
-        self._tick.reset()
+        self._run_means.reset()
         if self._graphs is not None:
             self._graphs.run(count, batches)
         else:
-            for place in range(count):
+            for index in range(count):
                 batch = batches.sample()
-                if place == 0:
+                if index == 0:
                     self.loss_module.check_batch(batch)
                 self.update_on(batch, self.lr())
                 self.advance(1)
-        return self._tick.tensors()
+        return self._run_means.tensors()
 
     def update_on(self, batch: TensorDictBase, lr: Any) -> Results:
-        """The work of one update on the device; :meth:`advance` counts it."""
+        """Run one update without counting it, see :meth:`advance`.
+
+        Args:
+            batch: transitions ``[*B]``.
+            lr: learning rates as returned by :meth:`lr`.
+
+        Returns:
+            The scalars of the losses and the TD errors ``[*B]``.
+        """
         assert self._update is not None
         results = self._update(batch, self.draw_noise(batch), lr, self.with_actors)
         self.record_metrics(results, batch)
@@ -232,31 +246,31 @@ class POGOOptimizationStepper(OptimizationStepper):
 
     @property
     def with_actors(self) -> bool:
-        """Whether the next update is one of the actors, too."""
+        """Whether the next update also updates the actors."""
         return self.steps % self.policy_freq == 0
 
     def draw_noise(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """What the next update draws."""
+        """Draw the noise of the next update for a batch of transitions."""
         return self.loss_module.draw_noise(batch, actors=None if self.with_actors else ())
 
     def record_metrics(self, results: Results, batch: TensorDictBase) -> None:
-        """Keep the scalars of an update, add them to the means, and remember its batch."""
+        """Store the scalars of an update, add them to the running means and keep its batch."""
         self.scalars[: self._num_qvalue].copy_(results.qvalue)
-        # Updates without the actors repeat their last values: means are over updates.
+        # Updates without the actors repeat the actors' last values: means are over all updates.
         if results.actors is not None:
             self.scalars[self._num_qvalue :].copy_(results.actors)
-        for mean in (self._tick, *self._means):
+        for mean in (self._run_means, *self._means):
             mean.add(self.scalars)
         self.last_batch = batch
 
     def advance(self, count: int) -> None:
-        """Count updates that were made, and move the learning rates on."""
+        """Count ``count`` completed updates and step the learning-rate schedulers."""
         for _ in range(count):
             self.steps += 1
             self._optimizers.step_schedulers()
 
     def lr(self) -> Any:
-        """The learning rates of the next update, as it takes them."""
+        """Return the learning rates of the next update as a float64 tensor on the device."""
         rates = self.rates()
         if rates != self._lr[0]:
             like = self.loss_module.min_action
@@ -265,13 +279,13 @@ class POGOOptimizationStepper(OptimizationStepper):
         return self._lr[1]
 
     def rates(self) -> list[float]:
-        """The learning rates of the next update: of the critics and of each actor."""
+        """Return the learning rates of the next update: of the critics, then of each actor."""
         return [float(one.param_groups[0]["lr"]) for one in self.optimizers.values()]
 
-    # ------------------------------------------------------------------ what it gives
+    # ------------------------------------------------------------------ metrics
 
     def track(self) -> RunningMean:
-        """A mean of the scalars over the updates from now on, for a hook to read and reset."""
+        """Create a running mean of the scalars, which a hook may read and reset."""
         mean = RunningMean(self.names, self.scalars)
         self._means.append(mean)
         return mean
@@ -281,10 +295,10 @@ class POGOOptimizationStepper(OptimizationStepper):
         """The scalars of the last update, by name."""
         return TensorDict(dict(zip(self.names, self.scalars.clone().unbind())))
 
-    # ------------------------------------------------------------------ its state
+    # ------------------------------------------------------------------ state
 
     def _prepare(self) -> None:
-        """Find the memory that the loss and the optimizers have now."""
+        """Bind the update to the current memory of the loss and the optimizers."""
         update = self._update
         if update is not None and update.is_current():
             return
@@ -305,30 +319,31 @@ class POGOOptimizationStepper(OptimizationStepper):
         )
 
     def graph_maker(self) -> Callable[[], DeviceGraph] | None:
-        """What makes graphs of updates; ``None`` where there are none."""
+        """Return a factory of CUDA graphs, or ``None`` if updates run without graphs."""
         loss = self.loss_module
         device = loss.min_action.device
-        # GeomLoss reads numbers on the host, the exact backend copies tables to the device.
+        # Neither other backend can be captured: GeomLoss reads values on the host, the exact
+        # backend copies tables to the device.
         free = loss.num_actors == 1 or loss.w2_backend == "fast"
         wanted = self.compile and free and device.type == "cuda"
         return partial(CUDAGraph, device) if wanted else None
 
     def _match_device(self) -> None:
-        """Have the scalars where the loss is."""
+        """Move the scalars and their means to the device and dtype of the loss."""
         like = self.loss_module.min_action
         self.scalars = self.scalars.to(like)
         self._lr = [], None
-        for mean in (self._tick, *self._means):
+        for mean in (self._run_means, *self._means):
             mean.to(like)
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Restore all training state at the end, in place: updates within leave no trace."""
+        """Context manager that restores all training state in place on exit."""
         assert self._update is not None
         memory = [
             *self._update.memory(),
             self.scalars,
-            *(m.sums for m in (self._tick, *self._means)),
+            *(m.sums for m in (self._run_means, *self._means)),
         ]
         rng, steps = GlobalRNGState(), self.steps
         before = [tensor.clone() for tensor in memory], copy.deepcopy(rng.state_dict())
@@ -341,16 +356,20 @@ class POGOOptimizationStepper(OptimizationStepper):
                 tensor.copy_(values)
 
     def use_update(self, update: Update) -> None:
-        """Have the updates of this run made by a stack's."""
+        """Use the update of a stack of runs.
+
+        Args:
+            update: the stack's update, which also updates the parameters of this run.
+        """
         self._update = update
 
     def synchronize(self) -> None:
-        """Tell the optimizers how many steps were made, where a compiled update counts them."""
+        """Write the step counts of a compiled or stacked update to the optimizers."""
         if self._update is not None:
             self._update.write_steps()
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizers, schedules, counters and means; the loss's own state is not among them."""
+        """Return the state of optimizers, schedulers, counters and means, not of the loss."""
         self.synchronize()
         return {
             "steps": self.steps,
@@ -360,7 +379,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore them from a checkpoint."""
+        """Restore the state returned by :meth:`state_dict`."""
         self._match_device()
         self.steps = state_dict["steps"]
         self.scalars.copy_(state_dict["scalars"])

@@ -1,4 +1,4 @@
-"""POGO's training on TorchRL's Trainer: sequential JKO steps, hooks, checkpoints, resume."""
+"""The trainer of POGO, built on TorchRL's: sequential JKO steps, hooks, checkpoints, resuming."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ from pogo_torchrl.trainers.stepper import POGOOptimizationStepper
 
 _LOGGER = logging.getLogger(__name__)
 
-# A tick is the stretch of updates between two looks at hooks, signals and the progress bar.
+# Maximum number of updates per tick. A tick is what the trainer runs before it looks at hooks,
+# signals and the progress bar again; it takes the role of TorchRL's batch.
 _MAX_STEP_LENGTH = 25
 
-# Stages that TorchRL's loop runs at each update: with a hook in any of them, updates are made one
-# by one.
+# Stages that TorchRL's loop runs at each update. With a hook in any of them, updates run one by
+# one.
 _PER_UPDATE_STAGES = {"process_optim_batch", "post_loss", "post_optim", "post_optim_log"}
 
-# Those that come between the loss and the optimizer's step, which are one here; TorchRL's own
-# trainer leaves them out, without a word, where it has an OptimizationStepper.
+# Stages between the loss and the optimizer step, which are fused here. With an
+# OptimizationStepper, TorchRL's own trainer silently skips them.
 _UNSUPPORTED_STAGES = {
     "process_loss": "change the loss itself (subclass POGOLoss)",
     "optimizer": "give POGOTrainer the optimizers (qvalue_optimizer, actor_optimizer)",
@@ -49,10 +50,15 @@ _UNSUPPORTED_STAGES = {
 
 
 class OfflineStepIterator:
-    """Stands where an online trainer has its collector: yields stretches of updates.
+    """Replaces the data collector of an online trainer and yields ticks of updates.
 
-    Each item is an empty tensordict whose batch size is the number of updates until the next
-    multiple of any of ``intervals`` (or the end), so that hooks meet their steps exactly.
+    Each tick is a tensordict without entries. Its batch size is the number of updates, at most 25,
+    until the next multiple of any of ``intervals`` or the end, so that hooks run at exactly their
+    intervals.
+
+    Args:
+        total: total number of updates.
+        intervals: intervals in updates. Defaults to none.
 
     Example:
         >>> ticks = OfflineStepIterator(total=25, intervals=[10])
@@ -75,83 +81,86 @@ class OfflineStepIterator:
             yield TensorDict({}, [length])
 
     def stop(self) -> None:
-        """Yield no more."""
+        """Stop iterating after the current tick."""
         self.total = self.step
 
     def state_dict(self) -> dict[str, Any]:
-        """The step reached."""
+        """Return the current step."""
         return {"step": self.step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a step."""
+        """Continue from the step returned by :meth:`state_dict`."""
         self.step = state_dict["step"]
 
     def set_seed(self, seed: int, static_seed: bool = False) -> int:
-        """Nothing is collected, so nothing is seeded."""
+        """Return ``seed``: nothing is collected, so nothing is seeded."""
         return seed
 
     def update_policy_weights_(self, *args: Any, **kwargs: Any) -> None:
-        """No policy collects data."""
+        """Do nothing: no policy collects data."""
 
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to shut down."""
+        """Do nothing: there is nothing to shut down."""
 
 
 class POGOTrainer(Trainer):
-    """TorchRL's Trainer for POGO: learns from an offline replay buffer, no environment needed.
+    """TorchRL's Trainer for POGO, which learns from an offline replay buffer.
 
-    Every update samples one batch, steps the critics and the chain in the method's order
-    (:class:`POGOOptimizationStepper`) and moves the targets. The global random state of torch is
-    the only source of randomness; it is part of the checkpoints, the dataset is not.
+    Every update samples one batch, steps the critics and then the actors in the order of the chain
+    (:class:`POGOOptimizationStepper`), and updates the targets. The global random state of torch is
+    the only source of randomness. Checkpoints contain it, but not the dataset.
 
-    Hooks are TorchRL's (``register_op``), of all stages but ``process_loss`` and ``optimizer``,
-    which lie between the loss and the step of its optimizer; :class:`LogMetrics` and
-    :class:`Evaluate` are those of our command line. TorchRL's "batch" is a tick: the stretch of up
-    to 25 updates to the next multiple of an interval. ``collected_frames`` counts updates.
+    All of TorchRL's hooks can be registered (``register_op``), except for the stages
+    ``process_loss`` and ``optimizer``, which run between the loss and the optimizer step. The
+    command line uses :class:`LogMetrics` and :class:`Evaluate`. TorchRL's "batch" is a tick here:
+    up to 25 updates, ending at the next multiple of an interval. ``collected_frames`` counts
+    updates.
 
-    A prioritised replay buffer gets each sample's squared TD error as its priority after each
-    update, as TorchRL's own trainers give it.
+    As in TorchRL's own trainers, a prioritised replay buffer receives the squared TD error of each
+    sample as its priority after each update.
 
     Args:
         loss_module: the objective.
-        replay_buffer: anything with ``sample()``, e.g. of
+        replay_buffer: replay buffer with a ``sample()`` method, e.g. from
             :func:`~pogo_torchrl.data.make_replay_buffer` or one of TorchRL's datasets.
-        total_steps: updates to reach.
+        total_steps: total number of updates.
 
     Keyword Args:
-        lr: learning rate of the default optimizers, Adam for all. Defaults to ``3e-4``.
-        qvalue_optimizer: of the critics: a ``torch.optim`` class, a function of their parameters
-            that returns an optimizer (``functools.partial(torch.optim.AdamW, lr=1e-3)``), or an
-            optimizer made from ``loss_module.qvalue_params()``. Defaults to Adam.
-        actor_optimizer: of the actors: what makes an optimizer for each, or a list of them, each
-            made from ``loss_module.actor_params(i)``. Defaults to Adam.
-        qvalue_lr_scheduler: makes a scheduler of the critics' optimizer
-            (``functools.partial(CosineAnnealingLR, T_max=total_steps)``), stepped after each
-            update. Defaults to ``None``: the learning rate is constant.
-        actor_lr_scheduler: the same for each actor.
-        clip_grad_norm: largest norm of the gradient of the critics, and of that of each actor.
-            Defaults to ``None``: gradients are not clipped.
-        policy_freq: critic steps per chain of actor steps. Defaults to ``1``.
-        tau: Polyak step of the targets, as of TorchRL's ``SoftUpdate``. Defaults to ``0.005``.
-        target_net_updater: TorchRL target updater of ``loss_module`` instead. Defaults to
-            ``SoftUpdate(loss_module, tau=tau)``.
-        compile: run the update as one graph of ``torch.compile`` (with Adam and AdamW); on a GPU
+        lr: learning rate of the default optimizers. Defaults to ``3e-4``.
+        qvalue_optimizer: optimizer of the critics: a ``torch.optim`` class, a function from
+            parameters to an optimizer (``functools.partial(torch.optim.AdamW, lr=1e-3)``), or an
+            optimizer of ``loss_module.qvalue_params()``. Defaults to Adam.
+        actor_optimizer: optimizers of the actors: a class or function that is called for each
+            actor, or a list with an optimizer of ``loss_module.actor_params(i)`` for each actor i.
+            Defaults to Adam.
+        qvalue_lr_scheduler: function from the critics' optimizer to its scheduler
+            (``functools.partial(CosineAnnealingLR, T_max=total_steps)``), which is stepped after
+            each update. Defaults to ``None``: a constant learning rate.
+        actor_lr_scheduler: the same for the optimizer of each actor. Defaults to ``None``.
+        clip_grad_norm: maximum gradient norm, applied separately to the critics and to each actor.
+            Defaults to ``None``: no clipping.
+        policy_freq: number of critic updates per update of the actors. Defaults to ``1``.
+        tau: Polyak step of the targets, as in TorchRL's ``SoftUpdate``. Defaults to ``0.005``.
+        target_net_updater: TorchRL target updater of ``loss_module``, which replaces ``tau``.
+            Defaults to ``SoftUpdate(loss_module, tau=tau)``.
+        compile: run the update as one graph of ``torch.compile`` (Adam and AdamW only). On a GPU,
             also replay CUDA graphs of many updates
-            (:mod:`pogo_torchrl.trainers.fused.cuda_graphs`), as long as no hooks act on each
+            (:mod:`pogo_torchrl.trainers.fused.cuda_graphs`), provided that no hook runs at each
             update. Defaults to ``False``.
         bf16: run the networks in bfloat16 during updates. Defaults to ``False``.
-        checkpoint_dir: folder for rotated checkpoints; ``None``: none are written.
-        checkpoint_interval: updates between two of them; one is always written at the end.
-            Defaults to ``50_000``.
-        keep_checkpoints: how many of the newest to keep. Defaults to ``2``.
-        fingerprint: what identifies the run (JSON: its data, its settings). It is kept in every
-            checkpoint, and :meth:`resume` refuses checkpoints with another one.
-        progress_bar: show one, with speed and remaining time. Defaults to ``True``.
-        hooks: TorchRL trainer hooks to register.
+        checkpoint_dir: folder for rotated checkpoints. Defaults to ``None``: no checkpoints.
+        checkpoint_interval: number of updates between two checkpoints; a final one is always
+            written. Defaults to ``50_000``.
+        keep_checkpoints: number of checkpoints to keep; older ones are deleted. Defaults to ``2``.
+        fingerprint: JSON-serialisable description of the run (its data and settings). It is stored
+            in every checkpoint, and :meth:`resume` rejects checkpoints with another fingerprint.
+            Defaults to an empty one.
+        progress_bar: show a progress bar with speed and remaining time. Defaults to ``True``.
+        hooks: TorchRL trainer hooks to register. Defaults to none.
 
     Raises:
-        ValueError: for step counts or intervals below 1, an empty replay buffer, or optimizers
-            that are none.
+        ValueError: if a setting is out of range (see :meth:`check_settings`), if the replay buffer
+            is empty, or if an optimizer is invalid.
 
     Example:
         >>> import torch
@@ -207,18 +216,18 @@ class POGOTrainer(Trainer):
             keep_checkpoints=keep_checkpoints,
         )
         if len(replay_buffer) == 0:
-            raise ValueError("The replay buffer is empty: there is nothing to learn from.")
+            raise ValueError("The replay buffer is empty: fill it before training.")
 
         if target_net_updater is None and (loss_module.delay_qvalue or loss_module.delay_actor):
             target_net_updater = SoftUpdate(loss_module, tau=tau)
-        # A SoftUpdate's step is a part of the update.
+        # A SoftUpdate's step is part of the update; other updaters are called after it.
         soft = target_net_updater if type(target_net_updater) is SoftUpdate else None
         self.fingerprint = dict(fingerprint or {})
-        self.stages: dict[str, list[tuple[Callable, dict[str, Any]]]] = {}  # hooks with arguments
-        self._has_per_update_hooks = False  # whether any hook does
+        self.stages: dict[str, list[tuple[Callable, dict[str, Any]]]] = {}  # hooks, arguments
+        self._has_per_update_hooks = False
         self.stopping = False
         self.stop_reason: str | None = None
-        self._tick: TensorDictBase | None = None  # that is to be one step
+        self._tick: TensorDictBase | None = None  # set if the stepper runs the whole tick at once
         ticks, rotation = OfflineStepIterator(total_steps), None
         if checkpoint_dir is not None:
             ticks.intervals.append(checkpoint_interval)
@@ -227,7 +236,7 @@ class POGOTrainer(Trainer):
             collector=ticks,
             total_frames=total_steps,
             frame_skip=1,
-            optim_steps_per_batch=1,  # each tick has its own, see optim_steps()
+            optim_steps_per_batch=1,  # set for each tick by optim_steps()
             loss_module=loss_module,
             optimization_stepper=POGOOptimizationStepper(
                 loss_module,
@@ -242,15 +251,15 @@ class POGOTrainer(Trainer):
                 compile=compile,
                 bf16=bf16,
             ),
-            progress_bar=False,  # ours shows the whole run, also after a resume
-            # the trainer saves once MORE than the interval has passed
+            progress_bar=False,  # replaced by ProgressBar, which supports resumed runs
+            # Trainer saves only when more than the interval has passed
             save_trainer_interval=checkpoint_interval - 1,
             checkpoint=DurableCheckpoint(),
             checkpoint_rotation=rotation,
             checkpoint_metadata=self._checkpoint_metadata if rotation else None,
-            auto_log_optim_steps=False,  # it would keep every number of every step
+            auto_log_optim_steps=False,  # it would keep all metrics of every step in memory
         )
-        # After super().__init__(), which would make the dataset a part of each checkpoint.
+        # Set after super().__init__(), which would add the dataset to every checkpoint.
         self.dataset = replay_buffer
         self.register_op("process_optim_batch", self._sample)
         self.register_op("shutdown", self.optimization_stepper.synchronize)
@@ -263,14 +272,20 @@ class POGOTrainer(Trainer):
                 hook.register(self)
 
     def register_op(self, dest: Any, op: Callable, **kwargs: Any) -> None:
-        """Register an operation, as TorchRL's trainer does.
+        """Register an operation to run at a stage, as in TorchRL's trainer.
+
+        Args:
+            dest: name of the stage.
+            op: the operation.
+            **kwargs: keyword arguments that the operation is called with.
 
         Raises:
-            ValueError: for the stages between the loss and the step of its optimizer.
+            ValueError: if ``dest`` is ``"process_loss"`` or ``"optimizer"``, which would run
+                between the loss and the optimizer step.
         """
         if dest in _UNSUPPORTED_STAGES:
             raise ValueError(
-                f"POGOTrainer has no {dest!r} stage, since losses and steps are one update here: "
+                f"POGOTrainer has no {dest!r} stage, because it fuses losses and optimizer steps: "
                 f"{_UNSUPPORTED_STAGES[dest]}, or write your own loop "
                 "(examples/pogo_in_torchrl.py)."
             )
@@ -280,7 +295,7 @@ class POGOTrainer(Trainer):
             self._has_per_update_hooks = True
 
     def _register_priority_updates(self, replay_buffer: ReplayBuffer) -> None:
-        """Give a prioritised replay buffer the TD errors, and checkpoint its priorities."""
+        """Write TD errors to a prioritised replay buffer, and checkpoint its priorities."""
         sampler = getattr(replay_buffer, "sampler", None)
         if not isinstance(sampler, PrioritizedSampler):
             return
@@ -289,12 +304,12 @@ class POGOTrainer(Trainer):
         theirs = getattr(replay_buffer, "priority_key", None)
         if update is None or theirs != key:
             raise ValueError(
-                f"the prioritised replay buffer reads priorities from {theirs!r}, the loss writes "
-                f"them to {key!r}: use a TensorDictReplayBuffer with priority_key={key!r}, or "
-                f"loss.set_keys(priority=...)."
+                f"the prioritised replay buffer reads priorities from {theirs!r}, but the loss "
+                f"writes them to {key!r}: use a TensorDictReplayBuffer with priority_key={key!r}, "
+                f"or loss.set_keys(priority=...)."
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of a stage that TorchRL may rename
+            warnings.simplefilter("ignore", FutureWarning)  # TorchRL may rename this stage
             self.register_op("post_loss", update)
         self.register_module("priorities", PriorityState(sampler))
 
@@ -310,10 +325,22 @@ class POGOTrainer(Trainer):
         keep_checkpoints: int = 2,
         **others: Any,
     ) -> None:
-        """Check the numbers that the constructor takes, without a dataset.
+        """Validate settings of the constructor without a dataset.
+
+        Args:
+            total_steps: see :class:`POGOTrainer`, as for all other arguments.
+
+        Keyword Args:
+            lr: positive and finite.
+            clip_grad_norm: positive and finite, or ``None``.
+            policy_freq: at least 1.
+            tau: in (0, 1].
+            checkpoint_interval: at least 1.
+            keep_checkpoints: at least 1.
+            **others: ignored.
 
         Raises:
-            ValueError: naming the first that is out of range.
+            ValueError: naming the first out-of-range value.
 
         Example:
             >>> POGOTrainer.check_settings(10, lr=-1.0)
@@ -339,16 +366,23 @@ class POGOTrainer(Trainer):
             raise ValueError(f"tau={tau} must be in (0, 1], e.g. 0.005.")
 
     def add_interval(self, interval: int) -> None:
-        """Make every multiple of ``interval`` updates a boundary where ``post_steps`` hooks run."""
+        """Run the ``post_steps`` hooks at every multiple of ``interval`` updates."""
         self.collector.intervals.append(interval)
 
     def at_boundary(self) -> bool:
-        """Whether the updates so far are a multiple of any interval, or all."""
+        """Whether the number of completed updates is a multiple of any interval, or the total."""
         return any(self.collected_frames % interval == 0 for interval in self.collector.intervals)
 
     def optim_steps(self, batch: TensorDictBase) -> None:
-        """As many updates as the tick is long, with TorchRL's stages around them."""
-        # Without hooks that see single updates the stepper makes all of the tick's in one step.
+        """Run the updates of a tick, with TorchRL's stages around them.
+
+        Args:
+            batch: tick, a tensordict without entries whose batch size is the number of updates.
+
+        Raises:
+            DivergenceError: if a loss cannot be computed because training has diverged.
+        """
+        # Unless a hook runs at each update, the stepper runs the whole tick in one step.
         self._tick = None if self._has_per_update_hooks else batch
         self.optim_steps_per_batch = batch.numel() if self._tick is None else 1
         try:
@@ -359,20 +393,21 @@ class POGOTrainer(Trainer):
             ) from error
 
     def sample(self) -> TensorDictBase:
-        """A batch of the replay buffer."""
+        """Sample a batch from the replay buffer."""
         return self.dataset.sample()
 
     def _sample(self, batch: TensorDictBase) -> TensorDictBase:
         return self.sample() if self._tick is None else self._tick
 
     def resume(self) -> int | None:
-        """Load the newest checkpoint of ``checkpoint_dir`` that is whole; damaged ones are skipped.
+        """Load the newest intact checkpoint of ``checkpoint_dir``, skipping damaged ones.
 
         Returns:
-            The step it was taken at; ``None`` where there is none.
+            The number of updates at which it was written; ``None`` if there is no checkpoint.
 
         Raises:
-            ValueError: when the checkpoint is of another run or version; nothing is changed then.
+            ValueError: if the checkpoint belongs to another run or has another format version. The
+                trainer is unchanged in these cases.
         """
         rotation = self.checkpoint_rotation
         if rotation is None:
@@ -380,7 +415,7 @@ class POGOTrainer(Trainer):
         remove_unfinished(rotation)
         for path in sorted(rotation.directory.glob(f"{rotation.prefix}-*"), reverse=True):
             if not is_intact(path):
-                _LOGGER.warning("%s is damaged or unfinished and is passed over.", path)
+                _LOGGER.warning("Skipping damaged or incomplete checkpoint %s.", path)
                 continue
             self._check_fingerprint(path)
             try:
@@ -399,7 +434,7 @@ class POGOTrainer(Trainer):
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{path} has format version {version}, this release reads {FORMAT_VERSION}: "
-                "resume it with the release that wrote it."
+                "resume the run with the release that wrote it."
             )
         keys = self.fingerprint.keys() | theirs.keys()
         changed = [
@@ -409,27 +444,27 @@ class POGOTrainer(Trainer):
         ]
         if changed:
             raise ValueError(
-                f"{path} is a checkpoint of another run ({'; '.join(changed)}). Give the values "
-                "that it was started with, or another checkpoint_dir."
+                f"{path} is a checkpoint of another run ({'; '.join(changed)}). Use the settings "
+                "of that run, or another checkpoint_dir."
             )
 
     def request_stop(self, reason: str | None = None) -> None:
-        """Stop after the current tick, with a checkpoint.
+        """Stop training after the current tick and write a checkpoint.
 
         Args:
-            reason: why, kept in ``stop_reason``.
+            reason: reason for stopping, stored in ``stop_reason``. Defaults to ``None``.
         """
         super().request_stop(reason)
         self.stopping, self.stop_reason = True, reason
 
     def save_trainer(self, force_save: bool = False) -> None:
-        """Write a checkpoint if one is due, or in any case.
+        """Write a checkpoint if one is due.
 
         Args:
-            force_save: whether to write one now. Defaults to ``False``.
+            force_save: write a checkpoint even if none is due. Defaults to ``False``.
 
         Raises:
-            OSError: when it cannot be written, e.g. on a full disk.
+            OSError: if the checkpoint cannot be written, e.g. because the disk is full.
         """
         try:
             super().save_trainer(force_save)
@@ -438,5 +473,6 @@ class POGOTrainer(Trainer):
             kept = self.checkpoint_rotation.latest()
             raise OSError(
                 f"cannot write a checkpoint at update {self.collected_frames}: {reason}. The last "
-                f"one is {kept}. Free some space or mend the folder, then go on with resume=true."
+                f"checkpoint is {kept}. Free disk space or fix the folder, then continue with "
+                "resume=true."
             ) from error

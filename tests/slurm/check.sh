@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A real sweep on the real Slurm of start.sh: an array of four runs, of which two are pre-empted,
-# one is killed, and one loses its job. The same command again makes what is missing, and all runs
-# equal unbroken ones to the last bit. Takes some minutes.
+# Runs a sweep of four runs on the Slurm started by start.sh: two runs are preempted, one is killed,
+# and one loses its job. The same command is then run again to complete the sweep, and all runs are
+# checked to be bitwise identical to uninterrupted ones. Takes a few minutes.
 #
-#   tests/slurm/check.sh             (PYTHON=python3 chooses another)
+#   tests/slurm/check.sh             (PYTHON=python3 selects another interpreter)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
@@ -23,19 +23,19 @@ YAML
 sweep() { "$python" "$here/../../examples/pogo_sweep.py" sweep=sweep.yaml "$@"; }
 on_slurm() { sweep launcher=slurm slurm.partition=low slurm.timeout_min=10 slurm.cpus_per_task=1; }
 say() { printf '\n# %s\n' "$*"; }
-await() { # what is waited for, as a command
+await() { # wait until a shell condition holds
     for _ in $(seq 180); do
         eval "$1" && return
         sleep 0.5
     done
-    echo "waited in vain for: $1" >&2
+    echo "timed out waiting for: $1" >&2
     exit 1
 }
 
-say "Unbroken, for comparison"
-sweep log_dir=whole results_dir=whole_results jobs=2 | grep done
+say "Uninterrupted runs, for comparison"
+sweep log_dir=uninterrupted results_dir=uninterrupted_results jobs=2 | grep done
 
-say "The sweep as an array, two jobs at once"
+say "The sweep as an array, two jobs in parallel"
 . "$here/start.sh" slurm
 on_slurm >out.txt 2>&1 &
 waiting=$!
@@ -48,7 +48,7 @@ await '[ "$(squeue -h -p high -t R)" ]'
 squeue --array
 await '[ -z "$(squeue -h -p high)" ] && [ "$(squeue -h -p low -t R)" ]'
 
-say "kill -9 of a run, and of the job of another"
+say "kill -9 of one run, and of the job of another"
 run_of() { pgrep -f "pogo_torchrl.experiments.worker .* seed=$1 resume=true"; }
 has_saved() { compgen -G "logs/*/*/seed_$1/checkpoints/step-*" >/dev/null; }
 await 'has_saved 2 && has_saved 3'
@@ -60,18 +60,18 @@ cat out.txt
 say "The same command again"
 on_slurm
 
-say "And again: nothing is left to do"
+say "And again: nothing left to do"
 on_slurm
 
-say "Against the unbroken runs"
+say "Comparison with the uninterrupted runs"
 PYTHONPATH=$here/.. "$python" - <<'PY'
 from pathlib import Path
 
 from runs import assert_same, state
 
-for whole in sorted(Path("whole").glob("*/*/seed_*")):
-    run = "logs" / whole.relative_to("whole")
-    assert_same(state(run), state(whole))
+for uninterrupted in sorted(Path("uninterrupted").glob("*/*/seed_*")):
+    run = "logs" / uninterrupted.relative_to("uninterrupted")
+    assert_same(state(run), state(uninterrupted))
     resumed = (run / "training" / "train.log").read_text().count("Resumed at")
-    print(f"{run}: resumed {resumed} times, equal to the last bit")
+    print(f"{run}: resumed {resumed} times, bitwise identical")
 PY

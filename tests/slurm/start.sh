@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A real Slurm on this one machine, for tests: its own munge, controller and node in one folder,
-# without systemd, cgroups, accounting or root. Needs Debian's (Ubuntu's) slurm-wlm and munge.
+# A Slurm installation on a single machine for tests: munge, controller and node in one folder,
+# without systemd, cgroups, accounting or root. Requires slurm-wlm and munge from Debian or Ubuntu.
 #
-#   . tests/slurm/start.sh FOLDER     starts it and points this shell's Slurm commands at it
+#   . tests/slurm/start.sh FOLDER     starts Slurm and configures the commands of this shell for it
 #   tests/slurm/stop.sh FOLDER        stops it
 #
-# Partition "low" is for jobs that "high" pre-empts: they get SIGTERM, 30 s to save, and are requeued.
+# Jobs in partition "low" are preempted by "high": they get SIGTERM, 30 s to save, and are requeued.
 
 _pogo_slurm() {
     local folder
@@ -14,7 +14,7 @@ _pogo_slurm() {
     chmod 755 "$folder"
     export SLURM_CONF=$folder/slurm.conf
 
-    # The key is munge's secret; a random one for this folder.
+    # munge's secret key, random for this folder.
     [ -e "$folder/munge.key" ] || (umask 077 && head -c 128 /dev/urandom >"$folder/munge.key")
     munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
         --pid-file="$folder/munge.pid" --log-file="$folder/munge.log" \
@@ -27,7 +27,7 @@ SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 SlurmctldPort=36817
 SlurmdPort=36818
-# A requeued job waits for its old credential to expire: seconds instead of two minutes.
+# A requeued job waits until its old credential expires: 5 s instead of two minutes.
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool

@@ -1,7 +1,7 @@
-"""Small policies of several levels, bundled so that there is data without a download.
+"""Small bundled policies of several levels, which generate data without a download.
 
-`{environment}.npz` holds the weights and `manifest.json` how each level was found and what it
-scores; `python -m pogo_torchrl.data.train_policies` writes both.
+``{environment}.npz`` contains the weights; ``manifest.json`` records how each level was found and
+its scores. ``python -m pogo_torchrl.data.train_policies`` writes both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pogo_torchrl.envs.locomotion import clip
 FOLDER = Path(__file__).parent
 MANIFEST = "manifest.json"
 
-# Level names, with the share of the best return at which a policy is taken from the search.
+# Level names, and the fraction of the best return at which the search's policy is selected.
 LEVELS: dict[str, float] = {
     "novice": 0.1,
     "beginner": 0.25,
@@ -30,11 +30,11 @@ LEVELS: dict[str, float] = {
 
 @dataclass(frozen=True)
 class LinearPolicy:
-    """A deterministic policy `action = clip(gain (observation - mean), -1, 1)`.
+    """A deterministic policy ``action = clip(gain (observation - mean), -1, 1)``.
 
     Args:
-        gain: weights divided by the observations' standard deviation, [action, observation].
-        mean: mean of the observations, [observation].
+        gain: weights divided by the standard deviation of the observations, ``[d, obs]``.
+        mean: mean of the observations, ``[obs]``.
 
     Example:
         >>> policy = LinearPolicy(np.array([[2.0, 0.0]]), np.array([1.0, 5.0]))
@@ -46,21 +46,22 @@ class LinearPolicy:
     mean: NDArray[np.float64]
 
     def __call__(self, observation: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Compute the action ``[d]`` for an observation ``[obs]``."""
         return clip(self.gain @ (observation - self.mean), -1.0, 1.0)
 
 
 def load_policies(environment: str, folder: Path = FOLDER) -> dict[str, LinearPolicy]:
-    """The policies of one environment, from the lowest to the highest level.
+    """Load the policies of one environment, from the lowest to the highest level.
 
     Args:
-        environment: `"halfcheetah"`, `"hopper"` or `"walker2d"`.
-        folder: where the policies lie; default: those of this package.
+        environment: ``"halfcheetah"``, ``"hopper"`` or ``"walker2d"``.
+        folder: folder of the policies. Defaults to the bundled policies.
 
     Returns:
-        A policy for each name in `LEVELS`.
+        The policy of each level, by its name in :data:`LEVELS`.
 
     Raises:
-        FileNotFoundError: if the folder holds no policies of this environment.
+        FileNotFoundError: when the folder contains no policies of this environment.
 
     Example:
         >>> list(load_policies("hopper"))
@@ -75,14 +76,15 @@ def load_policies(environment: str, folder: Path = FOLDER) -> dict[str, LinearPo
 
 
 def load_manifest(folder: Path = FOLDER) -> dict[str, dict]:
-    """How the policies were found and what they score, by environment.
+    """Load the manifest, which records how the policies were found and their scores.
 
     Args:
-        folder: where the policies lie; default: those of this package.
+        folder: folder of the policies. Defaults to the bundled policies.
 
     Returns:
-        Per environment the search's seed, MuJoCo's version and, per level, the environment steps
-        after which it was met, and mean returns and D4RL scores without and with noise.
+        For each environment, the seed of the search, the MuJoCo version and, for each level, the
+        environment steps at which it was found and its mean returns and D4RL scores without and
+        with noise. Empty if there is no manifest.
 
     Example:
         >>> load_manifest()["hopper"]["levels"]["expert"]["score"] > 90

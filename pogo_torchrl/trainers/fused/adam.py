@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_DEFAULTS = {"amsgrad": False, "maximize": False, "differentiable": False}
+_REQUIRED_FLAGS = {"amsgrad": False, "maximize": False, "differentiable": False}
 
 
 class FusedAdam:
-    r"""The step of a ``torch.optim.Adam`` or ``AdamW``, or of a stack of equal ones.
+    r"""The step of one ``torch.optim.Adam`` or ``AdamW``, or of a stack with equal settings.
 
     .. math::
         m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
@@ -23,24 +23,24 @@ class FusedAdam:
         \theta \leftarrow \theta -
         lr \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    with weight decay as the optimizer's class has it. It works on the parameters and on the
-    moments of the optimizers themselves: their ``state`` is that of the training, and they go on
-    from there by their own ``step()`` as well. Steps are counted, and biases corrected, in float64:
-    ``torch.optim.adam.adam`` does so in the parameters' dtype where it can be compiled, and cannot
-    be called for a stack on a CPU in eager mode.
+    with the type of weight decay that the optimizer's class uses. The parameters and the moments in
+    the optimizers' ``state`` are updated in place, so the optimizers can also continue with their
+    own ``step()``, see :meth:`write_steps`. The step count and the bias correction are computed in
+    float64. ``torch.optim.adam.adam`` uses the dtype of the parameters when it is compiled, and
+    does not support a stack on a CPU in eager mode.
 
-    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015, arXiv:1412.6980),
-    algorithm 1; Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019,
-    arXiv:1711.05101), algorithm 2.
+    Source: Kingma & Ba, *Adam: A Method for Stochastic Optimization*, 2014, arXiv:1412.6980,
+    algorithm 1; Loshchilov & Hutter, *Decoupled Weight Decay Regularization*, 2017,
+    arXiv:1711.05101, algorithm 2.
 
     Args:
-        optimizers: one, or one for each run of a stack.
-        parameters: for each optimizer the parameters that it holds.
-        params: the same in the memory that is to be changed in place, ``[R, ...]`` for a stack.
+        optimizers: one optimizer, or one per run of a stack of R runs.
+        parameters: for each optimizer, the parameters that it holds.
+        params: the same parameters as tensors to be changed in place, ``[R, ...]`` for a stack.
 
     Raises:
-        ValueError: for an optimizer that :func:`unsupported_reason` rejects, or a stack of different
-            ones.
+        ValueError: if :func:`unsupported_reason` rejects an optimizer, or if the settings of the
+            optimizers differ.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.zeros(2))
@@ -61,27 +61,27 @@ class FusedAdam:
         self.settings = settings = self._settings()
         self.betas, self.eps = settings["betas"], settings["eps"]
         self.weight_decay, self.decoupled = settings["weight_decay"], settings["decoupled"]
-        # By parameter, then by run.
+        # Indexed by parameter, then by run.
         self._states = [
-            [_state(optimizer, p) for optimizer, p in zip(self.optimizers, runs)]
+            [_init_state(optimizer, p) for optimizer, p in zip(self.optimizers, runs)]
             for runs in zip(*parameters)
         ]
         self.exp_avg = [_stack_shared("exp_avg", s, p) for s, p in zip(self._states, self.params)]
         self.exp_avg_sq = [
             _stack_shared("exp_avg_sq", s, p) for s, p in zip(self._states, self.params)
         ]
-        # float64: 1 - 0.999^t loses digits in float32. A vector: of one number alone torch.compile
-        # (2.13) misses the change in place.
+        # float64, because 1 - 0.999^t loses precision in float32. A vector, because torch.compile
+        # (2.13) misses the in-place change of a scalar tensor.
         count = float(self._states[0][0]["step"])
         self.steps = torch.full((1,), count, dtype=torch.float64, device=self.params[0].device)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: Tensor) -> None:
-        """Move the parameters by their gradients.
+        """Update the parameters.
 
         Args:
-            gradients: in the order of the parameters.
-            lr: the learning rate, a float64 scalar.
+            gradients: gradients in the order of the parameters.
+            lr: learning rate, a float64 scalar tensor.
         """
         self.steps.add_(1)
         beta1, beta2 = self.betas
@@ -92,7 +92,7 @@ class FusedAdam:
                     p.mul_(shrink)
             else:
                 gradients = [g + self.weight_decay * p for g, p in zip(gradients, self.params)]
-        # Joined, two numbers in memory: torch.compile would work them out anew at each parameter.
+        # Joined into one tensor, so that torch.compile computes both once, not per parameter.
         size, correction = (
             torch.cat([lr / (1 - beta1**self.steps), (1 - beta2**self.steps).rsqrt()])
             .to(self.params[0].dtype)
@@ -105,26 +105,26 @@ class FusedAdam:
             p.sub_(m / denominator * size)
 
     def check(self) -> None:
-        """Refuse settings that have changed since they were compiled.
+        """Check that no setting has changed since it was compiled.
 
         Raises:
-            ValueError: naming them.
+            ValueError: naming the settings that have changed.
         """
         now = self._settings()
         changed = [name for name, value in self.settings.items() if now[name] != value]
         if changed:
             raise ValueError(
-                f"{', '.join(changed)} of {type(self.optimizers[0]).__name__} changed during the "
-                "training, of which a compiled or stacked update follows the learning rate only: "
-                "use compile=False, or leave them as they are."
+                f"{', '.join(changed)} of {type(self.optimizers[0]).__name__} changed during "
+                "training, but a compiled or stacked update only follows changes of the learning "
+                "rate: keep the other settings constant, or use compile=False."
             )
 
     def memory(self) -> list[Tensor]:
-        """What a step changes beside the parameters."""
+        """Return the tensors, besides the parameters, that a step changes."""
         return [*self.exp_avg, *self.exp_avg_sq, self.steps]
 
     def write_steps(self) -> None:
-        """Tell the optimizers how many steps were made for them."""
+        """Write the step count to the ``state`` of the optimizers."""
         for runs in self._states:
             for state in runs:
                 state["step"].copy_(self.steps[0])
@@ -146,41 +146,45 @@ class FusedAdam:
                 }
             )
         if any(one != found[0] for one in found):
-            raise ValueError(
-                f"the runs of a stack must share one optimizer's settings, not {found}."
-            )
+            raise ValueError(f"the optimizers of a stack must share their settings, not {found}.")
         return found[0]
 
 
 def unsupported_reason(optimizer: Optimizer) -> str | None:
-    """Why a compiled or stacked update cannot make the steps of an optimizer; ``None``: it can.
+    """Explain why a compiled or stacked update does not support an optimizer.
+
+    Args:
+        optimizer: the optimizer to check.
+
+    Returns:
+        The reason as an error message, or ``None`` if the optimizer is supported.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.zeros(2))
         >>> unsupported_reason(torch.optim.AdamW([parameter], weight_decay=0.1))
         >>> unsupported_reason(torch.optim.SGD([parameter]))[:40]
-        'a compiled or stacked update makes the s'
+        'a compiled or stacked update supports on'
     """
     name, reason = type(optimizer).__name__, ""
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-        reason = f"not of {name}"
+        reason = f"not {name}"
     elif len(optimizer.param_groups) != 1:
         reason = f"with one parameter group, not {len(optimizer.param_groups)}"
     else:
         group = optimizer.param_groups[0]
-        odd = [key for key, value in _DEFAULTS.items() if group.get(key, value) != value]
+        odd = [key for key, value in _REQUIRED_FLAGS.items() if group.get(key, value) != value]
         odd += ["tensor betas"] if any(isinstance(b, Tensor) for b in group["betas"]) else []
         reason = f"without {', '.join(odd)}" if odd else ""
     if not reason:
         return None
     return (
-        "a compiled or stacked update makes the steps of torch.optim.Adam and AdamW (with any "
-        f"learning rate, weight decay, betas and eps), {reason}: use compile=False, or one of them."
+        "a compiled or stacked update supports only torch.optim.Adam and AdamW (with any learning "
+        f"rate, weight decay, betas and eps), {reason}: use one of these, or compile=False."
     )
 
 
-def _state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The optimizer's state of a parameter; made, before its first step, as that would."""
+def _init_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """Return an optimizer's state of a parameter, initialised like the optimizer's first step."""
     state = optimizer.state[parameter]
     if not state:
         fused = optimizer.param_groups[0].get("fused")
@@ -191,7 +195,7 @@ def _state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _stack_shared(name: str, states: Sequence[dict[str, Tensor]], like: Tensor) -> Tensor:
-    """A moment of all runs, of the parameter's shape, in memory that the optimizers share."""
+    """Stack a moment of all runs, in the shape of ``like``; the optimizers keep views of it."""
     if len(states) == 1:
         return states[0][name].view_as(like)
     moments = torch.stack([state[name] for state in states])

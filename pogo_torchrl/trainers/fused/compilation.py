@@ -1,4 +1,4 @@
-"""How an update is compiled, and which matrix products it calls."""
+"""Compilation of an update, and its choice of matrix products."""
 
 from __future__ import annotations
 
@@ -15,38 +15,46 @@ from torch import Tensor
 from pogo_torchrl.objectives import POGOLoss
 
 COMPILABLE = ("fast", "exact")
-"""Backends of the divergence that a compiled or stacked update can use."""
+"""Backends of the divergence that a compiled or stacked update supports."""
 
 
 def check_backend(loss: POGOLoss) -> None:
-    """Refuse a divergence that cannot be compiled or stacked.
+    """Check that the divergence of a loss can be compiled and stacked.
+
+    Args:
+        loss: the objective.
 
     Raises:
-        ValueError: naming those that can.
+        ValueError: if it has several actors and ``w2_backend`` is not one of
+            :data:`COMPILABLE`.
     """
     if loss.num_actors > 1 and loss.w2_backend not in COMPILABLE:
         raise ValueError(
-            f"w2_backend={loss.w2_backend!r} reads numbers of the whole batch on the host, which a "
-            "compiled or stacked update cannot: use w2_backend='fast' (the same divergence), "
+            f"w2_backend={loss.w2_backend!r} reads values of the whole batch on the host, which a "
+            "compiled or stacked update cannot do: use w2_backend='fast' (the same divergence) or "
             "'exact', or compile=False."
         )
 
 
 @contextmanager
 def matmul_precision(like: Tensor) -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices where it does so in float32: nothing else is changed.
+    """Context manager that uses oneDNN for float32 matrix products if it keeps float32 accuracy.
 
-    Asked for "bf16" it takes over from torch's BLAS. Processors without bfloat16 then compute in
-    float32, AMD's twice as fast as before; the others really round, which :func:`_is_exact` sees.
+    With the precision set to "bf16", oneDNN replaces torch's BLAS. Processors without bfloat16
+    then still compute in float32, on AMD twice as fast as torch's BLAS; other processors do round
+    to bfloat16, which :func:`_is_float32_accurate` detects. In that case nothing is changed.
+
+    Args:
+        like: tensor on the device of the update.
     """
     chosen = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    wanted = chosen == "none" and like.device.type == "cpu" and _is_exact()
-    with _onednn() if wanted else nullcontext():
+    wanted = chosen == "none" and like.device.type == "cpu" and _is_float32_accurate()
+    with _use_onednn() if wanted else nullcontext():
         yield
 
 
 @contextmanager
-def _onednn() -> Iterator[None]:
+def _use_onednn() -> Iterator[None]:
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
@@ -57,12 +65,12 @@ def _onednn() -> Iterator[None]:
 
 
 @functools.cache
-def _is_exact() -> bool:
-    """Whether oneDNN's product, asked for bfloat16, has the accuracy of float32 all the same."""
+def _is_float32_accurate() -> bool:
+    """Whether oneDNN's products have float32 accuracy although the precision is set to "bf16"."""
     if not torch.backends.mkldnn.is_available():
         return False
     x = torch.linspace(-1, 1, 256 * 256).view(256, 256).cos()
-    with _onednn():
+    with _use_onednn():
         product = x @ x
     expected = x.double() @ x.double()
     return bool((product - expected).abs().max() < 1e-5 * expected.abs().max())
@@ -72,9 +80,18 @@ _instances = itertools.count()
 
 
 def compiled_update(update: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """The update as one graph: losses, gradients and optimizers together."""
+    """Compile an update into one graph of losses, gradients and optimizers.
 
-    # torch.compile keeps one cache for all instances: a number tells them apart, once it is used.
+    Args:
+        update: function that runs one update.
+        device: type of the device, ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        The compiled function.
+    """
+
+    # torch.compile keeps one cache per function, not per instance of Update: the number, which has
+    # to be used in the function, distinguishes the instances.
     def numbered(number: int, *arguments: Any) -> Any:
         assert number >= 0
         return update(*arguments)
@@ -84,25 +101,25 @@ def compiled_update(update: Callable[..., Any], device: str) -> Callable[..., An
         fullgraph=True,
         dynamic=False,
         options={
-            # With torch's own generator, so that draws are those of the update as it is written.
+            # Draw from torch's own generator, so that random numbers equal those of eager mode.
             "fallback_random": True,
-            "guard_filter_fn": _on_arguments,
-            # What launches the kernels is compiled too; on a GPU, where CUDA graphs do away with it
-            # but for stacks, that is untried.
+            "guard_filter_fn": _keep_argument_guards,
+            # Also compile the code that launches the kernels. This is untested on a GPU, where CUDA
+            # graphs replace the launches (except for stacks).
             "cpp_wrapper": device == "cpu",
-            # It would move the masks of ReLU's gradient up to where its inputs are still at hand,
-            # which then are kept for them beside the outputs.
+            # Reordering would move the masks of ReLU's gradient up to where ReLU's inputs are
+            # available, and keep additional tensors in memory next to the outputs.
             "reorder_for_locality": False,
-            # The guards look at the arguments, and parameters keep their shapes.
+            # The guards check the arguments, and the shapes of parameters never change.
             "size_asserts": False,
         },
     )
     return partial(compiled, next(_instances))
 
 
-def _on_arguments(guards: Sequence[Any]) -> list[bool]:
-    """Guards on the arguments: of what else the graph was made from, nothing changes.
+def _keep_argument_guards(guards: Sequence[Any]) -> list[bool]:
+    """Keep only the guards on the arguments: nothing else that the graph depends on changes.
 
-    Looking at all of it at each call would take a tenth of the time.
+    Checking all guards at each call would take a tenth of the time of an update.
     """
     return [guard.name == "number" or "arguments" in guard.name for guard in guards]

@@ -1,4 +1,4 @@
-"""CUDA graphs of whole updates: one launch makes many, and Python takes no time in between."""
+"""CUDA graphs of whole updates: one launch runs many updates without Python in between."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class DeviceGraph(Protocol):
-    """Work of a device, captured once and replayed without the Python that issued it."""
+    """Device operations that are captured once and replayed without running Python."""
 
     def capture(self, work: Callable[[], None]) -> None:
-        """Keep what ``work`` has the device do. It may be run several times, to warm up."""
+        """Capture the device operations of ``work``.
+
+        Args:
+            work: function that launches the operations. It may be called several times to warm up.
+        """
 
     def replay(self) -> None:
-        """Have the device do it again, on the same memory."""
+        """Run the captured operations again, on the same memory."""
 
 
 class Stepper(Protocol):
-    """What makes updates: :class:`~pogo_torchrl.trainers.POGOOptimizationStepper`."""
+    """Interface of :class:`~pogo_torchrl.trainers.POGOOptimizationStepper` that graphs use."""
 
     loss_module: Any
     policy_freq: int
@@ -34,39 +38,43 @@ class Stepper(Protocol):
 
     @property
     def with_actors(self) -> bool:
-        """Whether the next update is one of the actors, too."""
+        """Whether the next update also updates the actors."""
 
     def update_on(self, batch: TensorDictBase, lr: Tensor) -> Any:
-        """The work of one update on the device."""
+        """Run one update on the device, without counting it."""
 
     def advance(self, count: int) -> None:
-        """Count updates and move the learning rates on."""
+        """Count completed updates and step the learning-rate schedulers."""
 
     def lr(self) -> Tensor:
-        """The learning rates of the next update."""
+        """Return the learning rates of the next update."""
 
     def preserve_state(self) -> AbstractContextManager[None]:
-        """Restore all training state at the end, in place."""
+        """Context manager that restores all training state in place on exit."""
 
 
 class CUDAGraph:
-    """A :class:`DeviceGraph` of a GPU.
+    """A :class:`DeviceGraph` on a GPU.
 
-    Draws are of torch's default generator, whose state is read and moved on by each replay: they
-    are those that the same work gives without a graph.
+    Random numbers come from torch's default generator, whose state each replay reads and advances.
+    They equal those that the same work draws without a graph.
 
     Args:
         device: the GPU.
     """
 
-    warmup = 3  # passes in which torch compiles, and its libraries set themselves up
+    warmup = 3  # warm-up passes, in which torch compiles and its libraries initialise
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.graph = torch.cuda.CUDAGraph()
 
     def capture(self, work: Callable[[], None]) -> None:
-        """As torch's notes on CUDA graphs have it: warm up and capture on a side stream."""
+        """Warm up and capture on a side stream, as recommended by torch's notes on CUDA graphs.
+
+        Args:
+            work: function that launches the operations, called ``warmup + 1`` times.
+        """
         with torch.cuda.device(self.device):
             stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -75,46 +83,48 @@ class CUDAGraph:
                 for _ in range(self.warmup):
                     work()
             stream.wait_stream(side)
-            unharmed = generator.clone_state()
+            generator_state = generator.clone_state()
             try:
-                # The outer context returns to this stream, which a failed capture does not. Other
-                # threads (loggers, a loader that pins memory) may do with the GPU what they like.
+                # The outer context restores the current stream, which a failed capture does not.
+                # "thread_local" lets other threads (loggers, pinning of memory) use the GPU freely.
                 with (
                     torch.cuda.stream(stream),
                     torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"),
                 ):
                     work()
             except Exception:
-                # It leaves the generator in the middle of a capture, where it draws no more.
-                generator.graphsafe_set_state(unharmed)
+                # A failed capture leaves the generator in capture mode, in which it cannot draw.
+                generator.graphsafe_set_state(generator_state)
                 raise
 
     def replay(self) -> None:
-        """Launch it on the current stream."""
+        """Launch the graph on the current stream."""
         self.graph.replay()
 
 
 class UpdateGraphs:
-    """Makes updates by replaying captured ones.
+    """Runs updates by replaying CUDA graphs.
 
-    One graph holds ``longest`` updates, one a single update for what is left over (one more where
-    ``policy_freq`` leaves the actors out of some): sampling, noise, the update, and the sums of
-    the log. A replay buffer whose sampling no graph can hold samples as ever, batch by batch,
-    into memory that a graph of a single update reads. Learning rates are written to memory that
-    the graphs read.
+    One graph holds ``longest`` updates, another one a single update for the remainder (a third one
+    holds an update without the actors, if ``policy_freq`` is greater than 1). Each update consists
+    of sampling, noise, the update itself and the sums for logging. If the sampling of a replay
+    buffer cannot be captured, batches are sampled outside of the graph and copied to memory from
+    which a graph of a single update reads. Learning rates are also written to memory that the
+    graphs read.
 
-    Capturing leaves no trace in the run: weights, moments, sums, counters and random states are
-    what they were before. Graphs are part of no checkpoint: they read and write the memory where
-    the state lies, and are captured again where that has moved. A resumed run draws what the
-    unbroken run draws; to the last bit it equals that as far as the GPU's kernels repeat
-    themselves (``deterministic=true``).
+    Capturing does not affect the run: weights, moments, sums, counters and random states are
+    restored afterwards. Graphs are not part of checkpoints. They read and write the memory in which
+    the training state is stored, and are captured again if that memory has changed. A resumed run
+    draws the same random numbers as an uninterrupted run; it is bitwise identical if the kernels of
+    the GPU are deterministic (``deterministic=true``).
 
-    A capture that fails gives one warning, and training goes on without graphs.
+    If a capture fails, a warning is logged once and training continues without graphs.
 
     Args:
-        stepper: whose updates.
-        make: makes the graphs.
-        longest: updates in the longest graph, in whole cycles of ``policy_freq``.
+        stepper: stepper whose updates are run.
+        make: function that creates an empty graph.
+        longest: maximum number of updates in a graph, rounded down to whole cycles of
+            ``policy_freq`` (at least one). Defaults to ``25``.
     """
 
     def __init__(
@@ -126,19 +136,24 @@ class UpdateGraphs:
         self.failed = False
         self._inputs: TensorDictBase | None = None
         self._rates: Tensor | None = None
-        # Each with its last batch: memory that it writes, which nobody else shall be given.
+        # Each graph with its last batch, kept alive because the graph writes to its memory.
         self._graphs: dict[tuple[int, bool], tuple[DeviceGraph, TensorDictBase]] = {}
 
     def run(self, count: int, batches: Any) -> None:
-        """Make ``count`` updates on batches of a replay buffer."""
+        """Run ``count`` updates.
+
+        Args:
+            count: number of updates.
+            batches: source of the batches, usually a replay buffer.
+        """
         stepper = self.stepper
         samples_on = getattr(batches, "samples_on", lambda device: False)
         samples = samples_on(stepper.loss_module.min_action.device)
         if samples and not self._graphs:
             stepper.loss_module.check_batch(batches[:1])
         while count:
-            whole = samples and stepper.with_actors and count >= self.longest
-            length = self.longest if whole and not self.failed else 1
+            use_longest = samples and stepper.with_actors and count >= self.longest
+            length = self.longest if use_longest and not self.failed else 1
             batch = None if samples else batches.sample()
             found = (
                 self._graph(length, batches)
@@ -150,23 +165,23 @@ class UpdateGraphs:
                 stepper.advance(1)
                 length = 1
             else:
-                self._write_rates(length)
+                self._write_learning_rates(length)
                 graph, stepper.last_batch = found
                 graph.replay()
             count -= length
 
-    def _write_rates(self, length: int) -> None:
-        """Advance by ``length`` updates, writing the learning rate of each to where graphs read."""
+    def _write_learning_rates(self, length: int) -> None:
+        """Advance by ``length`` updates and write their learning rates to the graphs' memory."""
         assert self._rates is not None
-        for place in range(length):
+        for index in range(length):
             rates = self.stepper.lr()
-            if self._written[place] is not rates:
-                self._rates[place].copy_(rates)
-                self._written[place] = rates
+            if self._written[index] is not rates:
+                self._rates[index].copy_(rates)
+                self._written[index] = rates
             self.stepper.advance(1)
 
     def _copy_to_inputs(self, batch: TensorDictBase) -> bool:
-        """Copy a batch to where graphs read it, if it is like those before it."""
+        """Copy a batch to the graphs' memory; ``False`` if its layout differs from earlier ones."""
         if self._inputs is None:
             self.stepper.loss_module.check_batch(batch)
             self._inputs = batch.clone()
@@ -176,7 +191,7 @@ class UpdateGraphs:
         return True
 
     def _graph(self, length: int, batches: Any) -> tuple[DeviceGraph, TensorDictBase] | None:
-        """The graph of the next ``length`` updates and its last batch; ``None``: there is none."""
+        """Return the graph of the next ``length`` updates and its last batch, or ``None``."""
         stepper = self.stepper
         key, first = (length, stepper.with_actors), stepper.steps
         if self.failed or key in self._graphs:
@@ -189,10 +204,10 @@ class UpdateGraphs:
         last: list[TensorDictBase] = []
 
         def work() -> None:
-            for place in range(length):
-                stepper.steps = first + place  # every pass is one of the same updates
+            for index in range(length):
+                stepper.steps = first + index  # every pass captures the same updates
                 batch = batches.sample() if self._inputs is None else self._inputs
-                stepper.update_on(batch, memory[place])
+                stepper.update_on(batch, memory[index])
                 last[:] = [batch]
 
         try:
@@ -200,11 +215,11 @@ class UpdateGraphs:
             with stepper.preserve_state():
                 graph.capture(work)
             self._graphs[key] = graph, last[0]
-        except Exception as error:  # whatever it is, the updates can be made without
+        except Exception as error:  # any failure: updates can run without graphs
             self.failed = True
             self._graphs.clear()
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            _LOGGER.warning("No CUDA graphs, the updates are slower for it: %s", reason)
+            _LOGGER.warning("CUDA graph capture failed, updates run slower without it: %s", reason)
         return self._graphs.get(key)
 
 

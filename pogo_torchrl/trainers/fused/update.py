@@ -1,4 +1,4 @@
-"""One update of POGO, of one run or of a stack of runs; eager, compiled or in a CUDA graph."""
+"""One update of POGO, for one run or a stack of runs; eager, compiled or in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -19,67 +19,69 @@ from pogo_torchrl.trainers.fused.adam import FusedAdam
 from pogo_torchrl.trainers.fused.compilation import check_backend, compiled_update, matmul_precision
 
 Optimizers = Mapping[str, Optimizer]
-"""By name: ``qvalue``, ``actor_0``, ``actor_1``, ..."""
+"""Optimizers by name: ``qvalue``, ``actor_0``, ``actor_1``, ..."""
 
 
 class Results(NamedTuple):
-    """What an update gives, each with a leading ``[R]`` if stacked."""
+    """Results of an update, each with a leading ``[R]`` if stacked."""
 
     qvalue: Tensor
     """Scalars of the critics, in the order of :attr:`Update.qvalue_names`."""
     actors: Tensor | None
     """Scalars of the actors, in the order of :attr:`Update.actor_names`; ``None`` without them."""
     td_error: Tensor
-    """The larger squared TD error of each sample, ``[*B]``."""
+    """Squared TD error of each sample, the maximum over the critics, ``[*B]``."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Results:
-        """The results with a function applied to each."""
+        """Return the results with ``function`` applied to each tensor."""
         actors = None if self.actors is None else function(self.actors)
         return Results(function(self.qvalue), actors, function(self.td_error))
 
 
 class Network(NamedTuple):
-    """The tensors of a network, sharing the loss's memory; ``[R, ...]`` for a stack."""
+    """Tensors of a network, sharing the memory of the loss; ``[R, ...]`` for a stack."""
 
     params: Params
-    """What is trained."""
+    """Tensors that are trained."""
     buffers: Params
-    """What is not."""
+    """Tensors that are not trained."""
 
     @property
     def all(self) -> Params:
-        """Both."""
+        """Trained and untrained tensors."""
         return {**self.buffers, **self.params}
 
 
 class Update:
-    r"""The critics, then the actors 0, 1, ..., each after the one before, then the targets.
+    r"""One update: first the critics, then actors 0, 1, ... in sequence, finally the targets.
 
-    Actor i is trained against the just updated actor i - 1 and the just updated critics, each
-    network by its own optimizer.
+    Each network has its own optimizer. Actor i is trained with the updated actor i - 1 and the
+    updated critics.
 
-    The parameters are those of the loss, and the moments those of the optimizers: the update works
-    on their memory as it is when the update is made, and :meth:`is_current` tells whether it still
-    is. Losses of one architecture and of the same settings, up to ``w2_weights`` and ``alpha``, are
-    updated together, vectorised over the R runs: their parameters and moments are moved side by
-    side in memory, ``[R, ...]``, where each loss and optimizer goes on to see its own.
+    The update works in place on the parameters of the loss and the moments of the optimizers. It
+    binds to their memory when it is created; :meth:`is_current` checks whether the binding is still
+    valid. Losses that share one architecture and all settings except ``w2_weights`` and ``alpha``
+    can be updated together, vectorised over R runs. Their parameters and moments are then moved to
+    contiguous tensors ``[R, ...]``, of which each loss and optimizer keeps its own view.
 
     Args:
-        losses: one, or a stack.
-        optimizers: of each loss.
+        losses: the loss, or R losses to be stacked.
+        optimizers: the optimizers of each loss.
 
     Keyword Args:
-        tau: Polyak step of the targets; ``None``: they are moved elsewhere.
-        clip_grad_norm: the largest norm of a network's gradient; ``None``: any.
-        stacked: take batches, and give results, of a stack. Defaults to ``False``: of the only one.
-        compile: run the update as one graph of ``torch.compile``: the numbers are the same up to
-            rounding. Settings of the losses beside ``w2_weights`` and ``alpha`` are read when it is
-            traced, at the first call. Takes Adam and AdamW, as a stack does.
+        tau: Polyak step of the targets; ``None``: the targets are not updated.
+        clip_grad_norm: maximum gradient norm of each network. Defaults to ``None``: no clipping.
+        stacked: batches and results have a leading dimension ``[R]``. Defaults to ``False``.
+        compile: run the update as one graph of ``torch.compile``, which gives the same values
+            except for rounding. Settings of the losses other than ``w2_weights`` and ``alpha`` are
+            read when the graph is traced, at the first call. Supports Adam and AdamW only, as does
+            a stack. Defaults to ``False``.
         bf16: run the networks in bfloat16 (autocast); parameters, moments and the divergence stay
-            in float32.
+            in float32. Defaults to ``False``.
 
     Raises:
-        ValueError: for an optimizer or a divergence that cannot be compiled or stacked.
+        ValueError: if an optimizer does not hold the parameters of its loss, or if an optimizer or
+            the divergence cannot be compiled or stacked.
     """
 
     def __init__(
@@ -98,27 +100,29 @@ class Update:
             check_backend(self.loss)
         self.runs = list(optimizers)
         self.tau, self.clip_grad_norm, self.bf16 = tau, clip_grad_norm, bf16
-        # Compiled, a single run is a stack of one: products over a stack are traced into batched
-        # ones, whose biases join the activations (a linear layer's are written beforehand).
+        # A compiled single run is a stack of one: its products are traced as batched products,
+        # whose biases are fused with the activations (those of a linear layer are written before).
         self.stacked = stacked or compile
         self.qvalue_names, self.actor_names = scalar_names(self.loss)
         self._bind()
         if len(losses) > 1:
             for one in losses:
                 _clone_in_state_dict(one)
-        self._coefficients_of: tuple[Any, ...] | None = None
+        self._last_coefficients: tuple[Any, ...] | None = None
         self._single = compile and not stacked
-        self._run = self._update_one if self._single else self._update
+        self._run = self._update_single if self._single else self._update
         if compile:
+            # TorchRL creates a default estimator at its first use, which cannot be traced.
+            _ = self.loss.value_estimator
             self._run = compiled_update(self._run, self.loss.min_action.device.type)
 
     def _bind(self) -> None:
-        """Find the parameters, targets and moments in the memory where they lie now."""
+        """Bind to the current memory of the parameters, targets and moments."""
         loss = self.loss
         self.networks = {"qvalue": self._network("qvalue_network")}
         for i in range(loss.num_actors):
             self.networks[f"actor_{i}"] = self._network(f"actor_network_{i}")
-        # Without copies of their own the targets are the networks themselves.
+        # Without delayed copies, the targets are the online networks themselves.
         self.target_qvalue, self.target_actor = self.networks["qvalue"], self.networks["actor_0"]
         self._targets: list[tuple[Network, Network]] = []
         if loss.delay_qvalue:
@@ -131,7 +135,7 @@ class Update:
             name: self._optimizer(name, list(network.params.values()))
             for name, network in self.networks.items()
         }
-        self._addresses, self._kinds = self._find_addresses(), self._find_kinds()
+        self._addresses, self._layout = self._get_addresses(), self._get_layout()
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -149,7 +153,7 @@ class Update:
         rates = dict(zip(networks, lr))
 
         def minimise(name: str, terms: Terms, *inputs: Any) -> dict[str, Tensor]:
-            """One step of a network along the gradient of its loss."""
+            """Step one network along the gradient of its loss."""
             gradients, value, found = self._gradients(terms, networks[name], batch, noise, *inputs)
             self.optimizers[name].step(gradients, rates[name])
             return {f"loss_{name}": value, **found}
@@ -174,9 +178,9 @@ class Update:
     def _gradients(
         self, terms: Terms, network: Network, *inputs: Any
     ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-        """The gradient of a loss, clipped, its value, and what it reports; over all runs."""
+        """Compute the clipped gradients of a loss, its value and its metrics, for all runs."""
 
-        def of_one(params: Params, buffers: Params, *inputs: Any) -> Any:
+        def single_run(params: Params, buffers: Params, *inputs: Any) -> Any:
             def objective(params: Params) -> tuple[Tensor, dict[str, Tensor]]:
                 device = self.loss.min_action.device.type
                 with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
@@ -189,25 +193,29 @@ class Update:
             return gradients, value, found
 
         if self.stacked:
-            # Noise that an actor draws by itself differs from run to run.
-            of_one = torch.vmap(of_one, randomness="different")
-        return of_one(network.params, network.buffers, *inputs)
+            # Noise that an actor draws internally differs between runs.
+            single_run = torch.vmap(single_run, randomness="different")
+        return single_run(network.params, network.buffers, *inputs)
 
-    # ------------------------------------------------------------------ calling it
+    # ------------------------------------------------------------------ calls
 
     def __call__(
         self, batch: TensorDictBase, noise: Noise, lr: Tensor, with_actors: bool = True
     ) -> Results:
-        """Update on one batch.
+        """Run one update on a batch.
 
         Args:
-            batch: transitions, with a leading ``[R]`` if ``stacked``; they are not checked.
-            noise: of :meth:`POGOLoss.draw_noise`, likewise.
+            batch: transitions ``[*B]``, or ``[R, *B]`` if ``stacked``; they are not checked.
+            noise: noise drawn by :meth:`POGOLoss.draw_noise`, with a leading ``[R]`` if
+                ``stacked``.
             lr: learning rates of the critics and of each actor, a float64 vector.
-            with_actors: update the actors, too.
+            with_actors: also update the actors. Defaults to ``True``.
+
+        Returns:
+            The scalars of all losses and the TD errors.
         """
         weights, alpha = self._coefficients()
-        # TorchRL's default, DETERMINISTIC, would have actors that draw their own z act with 0.
+        # With TorchRL's default, DETERMINISTIC, actors that draw z internally would use z = 0.
         with (
             matmul_precision(self.loss.min_action),
             set_exploration_type(ExplorationType.RANDOM),
@@ -215,65 +223,73 @@ class Update:
             return self._run(batch, noise, weights, alpha, lr, with_actors)
 
     def is_current(self) -> bool:
-        """Whether the losses' parameters and the optimizers' moments lie where they lay.
+        """Check whether parameters and moments still use the memory that the update is bound to.
+
+        Returns:
+            ``False`` if any of them has been moved; then call :meth:`refresh`.
 
         Raises:
-            ValueError: when settings of an optimizer have changed that the update cannot follow.
+            ValueError: if a setting of an optimizer has changed that the update cannot follow.
         """
         for optimizer in self.optimizers.values():
             optimizer.check()
-        return self._find_addresses() == self._addresses
+        return self._get_addresses() == self._addresses
 
     def refresh(self) -> bool:
-        """Find the memory where it lies now; false where dtypes or the device have changed.
+        """Bind to the current memory of the parameters and moments.
 
-        Then make a new update.
+        Returns:
+            ``False`` if shapes, dtypes or devices have changed; then create a new update.
         """
-        if self._find_kinds() != self._kinds:
+        if self._get_layout() != self._layout:
             return False
         self.write_steps()
         self._bind()
         return True
 
     def memory(self) -> list[Tensor]:
-        """All that an update changes."""
+        """Return all tensors that an update changes."""
         networks = [*self.networks.values(), *(target for target, _ in self._targets)]
         parameters = [values for network in networks for values in network.params.values()]
         moments = [m for optimizer in self.optimizers.values() for m in optimizer.memory()]
         return parameters + moments
 
     def write_steps(self) -> None:
-        """Tell the optimizers how many steps were made for them."""
+        """Write the step counts to the optimizers."""
         for optimizer in self.optimizers.values():
             optimizer.write_steps()
 
-    def _update_one(self, batch: TensorDictBase, noise: Noise, weights, alpha, lr, with_actors):
-        """A single run as a stack of one."""
+    def _update_single(self, batch: TensorDictBase, noise: Noise, weights, alpha, lr, with_actors):
+        """Update a single run as a stack of one."""
         noise = {name: z.unsqueeze(0) for name, z in noise.items()}
         weights, alpha = [w.unsqueeze(0) for w in weights], alpha.unsqueeze(0)
         results = self._update(batch.unsqueeze(0), noise, weights, alpha, lr, with_actors)
         return results.map(lambda part: part.squeeze(0))
 
     def _coefficients(self) -> tuple[Sequence[Any], Any]:
-        """``w2_weights`` and ``alpha`` of all runs as they are now."""
+        """Return the current ``w2_weights`` and ``alpha`` of all runs."""
         if not self.stacked:
             return self.loss.w2_weights, self.loss.alpha
         found = tuple((*one.w2_weights, one.alpha) for one in self.losses)
-        if found != self._coefficients_of:
+        if found != self._last_coefficients:
             like = self.loss.min_action
             values = like.new_tensor(found[0] if self._single else list(zip(*found)))
-            if self._coefficients_of is None:
-                self._values = values
-            else:  # in place, where a CUDA graph reads them
-                self._values.copy_(values)
-            self._coefficients_of = found
-        *weights, alpha = self._values.unbind()
+            if self._last_coefficients is None:
+                self._coefficient_values = values
+            else:  # in place, because CUDA graphs read this memory
+                self._coefficient_values.copy_(values)
+            self._last_coefficients = found
+        *weights, alpha = self._coefficient_values.unbind()
         return weights, alpha
 
     # ------------------------------------------------------------------ memory
 
     def _network(self, name: str, trained: str | None = None) -> Network:
-        """A network of all losses; of a target what its online network has trained is moved."""
+        """Collect a network of all losses.
+
+        For a target network, ``trained`` names its online network: the target tensors that
+        correspond to trained parameters are those that the Polyak step moves.
+        """
         each = [loss.params(name) for loss in self.losses]
         names = {key for key, value in each[0].items() if value.requires_grad}
         if trained is not None:
@@ -300,71 +316,86 @@ class Update:
             held = [id(p) for group in optimizer.param_groups for p in group["params"]]
             if sorted(held) != sorted(map(id, mine)):
                 raise ValueError(
-                    f"the optimizer of {name} does not hold the parameters of the loss: make it "
-                    "from loss.qvalue_params() or loss.actor_params(i), after they were replaced "
-                    "or frozen."
+                    f"the optimizer of {name} does not hold the parameters of the loss: create "
+                    "it from loss.qvalue_params() or loss.actor_params(i), after replacing or "
+                    "freezing parameters."
                 )
         if self.stacked:
             return FusedAdam(optimizers, parameters, params)
         return TorchOptimizer(optimizers[0], parameters[0])
 
-    def _find_addresses(self) -> list[int]:
-        """Where all that the losses and optimizers hold lies now."""
-        return [tensor.data_ptr() for tensor in self._held()]
+    def _get_addresses(self) -> list[int]:
+        """Return the memory addresses of all tensors that the update is bound to."""
+        return [tensor.data_ptr() for tensor in self._bound_tensors()]
 
-    def _find_kinds(self) -> list[Any]:
-        """Shape, dtype and device of all of it now."""
-        return [(tensor.shape, tensor.dtype, tensor.device) for tensor in self._held()]
+    def _get_layout(self) -> list[Any]:
+        """Return shape, dtype and device of all tensors that the update is bound to."""
+        return [(tensor.shape, tensor.dtype, tensor.device) for tensor in self._bound_tensors()]
 
-    def _held(self) -> Iterator[Tensor]:
+    def _bound_tensors(self) -> Iterator[Tensor]:
         for loss, optimizers in zip(self.losses, self.runs):
             yield from (*loss.parameters(), *loss.buffers(), *self._moments(optimizers))
 
     def _moments(self, optimizers: Optimizers) -> Iterator[Tensor]:
-        """Those that the update works on; other optimizers see to their own."""
+        """Yield the moments that the update works on; :class:`TorchOptimizer` manages its own."""
         for optimizer in optimizers.values() if self.stacked else ():
             for state in optimizer.state.values():
                 yield from (state["exp_avg"], state["exp_avg_sq"])
 
 
 class TorchOptimizer:
-    """Any optimizer of torch, making its own steps."""
+    """Adapter for any ``torch.optim`` optimizer, which runs its own ``step()``.
+
+    Args:
+        optimizer: the optimizer.
+        parameters: the parameters that it holds, in the order of the gradients.
+    """
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         self.optimizer, self.parameters = optimizer, list(parameters)
 
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        """Move the parameters by their gradients; the optimizer has its learning rate."""
+        """Update the parameters.
+
+        Args:
+            gradients: gradients in the order of the parameters.
+            lr: ignored, the optimizer uses its own learning rate.
+        """
         for parameter, gradient in zip(self.parameters, gradients):
             if gradient.stride() != parameter.stride():
-                # As backward() lays them out: the kernels of fused=True rely on it.
+                # The layout that backward() produces, on which the kernels of fused=True rely.
                 gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def check(self) -> None:
-        """It follows all of its settings."""
+        """Do nothing: changed settings take effect at the next step."""
 
     def write_steps(self) -> None:
-        """It counts its own."""
+        """Do nothing: the optimizer counts its own steps."""
 
     def memory(self) -> list[Tensor]:
-        """None that an update has to restore."""
+        """Return no tensors: the update does not restore this optimizer."""
         return []
 
 
 def value_and_gradients(
     objective: Callable[[Params], tuple[Tensor, Any]], params: Params, *, traced: bool
 ) -> tuple[list[Tensor], Tensor, Any]:
-    """The gradients of a function, its value, and what else it returns.
+    """Compute the gradients of a function, its value, and its auxiliary outputs.
 
     Args:
-        objective: from parameters to a scalar and other tensors.
-        params: to differentiate by.
-        traced: differentiate by ``torch.func``, for ``torch.vmap`` and ``torch.compile``. Its
-            ``vjp`` records no graph of the backward pass as ``grad_and_value`` does; plain autograd
-            takes a fifth less time than either in eager mode (docs/speed.md).
+        objective: function from parameters to a scalar and auxiliary outputs.
+        params: parameters with respect to which the gradients are taken.
+
+    Keyword Args:
+        traced: use ``torch.func.vjp``, which works under ``torch.vmap`` and ``torch.compile``.
+            Unlike ``grad_and_value``, it records no graph of the backward pass. Otherwise, use
+            plain autograd, which takes a fifth less time than either in eager mode (docs/speed.md).
+
+    Returns:
+        The gradients in the order of ``params``, the value, and the auxiliary outputs.
     """
     if traced:
         value, pullback, found = vjp(objective, params, has_aux=True)  # type: ignore[misc]
@@ -377,7 +408,14 @@ def value_and_gradients(
 
 
 def clipped(gradients: Sequence[Tensor], max_norm: float) -> list[Tensor]:
-    r"""Gradients scaled to a joint norm of at most ``max_norm``, as ``clip_grad_norm_`` does.
+    r"""Scale gradients to a joint norm of at most ``max_norm``, as ``clip_grad_norm_`` does.
+
+    Args:
+        gradients: gradients of one network.
+        max_norm: maximum norm.
+
+    Returns:
+        The scaled gradients.
 
     Example:
         >>> clipped([torch.tensor([3.0]), torch.tensor([4.0])], max_norm=1.0)
@@ -389,24 +427,36 @@ def clipped(gradients: Sequence[Tensor], max_norm: float) -> list[Tensor]:
 
 
 def scalar_names(loss: POGOLoss) -> tuple[list[str], list[str]]:
-    """What an update's scalars are called: those of the critics and those of the actors."""
+    """Return the names of an update's scalars.
+
+    Args:
+        loss: the objective.
+
+    Returns:
+        The names of the critics' scalars and of the actors' scalars.
+    """
     critics = ["loss_qvalue", "pred_value", "target_value", "next_state_value"]
     return critics, [name for i in range(loss.num_actors) for name in actor_scalars(i)]
 
 
 def trained_parameters(loss: POGOLoss, name: str) -> list[nn.Parameter]:
-    """What the optimizer called ``name`` steps: ``qvalue``, ``actor_0``, ``actor_1``, ..."""
+    """Return the trained parameters of one network.
+
+    Args:
+        loss: the objective.
+        name: ``"qvalue"``, ``"actor_0"``, ``"actor_1"``, ...
+    """
     if name == "qvalue":
         return loss.qvalue_params()
     return loss.actor_params(int(name.removeprefix("actor_")))
 
 
 def _clone_in_state_dict(loss: POGOLoss) -> None:
-    """Have a loss's state be a copy: a file would take the whole stack with a part of it."""
+    """Make ``state_dict()`` clone tensors: saving a view would write the whole stack."""
 
-    def copied(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    def clone_tensors(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for key, values in state.items():
             if isinstance(values, Tensor):
                 state[key] = values.clone()
 
-    loss.register_state_dict_post_hook(copied)
+    loss.register_state_dict_post_hook(clone_tensors)
