@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,7 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command == "--version":
         print(versions())
     elif command in _COMMANDS:
-        _COMMANDS[command](rest)
+        try:
+            _COMMANDS[command](rest)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has gone, as in `pogo train --help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
     else:
         near = difflib.get_close_matches(command, _COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(_COMMANDS)}."

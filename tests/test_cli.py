@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 import subprocess
 import sys
 
@@ -65,6 +66,15 @@ def test_help_of_each_command_lists_its_options(command, capsys):
     out = capsys.readouterr().out
     assert f"  pogo {command}" in out
     assert "Options:" in out
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_help_into_a_closed_pipe_is_quiet(command):
+    help = [sys.executable, "-m", "pogo_torchrl", command, "--help"]
+    with subprocess.Popen(help, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_versions(capsys):

@@ -65,4 +65,25 @@ def test_example_runs_from_the_wheel(wheel, tmp_path):
         "hidden_sizes=[8]", "batch_size=8",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert (tmp_path / "logs").is_dir()
+    (policy,) = (tmp_path / "logs").rglob("policy.safetensors")
+    (data,) = (tmp_path / "cache").rglob("*.hdf5")
+    (tmp_path / "sweep.yaml").write_text(
+        "common: {total_steps: 2, seeds: [1], eval_episodes: 1, hidden_sizes: [8], batch_size: 8,"
+        " data: {size: 500, cache_dir: cache}}\nenvironments: {hopper: {medium: {}}}\n"
+    )
+    for command, output in {
+        ("sweep", "sweep=sweep.yaml", "jobs=1", "device=cpu"): "1 of 1 runs",
+        ("evaluate", str(policy), "--episodes", "1"): "on hopper-medium-v2, 1 episode",
+        ("report",): "Report: results/README.md",
+        ("check-dataset", str(data)): "matches",
+        ("--version",): "torchrl ",
+    }.items():
+        process = python("-m", "pogo_torchrl", *command)
+        assert process.returncode == 0, process.stderr
+        assert output in process.stdout
+
+
+def test_the_wheel_installs_the_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (entry_points,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
+        assert "pogo = pogo_torchrl.cli:main" in archive.read(entry_points).decode()

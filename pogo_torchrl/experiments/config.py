@@ -6,6 +6,8 @@ Importing this module also registers ``loss: pogo`` and ``trainer: pogo`` in Tor
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -272,13 +274,23 @@ def options(schema: type = RunConfig) -> dict[str, str]:
 
 
 def option_lines(options: Mapping[str, str]) -> list[str]:
-    """Lines of ``--help``: one option per line.
+    """Lines of ``--help``: the options with their meanings, wrapped to the terminal.
 
     Args:
         options: help texts by option name, see :func:`options`.
     """
-    width = max(map(len, options)) + 2
-    return [f"  {name:<{width}}{meaning}" for name, meaning in options.items()]
+    width = max(map(len, options)) + 4
+    columns = max(shutil.get_terminal_size((100, 24)).columns, width + 40)
+    return [
+        textwrap.fill(
+            f"  {name:<{width - 2}}{meaning}",
+            columns,
+            subsequent_indent=" " * width,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, meaning in options.items()
+    ]
 
 
 def to_text(value: Any) -> str:
