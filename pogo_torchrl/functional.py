@@ -8,6 +8,8 @@ al., *Addressing Function Approximation Error in Actor-Critic Methods*, 2018, ar
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -172,3 +174,55 @@ def jko_loss(q: Tensor, distance: Tensor, *, scale: Tensor, weight: float | Tens
         tensor([0.])
     """
     return weight * distance - scale * q
+
+
+def step_sizes_to_weights(
+    step_sizes: Sequence[float], action_dim: int, alpha: float = 1.0
+) -> tuple[float, ...]:
+    r"""Weights :math:`w_i` of a chain whose proximal steps have the sizes :math:`h_i`.
+
+    For normalised Q, and with the mean squared displacement per action dimension as the unit,
+
+    .. math::
+        h_0 = \frac{\alpha}{2 w_0}, \qquad h_i = \frac{\alpha}{w_i d}, \quad i \ge 1,
+
+    since :math:`D_0` is a mean over the d dimensions and :math:`D_i` half a sum: where Q is linear
+    in the actions, the minimiser of :math:`L_i` is displaced from its reference by
+    :math:`h_i\, d\, (\lambda / \alpha) \nabla_a Q`. Equal steps have :math:`w_i = 2 w_0 / d`.
+
+    Args:
+        step_sizes: :math:`h_i > 0`, one per actor.
+        action_dim: d, number of action dimensions.
+        alpha: weight of the Q term. Defaults to ``1.0``.
+
+    Returns:
+        The weights, one per actor.
+
+    Example:
+        >>> step_sizes_to_weights([0.5, 0.5], action_dim=4)
+        (1.0, 0.5)
+    """
+    first, *others = step_sizes
+    return alpha / (2 * first), *(alpha / (h * action_dim) for h in others)
+
+
+def weights_to_step_sizes(
+    w2_weights: Sequence[float], action_dim: int, alpha: float = 1.0
+) -> tuple[float, ...]:
+    r"""Step sizes :math:`h_i` of a chain, the inverse of :func:`step_sizes_to_weights`.
+
+    Args:
+        w2_weights: :math:`w_i \ge 0`, one per actor; a weight of 0 is a step of infinite size.
+        action_dim: d, number of action dimensions.
+        alpha: weight of the Q term. Defaults to ``1.0``.
+
+    Returns:
+        The step sizes, one per actor.
+
+    Example:
+        >>> weights_to_step_sizes([0.1, 0.5, 0.5], action_dim=3, alpha=0.03)
+        (0.15, 0.02, 0.02)
+    """
+    first, *others = w2_weights
+    costs = [2 * first, *(w * action_dim for w in others)]
+    return tuple(alpha / cost if cost else math.inf for cost in costs)

@@ -365,13 +365,16 @@ def bounded_action_spec(action_spec: TensorSpec, action_key: NestedKey) -> Bound
     return action_spec
 
 
-def fresh_copies(module: nn.Module, count: int, name: str) -> list[nn.Module]:
-    """Return the module itself and ``count - 1`` copies with reinitialised parameters.
+def fresh_copies(
+    module: nn.Module, count: int, name: str, *, reinitialise: bool = True
+) -> list[nn.Module]:
+    """Return the module itself and ``count - 1`` copies.
 
     Args:
         module: the module to copy.
         count: number of modules returned.
         name: name of the module, for messages.
+        reinitialise: draw new parameters for the copies. Defaults to ``True``.
 
     Raises:
         ValueError: if a submodule owns parameters but has no ``reset_parameters`` method.
@@ -379,7 +382,8 @@ def fresh_copies(module: nn.Module, count: int, name: str) -> list[nn.Module]:
     copies = [module]
     for _ in range(count - 1):
         twin = copy.deepcopy(module)
-        redraw_parameters(twin, name)
+        if reinitialise:
+            redraw_parameters(twin, name)
         copies.append(twin)
     return copies
 

@@ -233,7 +233,9 @@ INVALID = {
     bool: st.sampled_from(["perhaps", "7", "1.0", "[true]", "null", "nan"]),
     str: st.sampled_from(["[a]", "{a:b}", "null"]),
     list[int]: st.sampled_from(["7", "[]", "[0]", "[x]", "[1.5]", "[[1]]", "null", "[-1]"]),
+    list[int] | None: st.sampled_from(["7", "[]", "[0]", "[x]", "[1.5]", "[[1]]", "[-1]"]),
     list[float]: st.sampled_from(["0.5", "[]", "[x]", "[[1.0]]", "null", "[nan]", "[inf,1]"]),
+    list[float] | None: st.sampled_from(["0.5", "[]", "[x]", "[[1.0]]", "[nan]", "[inf,1]"]),
     int | None: st.sampled_from(["x", "1.5", "0", "-1", "[1]"]),
     float | None: st.sampled_from(["x", "[1.0]", "nan", "inf", "-.inf", "{a:1}", "'1 2'"]),
     str | None: st.sampled_from(["[a]", "{a:b}"]),
@@ -245,9 +247,9 @@ def valid_values(name, entry, hint, default):
     lowest, highest = entry.metadata["lowest"], entry.metadata["highest"]
     if hint in (int, int | None):
         return st.integers(lowest, highest or 10**9).map(str)
-    if hint == list[int]:
+    if hint in (list[int], list[int] | None):
         return st.lists(st.integers(1, 10**9), min_size=1, max_size=32).map(str)
-    if hint == list[float]:
+    if hint in (list[float], list[float] | None):
         return st.lists(
             st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=32
         ).map(str)

@@ -114,3 +114,37 @@ def test_the_normalised_objective_does_not_depend_on_the_scale_of_q():
         F.jko_loss(c * q, tensor(2.0), scale=F.q_scale(c * q, 1.0), weight=0.5) for c in (1, 1e4)
     ]
     torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+@pytest.mark.parametrize("dim", [1, 3])
+def test_step_sizes_are_the_displacements_along_a_linear_q(alpha, dim):
+    """The minimiser of L_i is displaced by h_i d (lambda / alpha) grad Q, for every actor."""
+    sizes = (0.7, 0.2)
+    weights = F.step_sizes_to_weights(sizes, dim, alpha)
+    gradient, reference = torch.randn(dim, dtype=torch.float64), torch.zeros(dim)
+    scale = torch.tensor(alpha / 2.5)  # lambda for mean |Q| = 2.5
+    for i, (h, weight) in enumerate(zip(sizes, weights)):
+        action = torch.zeros(dim, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([action], tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+        def objective(i=i, weight=weight, action=action, optimizer=optimizer):
+            optimizer.zero_grad()
+            distance = (action - reference).square()
+            distance = distance.sum() / 2 if i else distance.mean()
+            loss = F.jko_loss(gradient @ action, distance, scale=scale, weight=weight)
+            loss.backward()
+            return loss
+
+        optimizer.step(objective)
+        expected = h * dim * scale / alpha * gradient
+        torch.testing.assert_close(action.detach(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_step_sizes_and_weights_are_inverse():
+    weights = (0.1, 0.5, 0.25)
+    sizes = F.weights_to_step_sizes(weights, 6, 0.5)
+    assert F.step_sizes_to_weights(sizes, 6, 0.5) == pytest.approx(weights)
+    equal = F.step_sizes_to_weights([0.7] * 3, 6)
+    assert equal[1:] == pytest.approx((2 * equal[0] / 6,) * 2)
+    assert F.weights_to_step_sizes([0.0, 1.0], 2) == (float("inf"), 0.5)

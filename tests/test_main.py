@@ -189,6 +189,26 @@ def test_custom_environment(cache, tmp_path):
     assert "(3, 1), but task=hopper-medium-v2 has (11, 3)" in process.stderr
 
 
+def test_step_sizes_and_other_options_of_the_networks(cache, tmp_path):
+    options = (
+        cache, "step_sizes=[0.5,0.25]", "alpha=1", "critic_hidden_sizes=[12,8]", "num_critics=3",
+        "chain_init=copy", "save_model=false", "resume=true",
+    )  # fmt: skip
+    assert pogo(tmp_path, *options, "total_steps=4").returncode == 0
+    process = pogo(tmp_path, *options, "total_steps=8")
+    assert process.returncode == 0, process.stderr
+    assert "Resumed at update 4." in process.stdout
+    folder = tmp_path / "logs" / "hopper-medium-v2" / "w2_1_1.33333" / "seed_0"
+    config = OmegaConf.load(folder / "training" / "config.yaml")
+    assert list(config.w2_weights) == pytest.approx([1, 4 / 3])
+    loss = torch.load(
+        next(folder.glob("checkpoints/step-*8/components/*loss_module/state.pt")),
+        weights_only=True,
+    )
+    shapes = {tuple(v.shape) for k, v in loss.items() if k.startswith("qvalue_network") and v.dim()}
+    assert {(3, 12, 14), (3, 8, 12), (3, 1, 8)} <= shapes
+
+
 def test_help_lists_every_option(cache, tmp_path):
     from pogo_torchrl.experiments.config import options
 

@@ -834,3 +834,51 @@ class TestCompile:
         with torch._inductor.config.patch(fallback_random=True):
             trained = 12 if method == "actor_loss" else 6
             self.check(make_loss(), make_batch(), method, (), "inductor", trained)
+
+
+class TestStepSizes:
+    def test_weights_follow_from_step_sizes_dimensions_and_alpha(self, make_loss):
+        loss = make_loss(step_sizes=(0.5, 0.25, 0.25), alpha=0.5)
+        assert loss.num_actors == 3
+        assert loss.w2_weights == (0.5, 1.0, 1.0)
+
+    def test_a_single_number_applies_to_all_actors(self, make_loss):
+        loss = make_loss(step_sizes=0.5, w2_weights=(0.1, 0.1, 0.1, 0.1))
+        assert loss.w2_weights == (1.0, 1.0, 1.0, 1.0)
+
+    @pytest.mark.parametrize("sizes", [0.0, (), (0.5, -1.0), (float("inf"),), "0.5", (None,)])
+    def test_invalid_step_sizes(self, make_loss, sizes):
+        with pytest.raises(ValueError, match=r"step_sizes=.* must be a positive number, or a seq"):
+            make_loss(step_sizes=sizes)
+
+    def test_scalar_bounds_do_not_tell_the_number_of_dimensions(self, unit_spec):
+        networks = make_actor(3, unit_spec, (8,)), make_qvalue(3, 2, (8,))
+        with pytest.raises(ValueError, match=r"step_sizes depend on .* pass action_spec"):
+            POGOLoss(*networks, step_sizes=0.5, bounds=(-1, 1))
+
+
+class TestChainInit:
+    def actors(self, loss):
+        return [loss.params(f"actor_network_{i}") for i in range(loss.num_actors)]
+
+    @pytest.mark.parametrize("reset", [False, True])
+    def test_copies_start_equal_and_train_apart(self, make_loss, make_batch, reset):
+        loss = make_loss(chain_init="copy", w2_weights=(0.2, 0.5, 0.5))
+        if reset:
+            loss.reset_parameters_recursive()
+        first, *others = self.actors(loss)
+        for params in others:
+            for name, values in params.items():
+                assert torch.equal(values, first[name])
+                assert values.data_ptr() != first[name].data_ptr()
+        loss.actor_loss(make_batch(), 1)[0].backward()
+        assert all(p.grad is None for p in loss.actor_params(0))
+        assert any(p.grad.abs().max() > 0 for p in loss.actor_params(1))
+
+    def test_independent_actors_differ(self, make_loss):
+        first, second = self.actors(make_loss())
+        assert any(not torch.equal(values, first[name]) for name, values in second.items())
+
+    def test_an_unknown_choice(self, make_loss):
+        with pytest.raises(ValueError, match="chain_init='same'"):
+            make_loss(chain_init="same")

@@ -204,3 +204,16 @@ def test_bundled_sweeps_contain_the_presets(name):
         preset = tuple(compose([f"task={task}"]).w2_weights)
         assert preset in chains
         assert {chain[:2] for chain in chains} == {preset[:2]}
+
+
+def test_step_sizes_set_the_weights(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    section = "environments: {hopper: {medium: {%s}}, walker2d: {medium: {}}}"
+    common = "common: {seeds: [0], alpha: 1, step_sizes: [0.5, 0.5]}\n"
+    file.write_text(common + section % "")
+    hopper, walker = read_sweep(str(file))
+    assert list(hopper.cfg.w2_weights) == pytest.approx([1, 2 / 3])
+    assert list(walker.cfg.w2_weights) == pytest.approx([1, 1 / 3])
+    file.write_text(common + section % "w2_weights: [1, 1]")
+    with pytest.raises(ValueError, match=r"step_sizes=.* set w2_weights; give one of the two"):
+        read_sweep(str(file))

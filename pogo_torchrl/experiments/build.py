@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import random
@@ -24,8 +25,10 @@ from pogo_torchrl.envs import BACKENDS, make_env, max_episode_steps, split_task
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments.console import LOGGER
 from pogo_torchrl.files import physical_memory
+from pogo_torchrl.functional import step_sizes_to_weights
 from pogo_torchrl.modules import make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.objectives.checks import check_step_sizes
 from pogo_torchrl.trainers import LR_SCHEDULES, lr_scheduler
 from pogo_torchrl.trainers.fused.compilation import COMPILABLE
 from pogo_torchrl.trainers.optimizers import adam
@@ -157,6 +160,34 @@ def env_fn(
     return make
 
 
+def resolve_step_sizes(cfg: DictConfig) -> DictConfig:
+    """Return the options with the ``w2_weights`` that follow from ``step_sizes``, if given.
+
+    Args:
+        cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
+
+    Raises:
+        ValueError: for step sizes that are not positive.
+    """
+    if cfg.step_sizes is None:
+        return cfg
+    sizes = check_step_sizes(list(cfg.step_sizes), len(cfg.step_sizes))
+    weights = step_sizes_to_weights(sizes, _action_dim(cfg), cfg.alpha)
+    resolved = copy.deepcopy(cfg)
+    resolved.w2_weights = list(weights)
+    return resolved
+
+
+def _action_dim(cfg: DictConfig) -> int:
+    """Number of action dimensions of the evaluation environment."""
+    env = env_fn(cfg.task, cfg.env)()
+    try:
+        shape = env.action_space.shape
+    finally:
+        env.close()
+    return shape[-1] if shape else 1
+
+
 def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
     """Check that networks and batches fit into memory, before any is allocated.
 
@@ -169,14 +200,16 @@ def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
     """
     inputs = evaluator.observation_dim + evaluator.action_dim
     widths = [inputs, *cfg.hidden_sizes, evaluator.action_dim]
-    weights = sum(n * m for n, m in pairwise(widths))
-    # Actors, twin critics and two targets, each counted with gradient and Adam's two moments in
+    critic_widths = [inputs, *_critic_sizes(cfg), 1]
+    # Actors, critics and their targets, each counted with gradient and Adam's two moments in
     # float32: 4 x 4 bytes per weight.
-    networks = 16 * weights * (len(cfg.w2_weights) + 4)
+    actors = 16 * len(cfg.w2_weights) * sum(n * m for n, m in pairwise(widths))
+    critics = 16 * 2 * cfg.num_critics * sum(n * m for n, m in pairwise(critic_widths))
     costs = cfg.num_samples if cfg.w2_backend in ("tensorized", "fast") else 1
     batch = 4 * cfg.batch_size * (1 + cfg.num_samples) * (sum(widths) + costs)
     for needed, what in (
-        (networks, f"hidden_sizes={cfg.hidden_sizes} with {len(cfg.w2_weights)} actors"),
+        (actors, f"hidden_sizes={cfg.hidden_sizes} with {len(cfg.w2_weights)} actors"),
+        (critics, f"critic_hidden_sizes={_critic_sizes(cfg)} with num_critics={cfg.num_critics}"),
         (batch, f"num_samples={cfg.num_samples} with batch_size={cfg.batch_size}"),
     ):
         if needed > physical_memory():
@@ -184,6 +217,11 @@ def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
                 f"{what} would need {needed / 1e9:.3g} GB, but this machine has "
                 f"{physical_memory() / 1e9:.3g} GB: choose smaller values."
             )
+
+
+def _critic_sizes(cfg: DictConfig) -> list[int]:
+    """Widths of the hidden layers of the critics."""
+    return list(cfg.hidden_sizes if cfg.critic_hidden_sizes is None else cfg.critic_hidden_sizes)
 
 
 def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss:
@@ -196,12 +234,17 @@ def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> PO
     """
     actor = make_actor(evaluator.observation_dim, evaluator.action_spec, cfg.hidden_sizes)
     qvalue = make_qvalue(
-        evaluator.observation_dim, evaluator.action_dim, cfg.hidden_sizes, cfg.critic_layer_norm
+        evaluator.observation_dim,
+        evaluator.action_dim,
+        _critic_sizes(cfg),
+        cfg.critic_layer_norm,
     )
     loss = POGOLoss(
         actor,
         qvalue,
         w2_weights=list(cfg.w2_weights),
+        num_qvalue_nets=cfg.num_critics,
+        chain_init=cfg.chain_init,
         num_samples=cfg.num_samples,
         blur=cfg.blur,
         w2_backend=cfg.w2_backend,

@@ -116,6 +116,9 @@ class RunConfig:
     w2_weights: list[float] = option(
         [0.2, 0.2, 0.2], "weight w_i of each actor's distance term; one per actor of the chain"
     )
+    step_sizes: list[float] | None = option(
+        None, "step size h_i of each actor, > 0; sets w2_weights for the given alpha"
+    )
     total_steps: int = option(2000, "number of training updates; the papers use 1000000")
     eval_interval: int = option(500, "updates between evaluations; a run always ends with one")
     eval_episodes: int = option(
@@ -196,6 +199,16 @@ class RunConfig:
         "use the same noise z for both actors of a divergence, which puts no pull on their spread",
     )
     hidden_sizes: list[int] = option([256, 256], "widths of the hidden layers of all networks")
+    critic_hidden_sizes: list[int] | None = option(
+        None, "widths of the hidden layers of the critics; null: hidden_sizes"
+    )
+    num_critics: int = option(
+        2, "number of critics; the TD target uses their minimum, the actors the first", highest=100
+    )
+    chain_init: str = option(
+        "independent",
+        "initial weights of actors 1, 2, ...: independent, or copy (those of actor 0)",
+    )
     critic_layer_norm: bool = option(False, "use LayerNorm in the critics")
     data: DataConfig = field(default_factory=DataConfig)
     env: EnvConfig = field(default_factory=EnvConfig)

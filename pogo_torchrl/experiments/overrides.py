@@ -338,6 +338,8 @@ def _describe_type(hint: Any) -> str:
         str: "text",
         list[int]: "a list of integers",
         list[float]: "a list of numbers",
+        list[int] | None: "a list of integers or null",
+        list[float] | None: "a list of numbers or null",
         int | None: "an integer or null",
         float | None: "a number or null",
         str | None: "text or null",

@@ -261,7 +261,16 @@ def remaining_updates(run: Run) -> int:
 
 def _cost_key(cfg: DictConfig) -> tuple:
     """Key under which runs share a cost estimate."""
-    shapes = ("hidden_sizes", "batch_size", "num_samples", "w2_backend", "policy_freq", "bf16")
+    shapes = (
+        "hidden_sizes",
+        "critic_hidden_sizes",
+        "num_critics",
+        "batch_size",
+        "num_samples",
+        "w2_backend",
+        "policy_freq",
+        "bf16",
+    )
     environment = split_task(cfg.task)[0], len(cfg.w2_weights), cfg.eval_episodes
     return (*environment, str(cfg.env.max_episode_steps), *(str(cfg[key]) for key in shapes))
 

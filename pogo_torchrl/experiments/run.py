@@ -22,6 +22,7 @@ from pogo_torchrl.experiments.build import (
     env_fn,
     make_loss,
     optimizer_settings,
+    resolve_step_sizes,
     seed_everything,
 )
 from pogo_torchrl.experiments.console import LOGGER, ConsoleHandler, TrainLogHandler, log_to
@@ -172,7 +173,7 @@ class RunInProgress:
 
     def __init__(self, cfg: DictConfig, *, stacked: bool = False) -> None:
         check_options(cfg)
-        self.cfg = cfg
+        self.cfg = cfg = resolve_step_sizes(cfg)
         self.folder = RunFolder.of(cfg)
         self.evaluator = Evaluator(
             cfg.task, episodes=cfg.eval_episodes, seed=cfg.seed, env_fn=env_fn(cfg.task, cfg.env)

@@ -35,6 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments.build import resolve_step_sizes
 from pogo_torchrl.experiments.overrides import check_options, check_overrides, compose
 from pogo_torchrl.experiments.run_folder import RunFolder
 
@@ -281,6 +282,9 @@ def _task_runs(task: str, settings: dict[str, Any], overrides: Sequence[str]) ->
     given = [f"{key}={_to_override(value)}" for key, value in settings.items()]
     given = [f"task={task}", "progress_bar=false", *given]
     cfg = compose([*given, *overrides, "resume=true"])
+    if cfg.step_sizes is not None and weights:
+        raise ValueError(f"step_sizes={cfg.step_sizes} set w2_weights; give one of the two.")
+    cfg = resolve_step_sizes(cfg)
     for chain, seed in itertools.product(weights or [list(cfg.w2_weights)], seeds):
         own = copy.deepcopy(cfg)
         own.w2_weights, own.seed = chain, seed

@@ -16,6 +16,7 @@ class POGOLossConfig(LossConfig):
     actor_network: Any = None
     qvalue_network: Any = None
     w2_weights: list[float] = field(default_factory=lambda: [0.2, 0.2, 0.2])
+    step_sizes: Any = None
     action_spec: Any = None
     bounds: Any = None
     num_qvalue_nets: int = 2
@@ -32,6 +33,7 @@ class POGOLossConfig(LossConfig):
     delay_qvalue: bool = True
     loss_function: str = "l2"
     reduction: str = "mean"
+    chain_init: str = "independent"
     deactivate_vmap: bool = False
     use_prioritized_weights: Any = "auto"
     _target_: str = "pogo_torchrl.POGOLoss"

@@ -67,6 +67,7 @@ class ChainLoss(ProtectedLossModule):
     w2_weights: Any
     alpha: Any
     shared_noise: bool
+    chain_init: str
     delay_actor: bool
     delay_qvalue: bool
     deactivate_vmap: bool
@@ -87,7 +88,6 @@ class ChainLoss(ProtectedLossModule):
             # TorchRL expects class annotations, but the number of actors is only known here.
             warnings.filterwarnings("ignore", ".*part of the annotations")
             for i, actor in enumerate(actors):
-                # Only actor 0 is used in the TD target.
                 self.convert_to_functional(
                     actor, f"actor_network_{i}", create_target_params=self.delay_actor and i == 0
                 )
@@ -395,6 +395,8 @@ class ChainLoss(ProtectedLossModule):
                 fresh = copy.deepcopy(network)
                 redraw_parameters(fresh, name)
                 each.update_(TensorDict.from_module(fresh).data)
+            if name.startswith("actor") and self.chain_init == "copy":
+                params.update_(registered["actor_network_0_params"].data)
             target = registered.get(f"target_{name}_params")
             if target is not None:
                 target.data.update_(params)

@@ -32,6 +32,30 @@ def check_weights(w2_weights: Sequence[float]) -> tuple[float, ...]:
     return weights
 
 
+def check_step_sizes(step_sizes: Sequence[float] | float, num_actors: int) -> tuple[float, ...]:
+    """Return the step sizes of a chain as a tuple of floats.
+
+    Args:
+        step_sizes: one per actor, or a single number for all ``num_actors``.
+        num_actors: number of actors, for a single number.
+
+    Raises:
+        ValueError: if they are not positive finite numbers.
+    """
+    try:
+        single = isinstance(step_sizes, int | float)
+        sizes = (step_sizes,) * num_actors if single else step_sizes  # type: ignore[operator]
+        sizes = () if isinstance(sizes, str) else tuple(float(h) for h in sizes)
+    except (TypeError, ValueError):
+        sizes = ()
+    if not sizes or not all(0 < h < math.inf for h in sizes):
+        raise ValueError(
+            f"step_sizes={step_sizes!r} must be a positive number, or a sequence of positive "
+            "numbers, one per actor of the chain, e.g. (0.5, 0.5, 0.5)."
+        )
+    return sizes
+
+
 def check_integer(name: str, value: int) -> None:
     """Check that a setting is an integer >= 1, raising ``ValueError`` otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -69,7 +93,9 @@ def check_choice(name: str, value, allowed: tuple) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {list(allowed)}.")
 
 
-def as_networks(network, count: int, name: str, meaning: str) -> list[nn.Module]:
+def as_networks(
+    network, count: int, name: str, meaning: str, *, reinitialise: bool = True
+) -> list[nn.Module]:
     """Return ``count`` distinct networks with the same architecture.
 
     Args:
@@ -77,12 +103,13 @@ def as_networks(network, count: int, name: str, meaning: str) -> list[nn.Module]
         count: number of networks.
         name: name of the networks, for messages.
         meaning: where ``count`` comes from, for messages.
+        reinitialise: draw new parameters for copies of a single network. Defaults to ``True``.
 
     Raises:
         ValueError: if a list has another length or its networks differ in architecture.
     """
     if isinstance(network, nn.Module) and not isinstance(network, nn.ModuleList):
-        return fresh_copies(network, count, name)
+        return fresh_copies(network, count, name, reinitialise=reinitialise)
     networks = list(network)
     if len(networks) != count:
         raise ValueError(

@@ -27,6 +27,7 @@ from pogo_torchrl.objectives.checks import (
     check_integer,
     check_positive,
     check_share,
+    check_step_sizes,
     check_weights,
 )
 from pogo_torchrl.ot import BACKENDS, MAX_POINTS, sinkhorn_divergence
@@ -79,7 +80,7 @@ class POGOLoss(ChainLoss):
 
     Args:
         actor_network (TensorDictModule or list of TensorDictModule): a single actor, which becomes
-            actor 0 and is copied with reinitialised parameters for actors 1, 2, ..., or a list of
+            actor 0 and is copied for actors 1, 2, ... (see ``chain_init``), or a list of
             ``len(w2_weights)`` actors with the same architecture. Any stochastic TorchRL actor is
             supported; the method uses :class:`~pogo_torchrl.TransportActor`. The modules passed in
             share the trained parameters ``actor_network_0_params``, ``actor_network_1_params``,
@@ -90,6 +91,10 @@ class POGOLoss(ChainLoss):
     Keyword Args:
         w2_weights (sequence of float): weights :math:`w_i \ge 0`, one per actor; their number sets
             the length of the chain. Defaults to ``(0.2, 0.2, 0.2)``.
+        step_sizes (sequence of float or float, optional): proximal step sizes :math:`h_i > 0`, from
+            which ``w2_weights`` follow by :func:`pogo_torchrl.functional.step_sizes_to_weights`;
+            a single number applies to as many actors as ``w2_weights`` has. Defaults to ``None``:
+            ``w2_weights`` as given.
         action_spec (TensorSpec, optional): bounded action spec. Exclusive with ``bounds``. If
             neither is given, the ``action_spec`` of the actor is used.
         bounds (tuple of float or of Tensor, optional): lower and upper action bounds.
@@ -123,6 +128,10 @@ class POGOLoss(ChainLoss):
         loss_function (str): loss between the critics and the TD target: ``"l2"``, ``"l1"`` or
             ``"smooth_l1"``. Defaults to ``"l2"``.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. Defaults to ``"mean"``.
+        chain_init (str): initial parameters of actors 1, 2, ... when a single actor is passed:
+            ``"independent"`` (reinitialised, as in the method) or ``"copy"`` (those of actor 0, so
+            that every :math:`D_i` starts without having to imitate the previous actor first).
+            Defaults to ``"independent"``.
         deactivate_vmap (bool): replace ``vmap`` over the critics by a loop. Defaults to ``False``.
         use_prioritized_weights (bool or "auto"): weight samples by ``priority_weight`` if the
             batch contains it. Defaults to ``"auto"``.
@@ -215,6 +224,7 @@ class POGOLoss(ChainLoss):
         qvalue_network: TensorDictModule | Sequence[TensorDictModule],
         *,
         w2_weights: Sequence[float] = (0.2, 0.2, 0.2),
+        step_sizes: Sequence[float] | float | None = None,
         action_spec: TensorSpec | None = None,
         bounds: tuple[float, float] | tuple[Tensor, Tensor] | None = None,
         num_qvalue_nets: int = 2,
@@ -231,6 +241,7 @@ class POGOLoss(ChainLoss):
         delay_qvalue: bool = True,
         loss_function: Literal["l2", "l1", "smooth_l1"] = "l2",
         reduction: Literal["mean", "sum", "none"] | None = "mean",
+        chain_init: Literal["independent", "copy"] = "independent",
         deactivate_vmap: bool = False,
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
@@ -253,7 +264,11 @@ class POGOLoss(ChainLoss):
         check_choice("q_normalization", q_normalization, functional.Q_NORMALIZATIONS)
         check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
+        check_choice("chain_init", chain_init, ("independent", "copy"))
 
+        if step_sizes is not None:
+            # A placeholder of the right length; the weights follow once the bounds are known.
+            self.w2_weights = step_sizes = check_step_sizes(step_sizes, len(self.w2_weights))
         self.num_actors = len(self.w2_weights)
         self.num_qvalue_nets = num_qvalue_nets
         self.num_samples = num_samples
@@ -269,10 +284,17 @@ class POGOLoss(ChainLoss):
         self.delay_qvalue = delay_qvalue
         self.loss_function = loss_function
         self.reduction = reduction
+        self.chain_init = chain_init
         self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
 
-        actors = as_networks(actor_network, self.num_actors, "actor", "one per entry of w2_weights")
+        actors = as_networks(
+            actor_network,
+            self.num_actors,
+            "actor",
+            "one per entry of w2_weights",
+            reinitialise=chain_init == "independent",
+        )
         qvalues = as_networks(qvalue_network, num_qvalue_nets, "qvalue_network", "num_qvalue_nets")
         if shared_noise and not hasattr(actors[0], "noise_key"):
             raise ValueError(
@@ -281,6 +303,13 @@ class POGOLoss(ChainLoss):
                 "shared_noise=False."
             )
         low, high = action_bounds(action_spec, bounds, actors[0], self.tensor_keys.action)
+        if step_sizes is not None:
+            if not low.dim():
+                raise ValueError(
+                    "step_sizes depend on the number of action dimensions, which bounds=(low, "
+                    "high) of two numbers do not tell: pass action_spec=Bounded(...)."
+                )
+            self.w2_weights = functional.step_sizes_to_weights(step_sizes, low.shape[-1], alpha)
         self._register(actors, qvalues)
         self.randomness_changed()
         self.register_buffer("min_action", low)
