@@ -265,6 +265,8 @@ class TestConstructor:
             ({"blur": 0.0}, "blur"),
             ({"w2_fraction": 0.0}, "w2_fraction"),
             ({"w2_fraction": 1.5}, "w2_fraction"),
+            ({"data_weight": -0.1}, "data_weight"),
+            ({"data_weight": 1.5}, "data_weight"),
             ({"alpha": -1.0}, "alpha"),
             ({"policy_noise": -0.1}, "policy_noise"),
             ({"noise_clip": math.inf}, "noise_clip"),
@@ -882,3 +884,48 @@ class TestChainInit:
     def test_an_unknown_choice(self, make_loss):
         with pytest.raises(ValueError, match="chain_init='same'"):
             make_loss(chain_init="same")
+
+
+class TestDataWeight:
+    """The distance term of later actors is a mixture of the divergence and the data term."""
+
+    @pytest.mark.parametrize("w2_fraction", [1.0, 0.5])
+    @pytest.mark.parametrize("share", [0.25, 1.0])
+    def test_the_distance_is_the_mixture(self, make_loss, make_batch, share, w2_fraction):
+        batch = make_batch()
+        plain = make_loss(w2_fraction=w2_fraction)
+        mixed = make_loss(w2_fraction=w2_fraction, data_weight=share)
+        mixed.load_state_dict(plain.state_dict())
+        noise = plain.draw_noise(batch)
+        arguments = (
+            plain.params("actor_network_1"), batch, noise, plain.params("actor_network_0"),
+            plain.params("qvalue_network"), 0.5, 1.0,
+        )  # fmt: skip
+        loss, found = plain.jko_terms(*arguments, index=1)
+        expected, got = found, mixed.jko_terms(*arguments, index=1)
+        inputs = batch.select("observation")
+        action = plain.actor(1)(inputs.set("noise", noise["actor_1"][:, 0]))["action"]
+        to_data = (action - batch["action"]).square().mean()
+        distance = (1 - share) * expected["w2_1"] + share * to_data
+        torch.testing.assert_close(got[1]["w2_1"], distance.detach())
+        torch.testing.assert_close(got[0], loss + 0.5 * (distance - expected["w2_1"]))
+
+    def test_with_all_weight_the_previous_actor_does_not_matter(self, make_loss, make_batch):
+        loss, batch = make_loss(data_weight=1.0), make_batch()
+        gradients = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            loss.actor_loss(batch, 1)[0].backward()
+            gradients.append([p.grad.clone() for p in loss.actor_params(1)])
+            for p in loss.actor_params(1):
+                p.grad = None
+            for p in loss.actor_params(0):
+                p.data.add_(1.0)
+        for first, second in zip(*gradients):
+            torch.testing.assert_close(first, second)
+
+    def test_later_actors_need_the_actions_of_the_data(self, make_loss, make_batch):
+        batch = make_batch().exclude("action")
+        make_loss().actor_loss(batch, 1)
+        with pytest.raises(KeyError, match="action"):
+            make_loss(data_weight=0.5).actor_loss(batch, 1)

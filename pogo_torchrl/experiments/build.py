@@ -244,6 +244,7 @@ def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> PO
         qvalue,
         w2_weights=list(cfg.w2_weights),
         num_qvalue_nets=cfg.num_critics,
+        data_weight=cfg.data_weight,
         chain_init=cfg.chain_init,
         num_samples=cfg.num_samples,
         blur=cfg.blur,

@@ -205,6 +205,9 @@ class RunConfig:
     num_critics: int = option(
         2, "number of critics; the TD target uses their minimum, the actors the first", highest=100
     )
+    data_weight: float = option(
+        0.0, "share of the distance to the data in the distance term of actors 1, 2, ..., in [0, 1]"
+    )
     chain_init: str = option(
         "independent",
         "initial weights of actors 1, 2, ...: independent, or copy (those of actor 0)",

@@ -33,6 +33,7 @@ class POGOLossConfig(LossConfig):
     delay_qvalue: bool = True
     loss_function: str = "l2"
     reduction: str = "mean"
+    data_weight: float = 0.0
     chain_init: str = "independent"
     deactivate_vmap: bool = False
     use_prioritized_weights: Any = "auto"

@@ -1,4 +1,4 @@
-"""Base class for losses of a chain of actors: networks, noise, keys and value estimator."""
+"""Base class for losses of a chain of actors: networks, noise, and the losses of a batch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torchrl.envs.utils import ExplorationType
-from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
-from torchrl.objectives.value import ValueEstimatorBase
 
+from pogo_torchrl import functional
 from pogo_torchrl.modules import redraw_parameters
-from pogo_torchrl.objectives.checks import check_batch, check_gamma
-from pogo_torchrl.torchrl_private import ProtectedLossModule
+from pogo_torchrl.objectives.checks import check_batch
+from pogo_torchrl.objectives.keyed_loss import KeyedLoss
 
 Params = dict[str, Tensor]
 """Parameters and buffers of a network by name, the input of :func:`torch.func.functional_call`."""
@@ -38,7 +36,7 @@ def actor_scalars(index: int) -> tuple[str, str, str, str]:
     return f"loss_actor_{index}", f"q_actor_{index}", distance, f"lmbd_{index}"
 
 
-class ChainLoss(ProtectedLossModule):
+class ChainLoss(KeyedLoss):
     """Base class for losses of a chain of actors and their critics.
 
     Each actor has its own set of parameters, ``actor_network_0_params``, ...; the parameters of the
@@ -47,17 +45,8 @@ class ChainLoss(ProtectedLossModule):
 
     # With TorchRL's default, DETERMINISTIC, a transport map would act with z = 0 in the losses.
     deterministic_sampling_mode = ExplorationType.RANDOM
-    default_value_estimator = ValueEstimators.TD0
 
-    SUPPORTED_VALUE_ESTIMATORS = (
-        ValueEstimators.TD0,
-        ValueEstimators.TD1,
-        ValueEstimators.TDLambda,
-    )
-
-    tensor_keys: Any
     actor_network: TensorDictModule  # shared by all actors; see actor_network_{i}_params
-    qvalue_network: TensorDictModule
     qvalue_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
 
@@ -66,14 +55,13 @@ class ChainLoss(ProtectedLossModule):
     num_samples: int
     w2_weights: Any
     alpha: Any
+    data_weight: float
     shared_noise: bool
     chain_init: str
     delay_actor: bool
     delay_qvalue: bool
     deactivate_vmap: bool
-    min_action: Tensor
     max_action: Tensor
-    _out_keys: list[NestedKey]
 
     # Objectives, defined by subclasses; see POGOLoss.
     qvalue_terms: Terms
@@ -130,6 +118,13 @@ class ChainLoss(ProtectedLossModule):
             return torch.vmap(one, randomness=self._critics_randomness)(qvalue)
         critics = range(self.num_qvalue_nets)
         return torch.stack([one({name: v[j] for name, v in qvalue.items()}) for j in critics])
+
+    def _repeat(self, state: TensorDictBase) -> TensorDictBase:
+        """Repeat the states ``num_samples`` times along a new last batch dimension."""
+        return state.unsqueeze(-1).expand(*state.batch_size, self.num_samples)
+
+    def _to_unit_box(self, action: Tensor) -> Tensor:
+        return functional.to_unit_box(action, self.min_action, self.max_action)
 
     def params(self, name: str) -> Params:
         """Return the parameters and buffers of a network by name.
@@ -318,7 +313,7 @@ class ChainLoss(ProtectedLossModule):
                 f"actor index {index} is out of range: the actors are 0..{self.num_actors - 1}."
             )
         indices = range(self.num_actors) if index is None else (index,)
-        if 0 in indices:
+        if 0 in indices or self.data_weight:
             self.check_batch(tensordict, (*self.actor_network.in_keys, self.tensor_keys.action))
         noise = self.draw_noise(tensordict, critic=False, actors=indices)
         qvalue = self.params("qvalue_network")
@@ -400,94 +395,6 @@ class ChainLoss(ProtectedLossModule):
             target = registered.get(f"target_{name}_params")
             if target is not None:
                 target.data.update_(params)
-
-    def make_value_estimator(
-        self, value_type: ValueEstimators | None = None, **hyperparams
-    ) -> ChainLoss:
-        """Set the value estimator that computes the TD target.
-
-        Args:
-            value_type: ``TD0``, ``TD1`` or ``TDLambda``, or a ``ValueEstimatorBase`` class or
-                instance. Defaults to ``TD0``, as in the method.
-            **hyperparams: passed to the estimator, e.g. ``gamma=0.99``.
-
-        Returns:
-            The loss itself.
-
-        Raises:
-            ValueError: if ``gamma`` is not in [0, 1].
-        """
-        if "gamma" in hyperparams:
-            check_gamma(hyperparams["gamma"])
-        if value_type is None:
-            value_type = self.default_value_estimator
-        if isinstance(value_type, ValueEstimatorBase) or (
-            isinstance(value_type, type) and issubclass(value_type, ValueEstimatorBase)
-        ):
-            if isinstance(value_type, type):
-                hyperparams.setdefault("value_network", None)
-            LossModule.make_value_estimator(self, value_type, **hyperparams)
-            self.keys_changed()
-            return self
-        # The default device is the host, from which every compiled update would copy gamma.
-        hyperparams.setdefault("device", self.min_action.device)
-        dispatch_value_estimator(
-            self,
-            value_type,
-            supported=self.SUPPORTED_VALUE_ESTIMATORS,
-            tensor_keys={
-                "value": self.tensor_keys.state_action_value,
-                "reward": self.tensor_keys.reward,
-                "done": self.tensor_keys.done,
-                "terminated": self.tensor_keys.terminated,
-            },
-            value_network=None,
-            **hyperparams,
-        )
-        return self
-
-    def keys_changed(self) -> None:
-        """Forward the keys to the value estimator and update :attr:`in_keys`."""
-        if self.has_value_estimator:
-            self.value_estimator.set_keys(
-                value=self.tensor_keys.state_action_value,
-                reward=self.tensor_keys.reward,
-                done=self.tensor_keys.done,
-                terminated=self.tensor_keys.terminated,
-            )
-        self._set_in_keys()
-
-    def _set_in_keys(self) -> None:
-        keys = [
-            self.tensor_keys.action,
-            ("next", self.tensor_keys.reward),
-            ("next", self.tensor_keys.done),
-            ("next", self.tensor_keys.terminated),
-            *self.actor_network.in_keys,
-            *self.qvalue_network.in_keys,
-        ]
-        states = {*self.actor_network.in_keys, *self.qvalue_network.in_keys}
-        keys += [("next", key) for key in keys if key in states - {self.tensor_keys.action}]
-        self._in_keys: list[NestedKey] = list(dict.fromkeys(keys))
-        self._end_keys = [("next", self.tensor_keys.done), ("next", self.tensor_keys.terminated)]
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Keys that a batch must contain."""
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """Keys of the output of :meth:`forward`."""
-        return self._out_keys
-
-    @out_keys.setter
-    def out_keys(self, values: list[NestedKey]) -> None:
-        self._out_keys = values
 
     @property
     def _parameter_names(self) -> tuple[str, ...]:

@@ -43,9 +43,10 @@ def check_step_sizes(step_sizes: Sequence[float] | float, num_actors: int) -> tu
         ValueError: if they are not positive finite numbers.
     """
     try:
-        single = isinstance(step_sizes, int | float)
-        sizes = (step_sizes,) * num_actors if single else step_sizes  # type: ignore[operator]
-        sizes = () if isinstance(sizes, str) else tuple(float(h) for h in sizes)
+        if isinstance(step_sizes, int | float):
+            sizes: tuple[float, ...] = (float(step_sizes),) * num_actors
+        else:
+            sizes = () if isinstance(step_sizes, str) else tuple(float(h) for h in step_sizes)
     except (TypeError, ValueError):
         sizes = ()
     if not sizes or not all(0 < h < math.inf for h in sizes):
@@ -71,10 +72,12 @@ def check_positive(name: str, value: float, or_zero: bool = False) -> None:
         )
 
 
-def check_share(name: str, value: float) -> None:
-    """Check that a setting is in (0, 1], raising ``ValueError`` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise ValueError(f"{name}={value!r} must be a number in (0, 1], e.g. 0.25.")
+def check_share(name: str, value: float, or_zero: bool = False) -> None:
+    """Check that a setting is in (0, 1] (or [0, 1]), raising ``ValueError`` otherwise."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    if not ok or (value == 0 and not or_zero):
+        interval = "[0, 1]" if or_zero else "(0, 1]"
+        raise ValueError(f"{name}={value!r} must be a number in {interval}, e.g. 0.25.")
 
 
 def check_gamma(gamma: float | Tensor) -> None:

@@ -66,17 +66,12 @@ class POGOLoss(ChainLoss):
     ``actor_loss(td, N - 1)``, each with its own optimizer (:meth:`qvalue_params`,
     :meth:`actor_params`); :class:`~pogo_torchrl.POGOTrainer` does so.
 
-    References:
-        *Policy Optimization as a Gradient Flow in Offline Reinforcement Learning* (POGO).
-
-        Fujimoto et al., *Addressing Function Approximation Error in Actor-Critic Methods*, 2018,
-        arXiv:1802.09477 (TD3: twin critics, target noise).
-
-        Fujimoto & Gu, *A Minimalist Approach to Offline Reinforcement Learning*, 2021,
-        arXiv:2106.06860 (TD3+BC: :math:`\lambda`).
-
-        Feydy et al., *Interpolating between Optimal Transport and MMD using Sinkhorn Divergences*,
-        2019, arXiv:1810.08278 (:math:`S_\varepsilon`).
+    References: *Policy Optimization as a Gradient Flow in Offline Reinforcement Learning* (POGO);
+    Fujimoto et al., *Addressing Function Approximation Error in Actor-Critic Methods*, 2018,
+    arXiv:1802.09477 (TD3: twin critics, target noise); Fujimoto & Gu, *A Minimalist Approach to
+    Offline Reinforcement Learning*, 2021, arXiv:2106.06860 (TD3+BC: :math:`\lambda`); Feydy et al.,
+    *Interpolating between Optimal Transport and MMD using Sinkhorn Divergences*, 2019,
+    arXiv:1810.08278 (:math:`S_\varepsilon`).
 
     Args:
         actor_network (TensorDictModule or list of TensorDictModule): a single actor, which becomes
@@ -128,6 +123,10 @@ class POGOLoss(ChainLoss):
         loss_function (str): loss between the critics and the TD target: ``"l2"``, ``"l1"`` or
             ``"smooth_l1"``. Defaults to ``"l2"``.
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"``. Defaults to ``"mean"``.
+        data_weight (float): weight :math:`\beta` in [0, 1] of the distance to the data in later
+            actors, whose :math:`D_i` becomes :math:`(1 - \beta) D_i + \beta\, \mathrm{mean}\,
+            (\pi_i(s, z) - a)^2`; 1 anchors every actor to the data instead of the previous actor.
+            Defaults to ``0.0``.
         chain_init (str): initial parameters of actors 1, 2, ... when a single actor is passed:
             ``"independent"`` (reinitialised, as in the method) or ``"copy"`` (those of actor 0, so
             that every :math:`D_i` starts without having to imitate the previous actor first).
@@ -241,6 +240,7 @@ class POGOLoss(ChainLoss):
         delay_qvalue: bool = True,
         loss_function: Literal["l2", "l1", "smooth_l1"] = "l2",
         reduction: Literal["mean", "sum", "none"] | None = "mean",
+        data_weight: float = 0.0,
         chain_init: Literal["independent", "copy"] = "independent",
         deactivate_vmap: bool = False,
         use_prioritized_weights: bool | Literal["auto"] = "auto",
@@ -253,6 +253,7 @@ class POGOLoss(ChainLoss):
         check_positive("blur", blur)
         check_share("w2_fraction", w2_fraction)
         check_positive("alpha", alpha)
+        check_share("data_weight", data_weight, or_zero=True)
         check_positive("policy_noise", policy_noise, or_zero=True)
         check_positive("noise_clip", noise_clip, or_zero=True)
         check_choice("w2_backend", w2_backend, BACKENDS)
@@ -284,6 +285,7 @@ class POGOLoss(ChainLoss):
         self.delay_qvalue = delay_qvalue
         self.loss_function = loss_function
         self.reduction = reduction
+        self.data_weight = data_weight
         self.chain_init = chain_init
         self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
@@ -469,6 +471,10 @@ class POGOLoss(ChainLoss):
             action = torch.cat([action, others])
             distance = distance * (len(action) / count)
             distance = torch.cat([distance, distance.new_zeros(others.shape[:-1])])
+        if self.data_weight:
+            data_action = self._to_unit_box(batch.get(self.tensor_keys.action))
+            to_data = functional.l2_distance(self._to_unit_box(action), data_action)
+            distance = (1 - self.data_weight) * distance + self.data_weight * to_data
         return self._objective(action, distance, batch, qvalue, weight, alpha, index=index)
 
     def _objective(
@@ -490,10 +496,3 @@ class POGOLoss(ChainLoss):
         loss = self.reduce(loss, batch)
         values = loss.detach().mean(), q.detach().mean(), distance.detach().mean(), scale
         return loss, dict(zip(actor_scalars(index), values))
-
-    def _repeat(self, state: TensorDictBase) -> TensorDictBase:
-        """Repeat the states ``num_samples`` times along a new last batch dimension."""
-        return state.unsqueeze(-1).expand(*state.batch_size, self.num_samples)
-
-    def _to_unit_box(self, action: Tensor) -> Tensor:
-        return functional.to_unit_box(action, self.min_action, self.max_action)

@@ -1,0 +1,121 @@
+"""Keys and value estimator of an actor-critic loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
+from torchrl.objectives.value import ValueEstimatorBase
+
+from pogo_torchrl.objectives.checks import check_gamma
+from pogo_torchrl.torchrl_private import ProtectedLossModule
+
+
+class KeyedLoss(ProtectedLossModule):
+    """Loss with an actor and critics that reads transitions and bootstraps from a TD target."""
+
+    default_value_estimator = ValueEstimators.TD0
+
+    SUPPORTED_VALUE_ESTIMATORS = (
+        ValueEstimators.TD0,
+        ValueEstimators.TD1,
+        ValueEstimators.TDLambda,
+    )
+
+    tensor_keys: Any
+    actor_network: TensorDictModule
+    qvalue_network: TensorDictModule
+    min_action: Tensor
+    _out_keys: list[NestedKey]
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | None = None, **hyperparams
+    ) -> KeyedLoss:
+        """Set the value estimator that computes the TD target.
+
+        Args:
+            value_type: ``TD0``, ``TD1`` or ``TDLambda``, or a ``ValueEstimatorBase`` class or
+                instance. Defaults to ``TD0``, as in the method.
+            **hyperparams: passed to the estimator, e.g. ``gamma=0.99``.
+
+        Returns:
+            The loss itself.
+
+        Raises:
+            ValueError: if ``gamma`` is not in [0, 1].
+        """
+        if "gamma" in hyperparams:
+            check_gamma(hyperparams["gamma"])
+        if value_type is None:
+            value_type = self.default_value_estimator
+        if isinstance(value_type, ValueEstimatorBase) or (
+            isinstance(value_type, type) and issubclass(value_type, ValueEstimatorBase)
+        ):
+            if isinstance(value_type, type):
+                hyperparams.setdefault("value_network", None)
+            LossModule.make_value_estimator(self, value_type, **hyperparams)
+            self.keys_changed()
+            return self
+        # The default device is the host, from which every compiled update would copy gamma.
+        hyperparams.setdefault("device", self.min_action.device)
+        dispatch_value_estimator(
+            self,
+            value_type,
+            supported=self.SUPPORTED_VALUE_ESTIMATORS,
+            tensor_keys={
+                "value": self.tensor_keys.state_action_value,
+                "reward": self.tensor_keys.reward,
+                "done": self.tensor_keys.done,
+                "terminated": self.tensor_keys.terminated,
+            },
+            value_network=None,
+            **hyperparams,
+        )
+        return self
+
+    def keys_changed(self) -> None:
+        """Forward the keys to the value estimator and update :attr:`in_keys`."""
+        if self.has_value_estimator:
+            self.value_estimator.set_keys(
+                value=self.tensor_keys.state_action_value,
+                reward=self.tensor_keys.reward,
+                done=self.tensor_keys.done,
+                terminated=self.tensor_keys.terminated,
+            )
+        self._set_in_keys()
+
+    def _set_in_keys(self) -> None:
+        keys = [
+            self.tensor_keys.action,
+            ("next", self.tensor_keys.reward),
+            ("next", self.tensor_keys.done),
+            ("next", self.tensor_keys.terminated),
+            *self.actor_network.in_keys,
+            *self.qvalue_network.in_keys,
+        ]
+        states = {*self.actor_network.in_keys, *self.qvalue_network.in_keys}
+        keys += [("next", key) for key in keys if key in states - {self.tensor_keys.action}]
+        self._in_keys: list[NestedKey] = list(dict.fromkeys(keys))
+        self._end_keys = [("next", self.tensor_keys.done), ("next", self.tensor_keys.terminated)]
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys that a batch must contain."""
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Keys of the output of :meth:`forward`."""
+        return self._out_keys
+
+    @out_keys.setter
+    def out_keys(self, values: list[NestedKey]) -> None:
+        self._out_keys = values
