@@ -110,3 +110,18 @@ def test_row_truncated_by_a_full_disk_is_dropped_on_resume(tmp_path):
     assert path.stat().st_size == 100
     CSVSink(path, resume_step=1).write(2, [row])
     assert path.read_text() == "step,loss,score\n1,0.123456789,12.5\n2,0.123456789,12.5\n"
+
+
+def test_a_file_of_an_earlier_version_gets_new_columns(path):
+    CSVSink(path).write(10, [{"loss": 1.0, "w2_0": 0.5}])
+    sink = CSVSink(path, resume_step=10)
+    sink.write(20, [{"bc_mse": 0.25, "loss": 2.0, "data_mse_0": 0.1}])
+    sink.write(30, [{"bc_mse": 0.5, "loss": 3.0, "data_mse_0": 0.2}])
+    assert path.read_text().splitlines() == [
+        "step,bc_mse,loss,data_mse_0",
+        "10,0.5,1.0,",
+        "20,0.25,2.0,0.1",
+        "30,0.5,3.0,0.2",
+    ]
+    assert CSVSink(path, resume_step=20).last_step == 20
+    assert len(path.read_text().splitlines()) == 3

@@ -87,6 +87,23 @@ def test_rows_contain_metrics_of_every_actor(make_trainer):
     assert list(row)[-2:] == ["updates_per_second", "seconds"]
 
 
+def test_the_log_shows_how_far_each_actor_has_moved(make_trainer):
+    trainer = make_trainer(10, log=5)
+    trainer.train()
+    row, loss = trainer.rows.rows[-1][1], trainer.loss_module
+    batch = trainer.optimization_stepper.last_batch
+    inputs = batch.select("observation").set("noise", torch.zeros_like(batch["action"]))
+    first, second = (loss.actor(i)(inputs.clone())["action"] for i in (0, 1))
+    assert "step_mse_0" not in row
+    for name, moved in {
+        "data_mse_0": first - batch["action"],
+        "data_mse_1": second - batch["action"],
+        "step_mse_1": second - first,
+    }.items():
+        assert row[name] == pytest.approx(moved.square().mean().item(), rel=1e-6)
+        assert row[name] > 0
+
+
 def test_evaluations_run_at_multiples_of_the_interval_and_once_at_the_end(make_trainer):
     import numpy as np
 

@@ -66,6 +66,16 @@ class CSVSink:
             writer.writerows(kept)
         self.last_step = int(kept[-1]["step"]) if kept else None
 
+    def _add_columns(self, columns: list[str]) -> None:
+        """Rewrite a file of an earlier version, whose rows are empty in the new columns."""
+        with self.path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        with atomic_write(self.path, "x", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        self._columns = columns
+
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append the rows of one step.
 
@@ -74,10 +84,12 @@ class CSVSink:
             rows: values by column name; all rows have the same columns.
 
         Raises:
-            ValueError: if the columns differ from those of the file.
+            ValueError: if columns of the file are missing; new columns are added to it.
             OSError: if the file cannot be written; a truncated row is dropped on resume.
         """
         columns = ["step", *rows[0]]
+        if self._columns is not None and set(columns) > set(self._columns):
+            self._add_columns(columns)
         if self._columns is not None and sorted(columns) != sorted(self._columns):
             raise ValueError(
                 f"{self.path} has the columns {self._columns}, but the new row has {columns}: the "

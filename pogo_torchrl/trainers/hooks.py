@@ -12,6 +12,7 @@ import torch
 from torchrl.trainers import TrainerHookBase
 from tqdm import tqdm
 
+from pogo_torchrl.functional import to_unit_box
 from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.trainers.stepper import RunningMean
 
@@ -56,11 +57,13 @@ class Sink(Protocol):
 
 
 class LogMetrics(TrainerHookBase):
-    """Trainer hook that averages all losses and writes them every ``interval`` updates.
+    r"""Trainer hook that averages all losses and writes them every ``interval`` updates.
 
-    It also writes ``std_i``, the standard deviation of actor i's actions over z (over 16 draws,
-    averaged over the last batch and the action dimensions): 0 means that the actor ignores z.
-    These draws use a separate random generator, so that logging does not affect training.
+    It also writes, measured on the last batch and averaged over the action dimensions, ``std_i``,
+    the standard deviation of actor i's actions over z (over 16 draws; 0 means that the actor
+    ignores z), and the mean squared displacements of its deterministic actions on [-1, 1]:
+    ``data_mse_i`` from the data and, for :math:`i \ge 1`, ``step_mse_i`` from the previous actor.
+    The draws use a separate random generator, so that logging does not affect training.
 
     Args:
         sinks: destinations of the rows.
@@ -102,7 +105,7 @@ class LogMetrics(TrainerHookBase):
         if not due or not self.means.count:
             return
         row = self.means()
-        row.update(self._action_std())
+        row.update(self._action_metrics())
         now, (before, earlier) = self._clock(), self._last
         # wall-clock columns last
         row["updates_per_second"] = (step - earlier) / max(now - before, 1e-9)
@@ -115,10 +118,12 @@ class LogMetrics(TrainerHookBase):
             self.trainer.bar.show(loss_q=row["loss_qvalue"])
 
     @torch.no_grad()
-    def _action_std(self) -> dict[str, float]:
-        loss, spread = self.trainer.loss_module, {}
+    def _action_metrics(self) -> dict[str, float]:
+        """Spread and displacements of the actors' actions on the last batch."""
+        loss, found = self.trainer.loss_module, {}
         batch = self.trainer.optimization_stepper.last_batch
         generator = torch.Generator().manual_seed(0)
+        previous = None
         for i in range(loss.num_actors):
             actor = loss.actor(i)
             if not isinstance(actor, TransportActor):
@@ -127,8 +132,18 @@ class LogMetrics(TrainerHookBase):
             states = observation.expand(self.num_spread_samples, *observation.shape)
             noise = torch.randn((*states.shape[:-1], actor.noise_dim), generator=generator)
             actions = actor(states, noise.to(states))
-            spread[f"std_{i}"] = actions.std(0).mean().item()
-        return spread
+            found[f"std_{i}"] = actions.std(0).mean().item()
+            action = actor(observation, torch.zeros_like(noise[0]).to(observation))
+            for name, reference in (
+                ("data_mse", batch.get(loss.tensor_keys.action)), ("step_mse", previous),
+            ):  # fmt: skip
+                if reference is not None:
+                    moved = to_unit_box(action, loss.min_action, loss.max_action) - to_unit_box(
+                        reference, loss.min_action, loss.max_action
+                    )
+                    found[f"{name}_{i}"] = moved.square().mean().item()
+            previous = action
+        return found
 
 
 class Evaluate(TrainerHookBase):
