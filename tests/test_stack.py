@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -283,3 +284,19 @@ def test_a_compiled_stack_equals_single_runs(make):
     assert stack.train(compile=True) == [None] * 3
     for one, other in zip(alone.trainers, stack.trainers):
         assert_close(training_state(other), training_state(one), rtol=1e-9, atol=1e-9)
+
+
+def test_losses_stay_usable_without_make_value_estimator(unit_spec, make_batch, make_buffer):
+    """The default estimator must not be created within the transform over the runs."""
+    trainers = [
+        POGOTrainer(
+            POGOLoss(make_actor(3, unit_spec, (8,)), make_qvalue(3, 2, (8,)), w2_backend="fast"),
+            make_buffer(),
+            2,
+            progress_bar=False,
+        )
+        for _ in range(2)
+    ]
+    assert TrainerStack(trainers, lambda _: nullcontext()).train() == [None, None]
+    loss = copy.deepcopy(trainers[0].loss_module)
+    assert torch.isfinite(loss(make_batch())["loss_qvalue"])

@@ -111,9 +111,10 @@ class Update:
         self._last_coefficients: tuple[Any, ...] | None = None
         self._single = compile and not stacked
         self._run = self._update_single if self._single else self._update
-        if compile:
-            # TorchRL creates a default estimator at its first use, which cannot be traced.
+        if self.stacked:
+            # TorchRL creates a default estimator at its first use: not within a transform.
             _ = self.loss.value_estimator
+        if compile:
             self._run = compiled_update(self._run, self.loss.min_action.device.type)
 
     def _bind(self) -> None:
