@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import gymnasium
 import h5py
@@ -16,7 +17,7 @@ from pogo_torchrl import load_actors
 from pogo_torchrl.envs import make_env
 from pogo_torchrl.experiments.build import choose_compile
 from pogo_torchrl.experiments.overrides import compose
-from pogo_torchrl.experiments.run_folder import RunFolder, check_run_folder
+from pogo_torchrl.experiments.run_folder import RunFolder, check_run_folder, fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,14 @@ def test_custom_environment(cache, tmp_path):
     )  # fmt: skip
     assert process.returncode == 2
     assert "(3, 1), but task=hopper-medium-v2 has (11, 3)" in process.stderr
+
+
+def test_options_added_later_do_not_change_the_fingerprint_of_older_runs():
+    buffer = SimpleNamespace(fingerprint=lambda: "rows")
+    added = {"step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight"}
+    assert added.isdisjoint(fingerprint(compose([]), buffer))
+    found = fingerprint(compose(["num_critics=3", "step_sizes=[1,2]"]), buffer)
+    assert (found["num_critics"], found["step_sizes"]) == (3, [1.0, 2.0])
 
 
 def test_step_sizes_and_other_options_of_the_networks(cache, tmp_path):

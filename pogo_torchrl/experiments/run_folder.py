@@ -25,6 +25,11 @@ _MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 
 
+# Options added after checkpoint format 3. Their defaults are not part of a fingerprint, so that
+# runs of earlier versions can be resumed.
+_ADDED_LATER = {"step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight"}
+
+
 class RunFolder(NamedTuple):
     """Folders of a run."""
 
@@ -144,10 +149,12 @@ def fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[str
     Returns:
         The settings that affect the training, and the fingerprint of the data.
     """
+    defaults = OmegaConf.structured(config.RunConfig)
     settings = {
         key: OmegaConf.to_object(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key]
         for key in config.top_level_options()
         if key not in _MAY_CHANGE_ON_RESUME
+        and not (key in _ADDED_LATER and cfg[key] == defaults[key])
     }
     if not _constant_lr(cfg):
         settings["total_steps"] = cfg.total_steps
