@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ def serve(checkout: str, row: str, threads: int) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # empty: the first update really compiles
         data = training.write_rows(Path(folder, "data.hdf5"), training.ROWS)
         update = training.make(row, data, torch.device("cpu"), 3)
-        for line in ("1", *sys.stdin):
+        for line in chain(["1"], sys.stdin):  # as they come, so no unpacking
             begun = time.perf_counter()
             update(int(line))
             print(1e3 * (time.perf_counter() - begun) / int(line), peak_memory(), flush=True)
