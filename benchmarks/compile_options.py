@@ -23,9 +23,8 @@ logging.disable(logging.INFO)
 
 import torch  # noqa: E402
 from common import machine, table  # noqa: E402
-from training import ACT, OBS, ROWS, WEIGHT, K, action_spec, replay_buffer, write_rows  # noqa: E402
+from training import ROWS, pogo_loss, replay_buffer, write_rows  # noqa: E402
 
-from pogo_torchrl import POGOLoss, make_actor, make_qvalue  # noqa: E402
 from pogo_torchrl.trainers import POGOOptimizationStepper  # noqa: E402
 
 DEFAULTS = {"cpp_wrapper": False, "reorder_for_locality": True}
@@ -39,14 +38,8 @@ def update(data: Path, changes: dict[str, Any], *, bf16: bool) -> Callable[[], o
     def changed(function: Callable, *, options: dict[str, Any], **kwargs: Any) -> Callable:
         return original(function, options={**options, **changes}, **kwargs)
 
-    loss = POGOLoss(
-        make_actor(OBS, action_spec()),
-        make_qvalue(OBS, ACT),
-        w2_weights=[WEIGHT] * 3,
-        num_samples=K,
-        w2_backend="fast",
-    )
-    rb = replay_buffer(data, torch.device("cpu"))
+    device = torch.device("cpu")
+    loss, rb = pogo_loss(3, device, w2_backend="fast"), replay_buffer(data, device)
     torch.compile = changed
     try:
         stepper = POGOOptimizationStepper(loss, tau=0.005, compile=True, bf16=bf16)

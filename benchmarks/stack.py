@@ -21,9 +21,9 @@ logging.disable(logging.INFO)
 
 import torch  # noqa: E402
 from common import machine, seconds, table  # noqa: E402
-from training import ACT, OBS, ROWS, WEIGHT, K, action_spec, replay_buffer, write_rows  # noqa: E402
+from training import ROWS, pogo_loss, replay_buffer, write_rows  # noqa: E402
 
-from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue  # noqa: E402
+from pogo_torchrl import POGOTrainer  # noqa: E402
 from pogo_torchrl.trainers import TrainerStack  # noqa: E402
 
 
@@ -31,14 +31,7 @@ def stack(runs: int, data: Path, device: torch.device, *, compile: bool) -> Call
     """Make a function that runs one update of a stack of runs."""
     rb, trainers = replay_buffer(data, device), []
     for _ in range(runs):
-        loss = POGOLoss(
-            make_actor(OBS, action_spec()),
-            make_qvalue(OBS, ACT),
-            w2_weights=[WEIGHT] * 3,
-            num_samples=K,
-            w2_backend="fast",
-        ).to(device)
-        loss.make_value_estimator(gamma=0.99)
+        loss = pogo_loss(3, device, w2_backend="fast")
         trainers.append(POGOTrainer(loss, rb, 10**9, progress_bar=False))
 
     def one_stream(_: int) -> AbstractContextManager:

@@ -142,6 +142,17 @@ def td3_bc(path: Path, device: torch.device) -> Updates:
     return run
 
 
+def pogo_loss(actors: int, device: torch.device, **settings: Any) -> POGOLoss:
+    loss = POGOLoss(
+        make_actor(OBS, action_spec()),
+        make_qvalue(OBS, ACT),
+        w2_weights=[WEIGHT] * actors,
+        num_samples=K,
+        **settings,
+    ).to(device)
+    return loss.make_value_estimator(gamma=0.99)
+
+
 def ours(
     path: Path,
     device: torch.device,
@@ -150,14 +161,7 @@ def ours(
     bf16: bool = False,
     **settings: Any,
 ) -> Updates:
-    loss = POGOLoss(
-        make_actor(OBS, action_spec()),
-        make_qvalue(OBS, ACT),
-        w2_weights=[WEIGHT] * actors,
-        num_samples=K,
-        **settings,
-    ).to(device)
-    loss.make_value_estimator(gamma=0.99)
+    loss = pogo_loss(actors, device, **settings)
     trainer = POGOTrainer(
         loss, replay_buffer(path, device), 10**9, compile=compile, bf16=bf16, progress_bar=False
     )

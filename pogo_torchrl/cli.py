@@ -50,7 +50,6 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 def _report(arguments: Sequence[str]) -> None:
     from pogo_torchrl.experiments.config import option, option_lines, options
-    from pogo_torchrl.experiments.console import exit_with_error
     from pogo_torchrl.experiments.overrides import parse_options, wants_help
     from pogo_torchrl.report import write_report
 
@@ -64,17 +63,13 @@ def _report(arguments: Sequence[str]) -> None:
         print("  pogo report [log_dir=FOLDER] [results_dir=FOLDER]\n\nOptions:")
         print("\n".join(option_lines(options(ReportConfig))))
         return
-    try:
-        cfg = parse_options(arguments, ReportConfig())
-        print(f"Report: {write_report(cfg.log_dir, cfg.results_dir)}")
-    except (ValueError, OSError) as error:
-        exit_with_error(error)
+    cfg = parse_options(arguments, ReportConfig())
+    print(f"Report: {write_report(cfg.log_dir, cfg.results_dir)}")
 
 
 def _check_dataset(arguments: Sequence[str]) -> None:
     from pogo_torchrl.envs.dataset_check import DEFAULT_LIMIT, check, format_report, read_rows
     from pogo_torchrl.experiments.config import option, option_lines, options
-    from pogo_torchrl.experiments.console import exit_with_error
     from pogo_torchrl.experiments.overrides import parse_options, wants_help
 
     @dataclass
@@ -91,13 +86,10 @@ def _check_dataset(arguments: Sequence[str]) -> None:
         print("  pogo check-dataset FILE [option=value ...]\n\nOptions:")
         print("\n".join(option_lines(options(CheckConfig))))
         return
-    try:
-        cfg = parse_options(arguments, CheckConfig(), "file")
-        if cfg.file is None:
-            raise ValueError("file is missing: write pogo check-dataset FILE.hdf5.")
-        report = check(read_rows(cfg.file, cfg.limit), cfg.task)
-    except ValueError as error:
-        exit_with_error(error)
+    cfg = parse_options(arguments, CheckConfig(), "file")
+    if cfg.file is None:
+        raise ValueError("file is missing: write pogo check-dataset FILE.hdf5.")
+    report = check(read_rows(cfg.file, cfg.limit), cfg.task)
     print(format_report(report))
     sys.exit(0 if report.matches else 1)
 
@@ -114,7 +106,8 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command of the command line.
 
-    Exits with the command's exit code, or with 2 if the command is unknown.
+    Exits with the command's exit code; with 2 and a one-line message if the command is unknown, or
+    for invalid input and files that cannot be read or written; with 128 + signal number if stopped.
 
     Args:
         arguments: name of the command, followed by its arguments. Defaults to ``sys.argv[1:]``.
@@ -125,12 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command == "--version":
         print(versions())
     elif command in _COMMANDS:
-        try:
-            _COMMANDS[command](rest)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has gone, as in `pogo train --help | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + signal.SIGPIPE)
+        _run(_COMMANDS[command], rest)
     else:
         near = difflib.get_close_matches(command, _COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(_COMMANDS)}."
@@ -138,6 +126,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             hint = f"did you mean pogo train {command}?"
         print(f"pogo: unknown command {command!r}; {hint} (pogo --help)", file=sys.stderr)
         sys.exit(2)
+
+
+def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
+    """Run a command, and exit with one line where it fails for a reason that a user can fix."""
+    from pogo_torchrl.experiments.console import exit_with_error
+
+    try:
+        command(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as in `pogo train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        exit_with_error(KeyboardInterrupt("stopped immediately"), 128 + signal.SIGINT)
+    except (ValueError, OSError, ImportError) as error:
+        exit_with_error(error)
 
 
 def versions() -> str:

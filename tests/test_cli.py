@@ -77,6 +77,16 @@ def test_help_into_a_closed_pipe_is_quiet(command):
     assert process.returncode == 128 + signal.SIGPIPE
 
 
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pogo_torchrl.evaluation.Evaluator.__call__", interrupted)
+    path, _ = policy(tmp_path)
+    assert exit_code("evaluate", str(path), "task=hopper-medium-v2") == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "pogo: stopped immediately\n"
+
+
 def test_versions(capsys):
     main(["--version"])
     out = capsys.readouterr().out

@@ -194,6 +194,13 @@ def test_options_added_later_do_not_change_the_fingerprint_of_older_runs():
     buffer = SimpleNamespace(fingerprint=lambda: "rows")
     added = {"step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight"}
     assert added.isdisjoint(fingerprint(compose([]), buffer))
+    assert set(fingerprint(compose([]), buffer)) == {  # those of checkpoint format 3
+        "alpha", "batch_size", "bf16", "blur", "clip_grad_norm", "critic_layer_norm", "data",
+        "delay_actor", "deterministic", "gamma", "hidden_sizes", "lr", "lr_actor", "lr_critic",
+        "lr_schedule", "lr_schedule_actor", "lr_schedule_critic", "noise_clip", "num_samples",
+        "policy_freq", "policy_noise", "q_normalization", "seed", "shared_noise", "task", "tau",
+        "w2_backend", "w2_fraction", "w2_weights", "weight_decay",
+    }  # fmt: skip
     found = fingerprint(compose(["num_critics=3", "step_sizes=[1,2]"]), buffer)
     assert (found["num_critics"], found["step_sizes"]) == (3, [1.0, 2.0])
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 LOGGER = logging.getLogger("pogo_torchrl")
 
 
-def exit_with_error(error: Exception, exit_code: int = 2) -> NoReturn:
+def exit_with_error(error: BaseException, exit_code: int = 2) -> NoReturn:
     """Print an error as one line on stderr and exit.
 
     Args:

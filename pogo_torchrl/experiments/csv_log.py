@@ -59,17 +59,12 @@ class CSVSink:
         if not self._columns:
             self._columns = None
             return
-        with atomic_write(self.path, "x", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
-            writer.writeheader()
-            kept = [row for row in complete if int(row["step"]) <= step]
-            writer.writerows(kept)
+        kept = [row for row in complete if int(row["step"]) <= step]
+        self._rewrite(self._columns, kept)
         self.last_step = int(kept[-1]["step"]) if kept else None
 
-    def _add_columns(self, columns: list[str]) -> None:
-        """Rewrite a file of an earlier version, whose rows are empty in the new columns."""
-        with self.path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    def _rewrite(self, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the file by these rows, which are empty in columns that they lack."""
         with atomic_write(self.path, "x", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             writer.writeheader()
@@ -88,14 +83,16 @@ class CSVSink:
             OSError: if the file cannot be written; a truncated row is dropped on resume.
         """
         columns = ["step", *rows[0]]
-        if self._columns is not None and set(columns) > set(self._columns):
-            self._add_columns(columns)
-        if self._columns is not None and sorted(columns) != sorted(self._columns):
+        if not set(columns) >= set(self._columns or ()):
             raise ValueError(
                 f"{self.path} has the columns {self._columns}, but the new row has {columns}: the "
                 "file was written by another version of pogo_torchrl. Use another log_dir."
             )
         try:
+            if self._columns is not None and len(columns) > len(self._columns):
+                with self.path.open(newline="") as file:  # written by an earlier version
+                    earlier = list(csv.DictReader(file))
+                self._rewrite(columns, earlier)
             with self.path.open("a", newline="") as file:
                 writer = csv.DictWriter(file, self._columns or columns, lineterminator="\n")
                 if self._columns is None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from pogo_torchrl.evaluation import Evaluation, Evaluator
 from pogo_torchrl.experiments.build import env_fn
 from pogo_torchrl.experiments.config import EnvConfig, option, option_lines, options
-from pogo_torchrl.experiments.console import exit_with_error
 from pogo_torchrl.experiments.film import check_film, film
 from pogo_torchrl.experiments.overrides import parse_options, wants_help
 from pogo_torchrl.export import load_actors, policy_environment
@@ -108,18 +107,14 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Run ``pogo evaluate``.
 
-    Exits with 2 and a one-line message for invalid input, or files that cannot be read or written.
-
     Args:
-        arguments: options of :class:`EvaluateConfig`, see :func:`evaluate`.
+        arguments: options of :class:`EvaluateConfig`, see :func:`evaluate`, which also says what is
+            raised.
     """
     if wants_help(arguments):
         print(_help())
-        return
-    try:
+    else:
         evaluate(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        exit_with_error(error)
 
 
 def _defaults(stored: dict) -> EvaluateConfig:

@@ -80,9 +80,10 @@ def film(
     Raises:
         OSError: if the file cannot be written.
     """
-    fps = int(env_fn().metadata.get("render_fps", 30))
+    envs = [env_fn() for _ in actors]
+    fps = int(envs[0].metadata.get("render_fps", 30))
     stride = -(-fps // _MAX_FPS)
-    frames = _frames([_episode(actor, env_fn(), seed, stride) for actor in actors])
+    frames = _frames([_episode(*pair, seed, stride) for pair in zip(actors, envs)])
     first = next(frames)
     temporary = path.with_name(f".{path.stem}.tmp.mp4")
     count = 1

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from pogo_torchrl import report
 from pogo_torchrl.experiments import config
 from pogo_torchrl.experiments.config import SweepConfig
-from pogo_torchrl.experiments.console import exit_with_error
 from pogo_torchrl.experiments.jobs import (
     CONFLICT,
     DONE,
@@ -235,12 +234,16 @@ def _help() -> str:
 def main(arguments: Sequence[str]) -> None:
     """Run ``pogo sweep``.
 
-    Exit codes: 0 if all runs are done; 1 if any has failed; 2 for invalid input or a full disk,
-    with a one-line message; 128 + signal number if stopped by a signal.
+    Exit codes: 0 if all runs are done; 1 if any has failed; 128 + signal number if stopped by a
+    signal.
 
     Args:
         arguments: options of :class:`~pogo_torchrl.experiments.config.SweepConfig` as
             ``option=value`` or ``--option value``.
+
+    Raises:
+        ValueError: for invalid options or a sweep file that is not valid.
+        OSError: if the disk is too small, or a file cannot be read or written.
     """
     if wants_help(arguments):
         print(_help())
@@ -251,8 +254,6 @@ def main(arguments: Sequence[str]) -> None:
     except Interrupted as stop:
         print("Stopped; run the same command again to continue.", file=sys.stderr)
         sys.exit(128 + stop.args[0])
-    except (ValueError, OSError, ImportError) as error:
-        exit_with_error(error)
     sys.exit(code)
 
 

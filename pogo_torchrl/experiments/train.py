@@ -40,8 +40,7 @@ def _hydra_main(cfg: DictConfig) -> None:
             )
         )
     except KeyboardInterrupt:
-        print("pogo: stopped immediately", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        exit_with_error(KeyboardInterrupt("stopped immediately"), 128 + signal.SIGINT)
 
 
 def main(arguments: Sequence[str]) -> None:

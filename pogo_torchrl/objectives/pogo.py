@@ -267,10 +267,10 @@ class POGOLoss(ChainLoss):
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("chain_init", chain_init, ("independent", "copy"))
 
+        sizes = None
         if step_sizes is not None:
-            # A placeholder of the right length; the weights follow once the bounds are known.
-            self.w2_weights = step_sizes = check_step_sizes(step_sizes, len(self.w2_weights))
-        self.num_actors = len(self.w2_weights)
+            sizes = check_step_sizes(step_sizes, len(self.w2_weights))
+        self.num_actors = len(self.w2_weights if sizes is None else sizes)
         self.num_qvalue_nets = num_qvalue_nets
         self.num_samples = num_samples
         self.blur = blur
@@ -305,13 +305,13 @@ class POGOLoss(ChainLoss):
                 "shared_noise=False."
             )
         low, high = action_bounds(action_spec, bounds, actors[0], self.tensor_keys.action)
-        if step_sizes is not None:
+        if sizes is not None:
             if not low.dim():
                 raise ValueError(
                     "step_sizes depend on the number of action dimensions, which bounds=(low, "
                     "high) of two numbers do not tell: pass action_spec=Bounded(...)."
                 )
-            self.w2_weights = functional.step_sizes_to_weights(step_sizes, low.shape[-1], alpha)
+            self.w2_weights = functional.step_sizes_to_weights(sizes, low.shape[-1], alpha)
         self._register(actors, qvalues)
         self.randomness_changed()
         self.register_buffer("min_action", low)

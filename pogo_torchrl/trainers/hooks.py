@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torchrl.trainers import TrainerHookBase
 from tqdm import tqdm
 
-from pogo_torchrl.functional import to_unit_box
+from pogo_torchrl import functional
 from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.trainers.stepper import RunningMean
 
@@ -123,7 +124,8 @@ class LogMetrics(TrainerHookBase):
         loss, found = self.trainer.loss_module, {}
         batch = self.trainer.optimization_stepper.last_batch
         generator = torch.Generator().manual_seed(0)
-        previous = None
+        to_unit_box = partial(functional.to_unit_box, low=loss.min_action, high=loss.max_action)
+        data, previous = to_unit_box(batch.get(loss.tensor_keys.action)), None
         for i in range(loss.num_actors):
             actor = loss.actor(i)
             if not isinstance(actor, TransportActor):
@@ -133,15 +135,10 @@ class LogMetrics(TrainerHookBase):
             noise = torch.randn((*states.shape[:-1], actor.noise_dim), generator=generator)
             actions = actor(states, noise.to(states))
             found[f"std_{i}"] = actions.std(0).mean().item()
-            action = actor(observation, torch.zeros_like(noise[0]).to(observation))
-            for name, reference in (
-                ("data_mse", batch.get(loss.tensor_keys.action)), ("step_mse", previous),
-            ):  # fmt: skip
-                if reference is not None:
-                    moved = to_unit_box(action, loss.min_action, loss.max_action) - to_unit_box(
-                        reference, loss.min_action, loss.max_action
-                    )
-                    found[f"{name}_{i}"] = moved.square().mean().item()
+            action = to_unit_box(actor(observation, torch.zeros_like(noise[0]).to(observation)))
+            found[f"data_mse_{i}"] = functional.l2_distance(action, data).mean().item()
+            if previous is not None:
+                found[f"step_mse_{i}"] = functional.l2_distance(action, previous).mean().item()
             previous = action
         return found
 
