@@ -54,6 +54,7 @@ OPTIONS: list[tuple[str, str]] = [
     ("w2_weights=0.1,0.5", "write a list as [a,b]"),
     ("data={size:abc}", "data.OPTION=VALUE"),
     ("data={sise:1}", "data.OPTION=VALUE"),
+    ("step_sizes=[1] w2_weights=[1]", "give one of the two"),
     # tasks
     ("task=hoper-medium", "hopper-medium-v2"),
     ("task=hopper-medium-v9", "hopper-medium-v2"),

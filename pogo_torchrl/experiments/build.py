@@ -161,7 +161,7 @@ def env_fn(
 
 
 def resolve_step_sizes(cfg: DictConfig) -> DictConfig:
-    """Return the options with the ``w2_weights`` that follow from ``step_sizes``, if given.
+    """Return the options with ``step_sizes``, if given, replaced by the ``w2_weights`` they imply.
 
     Args:
         cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
@@ -174,7 +174,7 @@ def resolve_step_sizes(cfg: DictConfig) -> DictConfig:
     sizes = check_step_sizes(list(cfg.step_sizes), len(cfg.step_sizes))
     weights = step_sizes_to_weights(sizes, _action_dim(cfg), cfg.alpha)
     resolved = copy.deepcopy(cfg)
-    resolved.w2_weights = list(weights)
+    resolved.w2_weights, resolved.step_sizes = list(weights), None
     return resolved
 
 

@@ -274,6 +274,9 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
         ValueError: total_steps=many must be an integer, e.g. 2000.
     """
     parser = OverridesParser.create()
+    keys = {argument.partition("=")[0] for argument in arguments}
+    if {"step_sizes", "w2_weights"} <= keys:
+        raise ValueError("step_sizes set w2_weights; give one of the two.")
     for previous, argument in zip(("", *arguments), arguments):
         if argument.startswith("-") or (previous.startswith("-") and "=" not in argument):
             continue  # Hydra's flags and their values

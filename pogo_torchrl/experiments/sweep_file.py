@@ -285,6 +285,10 @@ def _task_runs(task: str, settings: dict[str, Any], overrides: Sequence[str]) ->
     if cfg.step_sizes is not None and weights:
         raise ValueError(f"step_sizes={cfg.step_sizes} set w2_weights; give one of the two.")
     cfg = resolve_step_sizes(cfg)
+    given, overrides = (
+        [argument for argument in arguments if not argument.startswith("step_sizes=")]
+        for arguments in (given, overrides)
+    )
     for chain, seed in itertools.product(weights or [list(cfg.w2_weights)], seeds):
         own = copy.deepcopy(cfg)
         own.w2_weights, own.seed = chain, seed
