@@ -214,6 +214,7 @@ def test_step_sizes_set_the_weights(tmp_path):
     hopper, walker = read_sweep(str(file))
     assert list(hopper.cfg.w2_weights) == pytest.approx([1, 2 / 3])
     assert list(walker.cfg.w2_weights) == pytest.approx([1, 1 / 3])
+    assert compose(hopper.arguments) == hopper.cfg  # what its process composes
     file.write_text(common + section % "w2_weights: [1, 1]")
     with pytest.raises(ValueError, match=r"step_sizes=.* set w2_weights; give one of the two"):
         read_sweep(str(file))
