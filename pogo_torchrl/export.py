@@ -61,6 +61,7 @@ def save_actors(
     *,
     hidden_sizes: Sequence[int] = (256, 256),
     environment: Mapping[str, Any] | None = None,
+    averaged: bool = False,
 ) -> None:
     """Save a trained chain to one file, which :func:`load_actors` loads.
 
@@ -71,6 +72,8 @@ def save_actors(
         hidden_sizes: widths of the hidden layers of the actors. Defaults to ``(256, 256)``.
         environment: a JSON-serialisable description of the environment, which
             :func:`policy_environment` returns. Defaults to ``None``.
+        averaged: whether the actors are Polyak averages (``average_actors``), which
+            :func:`policy_weights` tells. Defaults to ``False``.
 
     Raises:
         ValueError: if ``actors`` is empty, or does not match the description above.
@@ -102,6 +105,7 @@ def save_actors(
         "version": str(_VERSION),
         "hidden_sizes": json.dumps(list(hidden_sizes)),
         "num_actors": str(len(actors)),
+        "weights": "averaged" if averaged else "raw",
     }
     if environment is not None:
         header["environment"] = json.dumps(dict(environment), sort_keys=True)
@@ -188,6 +192,19 @@ def policy_environment(path: str | Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def policy_weights(path: str | Path) -> str:
+    """Return which weights a policy file contains: ``"averaged"`` or ``"raw"``.
+
+    Args:
+        path: a file of :func:`save_actors`.
+
+    Raises:
+        ValueError: if the file is damaged or is not a safetensors file.
+    """
+    header, _ = _read(Path(path))
+    return header.get("weights", "raw")
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -68,6 +68,7 @@ def test_other_settings(trained, make_loss, make_batch, make_buffer, wide_spec):
     loss = make_loss(
         wide_spec, w2_backend="fast", delay_actor=True, q_normalization=None, alpha=0.1,
         w2_fraction=0.5, data_weight=0.3, shared_noise=True, num_qvalue_nets=3,
+        average_actors=0.2,
     )  # fmt: skip
     buffer = make_buffer()
     buffer.empty()

@@ -71,6 +71,7 @@ def test_the_header_is_json(path):
         "version": "2",
         "hidden_sizes": "[8, 4]",
         "num_actors": "2",
+        "weights": "raw",
     }
     assert header["actor_1.mean"]["shape"] == [3]
 

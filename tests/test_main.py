@@ -193,7 +193,10 @@ def test_custom_environment(cache, tmp_path):
 
 def test_options_added_later_do_not_change_the_fingerprint_of_older_runs():
     buffer = SimpleNamespace(fingerprint=lambda: "rows")
-    added = {"step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight"}
+    added = {
+        "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
+        "average_actors",
+    }  # fmt: skip
     assert added.isdisjoint(fingerprint(compose([]), buffer))
     assert set(fingerprint(compose([]), buffer)) == {  # those of checkpoint format 3
         "alpha", "batch_size", "bf16", "blur", "clip_grad_norm", "critic_layer_norm", "data",

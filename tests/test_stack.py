@@ -106,7 +106,7 @@ def training_state(trainer):
         {"w2_backend": "exact", "num_samples": 3},
         {"delay_actor": True, "policy_freq": 2},
         {"delay_qvalue": False, "shared_noise": True},
-        {"q_normalization": None, "num_qvalue_nets": 3},
+        {"q_normalization": None, "num_qvalue_nets": 3, "average_actors": 0.1},
     ],
     ids=lambda settings: "_".join(settings) or "default",
 )

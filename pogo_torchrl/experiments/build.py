@@ -246,6 +246,7 @@ def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> PO
         num_qvalue_nets=cfg.num_critics,
         data_weight=cfg.data_weight,
         chain_init=cfg.chain_init,
+        average_actors=cfg.average_actors,
         num_samples=cfg.num_samples,
         blur=cfg.blur,
         w2_backend=cfg.w2_backend,

@@ -212,6 +212,11 @@ class RunConfig:
         "independent",
         "initial weights of actors 1, 2, ...: independent, or copy (those of actor 0)",
     )
+    average_actors: float | None = option(
+        None,
+        "rate of Polyak averages of the actors, in (0, 1], which are then evaluated and exported "
+        "instead of the raw weights; null: no averages",
+    )
     critic_layer_norm: bool = option(False, "use LayerNorm in the critics")
     data: DataConfig = field(default_factory=DataConfig)
     env: EnvConfig = field(default_factory=EnvConfig)

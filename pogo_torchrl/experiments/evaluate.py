@@ -12,7 +12,7 @@ from pogo_torchrl.experiments.build import env_fn
 from pogo_torchrl.experiments.config import EnvConfig, option, option_lines, options
 from pogo_torchrl.experiments.film import check_film, film
 from pogo_torchrl.experiments.overrides import parse_options, wants_help
-from pogo_torchrl.export import load_actors, policy_environment
+from pogo_torchrl.export import load_actors, policy_environment, policy_weights
 from pogo_torchrl.modules import TransportActor
 
 
@@ -71,7 +71,8 @@ def evaluate(arguments: Sequence[str]) -> list[Evaluation]:
         check_film(path, drawing)
     evaluations = evaluator(actors)
     count = f"{cfg.episodes} episode{'s' if cfg.episodes > 1 else ''}"
-    print(f"{cfg.policy} on {cfg.task}, {count}, seed {cfg.seed} (mean ± std)")
+    weights = ", averaged weights" if policy_weights(cfg.policy) == "averaged" else ""
+    print(f"{cfg.policy} on {cfg.task}, {count}, seed {cfg.seed}{weights} (mean ± std)")
     print(evaluation_table(evaluations), flush=True)
     if path is not None:
         frames = film(path, actors, drawing, evaluator.start_seed(0))

@@ -113,6 +113,7 @@ def measure_cost(cfg: DictConfig, seconds: float = 0.5) -> Cost:
     # TorchRL's checkpoints contain the loss's actor_network a second time, as the policy.
     others = _num_bytes(loss.params("target_qvalue_network")) + first
     others += first if cfg.delay_actor else 0
+    others += policy if cfg.average_actors is not None else 0
     return Cost(update, evaluation, 3 * trained + others, policy)  # Adam stores two moments
 
 

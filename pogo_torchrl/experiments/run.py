@@ -175,6 +175,7 @@ class RunInProgress:
         check_options(cfg)
         self.cfg = cfg = resolve_step_sizes(cfg)
         self.folder = RunFolder.of(cfg)
+        self.averaged = cfg.average_actors is not None
         self.evaluator = Evaluator(
             cfg.task, episodes=cfg.eval_episodes, seed=cfg.seed, env_fn=env_fn(cfg.task, cfg.env)
         )
@@ -196,9 +197,7 @@ class RunInProgress:
         seed_everything(cfg.seed)
         self.loss = make_loss(cfg, self.evaluator, self.device)
         self.metrics = LogMetrics([], cfg.log_interval)
-        self.evaluate = Evaluate(
-            lambda: self.evaluator(self._chain()), report=self._report, interval=cfg.eval_interval
-        )
+        self.evaluate = Evaluate(self._evaluations, report=self._report, interval=cfg.eval_interval)
         self.last: list[Evaluation] = []
 
     def read_data(self, replay_buffer: OfflineReplayBuffer | None = None) -> None:
@@ -285,14 +284,21 @@ class RunInProgress:
         trainer = self.trainer
         if trainer.collected_frames < self.cfg.total_steps or not self.evaluate.up_to_date():
             raise Stopped(trainer.collected_frames, trainer.stop_reason)
-        _write_results(self.cfg, self.folder, self._chain(), self.behaviour)
+        chain = self._chain(averaged=self.averaged)
+        _write_results(self.cfg, self.folder, chain, self.behaviour)
 
-    def _chain(self) -> list[TransportActor]:
+    def _chain(self, *, averaged: bool) -> list[TransportActor]:
         """The current chain, acting on raw observations."""
-        return [
-            on_raw_observations(self.loss.actor(i), *self.replay_buffer.normalization)
-            for i in range(self.loss.num_actors)
-        ]
+        actors = [self.loss.actor(i, averaged=averaged) for i in range(self.loss.num_actors)]
+        return [on_raw_observations(actor, *self.replay_buffer.normalization) for actor in actors]
+
+    def _evaluations(self) -> list[Evaluation]:
+        """Evaluate the chain to be deployed: its averages, if any, beside the raw weights."""
+        raw = self.evaluator(self._chain(averaged=False))
+        if not self.averaged:
+            return raw
+        averages = self.evaluator(self._chain(averaged=True))
+        return [average._replace(raw=own) for average, own in zip(averages, raw)]
 
     def _report(self, evaluations: list[Evaluation]) -> None:
         self.last = evaluations
@@ -311,6 +317,7 @@ def _write_results(
                 chain,
                 hidden_sizes=cfg.hidden_sizes,
                 environment={"task": cfg.task, **cfg.env},
+                averaged=cfg.average_actors is not None,
             )
         except OSError as error:
             raise cannot_write(folder.checkpoints, "checkpoint_dir", error) from error

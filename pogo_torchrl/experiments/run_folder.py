@@ -27,7 +27,10 @@ _MAY_CHANGE_ON_RESUME = {
 
 # Options added after checkpoint format 3. Their defaults are not part of a fingerprint, so that
 # runs of earlier versions can be resumed.
-_ADDED_LATER = {"step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight"}
+_ADDED_LATER = {
+    "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
+    "average_actors",
+}  # fmt: skip
 
 
 class RunFolder(NamedTuple):

@@ -35,6 +35,7 @@ class POGOLossConfig(LossConfig):
     reduction: str = "mean"
     data_weight: float = 0.0
     chain_init: str = "independent"
+    average_actors: float | None = None
     deactivate_vmap: bool = False
     use_prioritized_weights: Any = "auto"
     _target_: str = "pogo_torchrl.POGOLoss"

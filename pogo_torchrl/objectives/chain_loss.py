@@ -58,6 +58,7 @@ class ChainLoss(KeyedLoss):
     data_weight: float
     shared_noise: bool
     chain_init: str
+    average_actors: float | None
     delay_actor: bool
     delay_qvalue: bool
     deactivate_vmap: bool
@@ -79,6 +80,11 @@ class ChainLoss(KeyedLoss):
                 self.convert_to_functional(
                     actor, f"actor_network_{i}", create_target_params=self.delay_actor and i == 0
                 )
+        if self.average_actors is not None:
+            for i in range(len(actors)):
+                params = getattr(self, f"actor_network_{i}_params")
+                average = TensorDictParams(params.data.clone(), no_convert=True)  # buffers
+                setattr(self, f"average_actor_network_{i}_params", average)
         self.__dict__["actor_network"] = actors[0]  # not a submodule: its parameters are above
         # TorchRL registers no parameters for a list of one, and reinitialises a single module.
         several = len(qvalues) > 1
@@ -131,7 +137,7 @@ class ChainLoss(KeyedLoss):
 
         Args:
             name: ``actor_network_0``, ..., ``qvalue_network``, or one of these prefixed with
-                ``target_``.
+                ``target_``; with ``average_actors``, also ``average_actor_network_0``, ...
 
         Returns:
             The tensors themselves (not copies), for :func:`torch.func.functional_call`; those of
@@ -234,12 +240,14 @@ class ChainLoss(KeyedLoss):
                     noise[f"reference_{i}"] = noise[f"actor_{i}"]
         return noise
 
-    def actor(self, index: int) -> TensorDictModule:
+    def actor(self, index: int, *, averaged: bool = False) -> TensorDictModule:
         """Return one actor as a policy that shares the parameters being trained.
 
         Args:
             index: index of the actor; negative indices count from the end, and ``-1`` is the
                 policy to deploy.
+            averaged: return the Polyak average of the actor instead, see ``average_actors``; it
+                shares the averaged parameters. Defaults to ``False``.
 
         Returns:
             A module of the class that was passed in, for any batch shape. It changes as training
@@ -247,6 +255,7 @@ class ChainLoss(KeyedLoss):
 
         Raises:
             IndexError: if ``index`` is out of range.
+            ValueError: if ``averaged`` and the loss has no averages.
 
         Example:
             >>> import torch
@@ -257,10 +266,21 @@ class ChainLoss(KeyedLoss):
             >>> loss.actor(1)(observation=torch.zeros(4, 5, 3)).shape
             torch.Size([4, 5, 2])
         """
-        params = getattr(self, f"actor_network_{self._actor_index(index)}_params")
+        if averaged:
+            self.check_averages()
+        prefix = "average_" if averaged else ""
+        params = getattr(self, f"{prefix}actor_network_{self._actor_index(index)}_params")
         policy = copy.deepcopy(self.actor_network)
         params.to_module(policy)
         return policy
+
+    def check_averages(self) -> None:
+        """Raise a ``ValueError`` if the loss has no averaged actors."""
+        if self.average_actors is None:
+            raise ValueError(
+                f"this {type(self).__name__} has no averaged actors: create it with "
+                "average_actors=0.002, for example."
+            )
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of the critics, summed over the critics; see :meth:`qvalue_terms`.
@@ -381,7 +401,7 @@ class ChainLoss(KeyedLoss):
         return td_out
 
     def reset_parameters_recursive(self) -> None:
-        """Reinitialise all actors and critics independently, and copy them to their targets."""
+        """Reinitialise all actors and critics, and copy them to their targets and averages."""
         registered: dict[str, Any] = dict(self.named_children())
         for name in (*(f"actor_network_{i}" for i in range(self.num_actors)), "qvalue_network"):
             network, params = getattr(self, name), registered[f"{name}_params"].data
@@ -392,9 +412,9 @@ class ChainLoss(KeyedLoss):
                 each.update_(TensorDict.from_module(fresh).data)
             if name.startswith("actor") and self.chain_init == "copy":
                 params.update_(registered["actor_network_0_params"].data)
-            target = registered.get(f"target_{name}_params")
-            if target is not None:
-                target.data.update_(params)
+            for copies in ("target", "average"):
+                if f"{copies}_{name}_params" in registered:
+                    registered[f"{copies}_{name}_params"].data.update_(params)
 
     @property
     def _parameter_names(self) -> tuple[str, ...]:

@@ -131,6 +131,9 @@ class POGOLoss(ChainLoss):
             ``"independent"`` (reinitialised, as in the method) or ``"copy"`` (those of actor 0, so
             that every :math:`D_i` starts without having to imitate the previous actor first).
             Defaults to ``"independent"``.
+        average_actors (float, optional): rate in (0, 1] of Polyak averages of all actors, for
+            evaluation and deployment (:class:`~pogo_torchrl.objectives.ActorAverages`). They do
+            not act in any loss. Defaults to ``None``: no averages.
         deactivate_vmap (bool): replace ``vmap`` over the critics by a loop. Defaults to ``False``.
         use_prioritized_weights (bool or "auto"): weight samples by ``priority_weight`` if the
             batch contains it. Defaults to ``"auto"``.
@@ -242,6 +245,7 @@ class POGOLoss(ChainLoss):
         reduction: Literal["mean", "sum", "none"] | None = "mean",
         data_weight: float = 0.0,
         chain_init: Literal["independent", "copy"] = "independent",
+        average_actors: float | None = None,
         deactivate_vmap: bool = False,
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
@@ -254,6 +258,8 @@ class POGOLoss(ChainLoss):
         check_share("w2_fraction", w2_fraction)
         check_positive("alpha", alpha)
         check_share("data_weight", data_weight, or_zero=True)
+        if average_actors is not None:
+            check_share("average_actors", average_actors)
         check_positive("policy_noise", policy_noise, or_zero=True)
         check_positive("noise_clip", noise_clip, or_zero=True)
         check_choice("w2_backend", w2_backend, BACKENDS)
@@ -287,6 +293,7 @@ class POGOLoss(ChainLoss):
         self.reduction = reduction
         self.data_weight = data_weight
         self.chain_init = chain_init
+        self.average_actors = average_actors
         self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
 

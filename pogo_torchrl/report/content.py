@@ -28,6 +28,19 @@ BOOTSTRAP = (
 )
 
 
+def weights_note(settings: Sequence[Setting]) -> tuple[str, ...]:
+    """Note that names the settings whose scores are of averaged actors; empty if there are none.
+
+    Args:
+        settings: all settings of the study.
+    """
+    averaged = [f"{s.task} ({s.label})" for s in settings if s.averaged]
+    if not averaged:
+        return ()
+    which = "all runs" if len(averaged) == len(settings) else ", ".join(averaged)
+    return (f"Scores are of the averaged actors (average_actors) for {which}.",)
+
+
 def headline_table(settings: Sequence[Setting]) -> Table:
     """Scores of the last actor with deterministic actions: one row per task and weights.
 
@@ -61,7 +74,7 @@ def headline_table(settings: Sequence[Setting]) -> Table:
             )
             for setting in settings
         ],
-        (LAST_BEST,),
+        (LAST_BEST, *weights_note(settings)),
     )
 
 
@@ -99,7 +112,7 @@ def scores_table(settings: Sequence[Setting]) -> Table:
             *(f"{which} checkpoint, {mode}" for which in ("last", "best") for mode in MODES),
         ),
         rows,
-        (LAST_BEST,),
+        (LAST_BEST, *weights_note(settings)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,20 @@ def read_scores(path: str | Path) -> dict[tuple[int, str], Curve]:
     return dict(curves)
 
 
+def shows_averages(path: str | Path) -> bool:
+    """Return whether the last scores in an ``evaluations.csv`` are of averaged weights.
+
+    Args:
+        path: the run's ``evaluations.csv``.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+    """
+    with Path(path).open(newline="", errors="replace") as file:
+        shown = [row.get("weights") for row in csv.DictReader(file)]
+    return bool(shown) and shown[-1] == "averaged"
+
+
 def score_table(path: str | Path, behaviour_score: float) -> str:
     r"""Format the last and best score of each actor, and the dataset's score for comparison.
 
@@ -67,8 +82,9 @@ def score_table(path: str | Path, behaviour_score: float) -> str:
           dataset       30.0
     """
     curves = read_scores(path)
+    weights = " of averaged weights" if shows_averages(path) else ""
     lines = [
-        "D4RL scores (0: random policy, 100: expert)",
+        f"D4RL scores{weights} (0: random policy, 100: expert)",
         f"{'':14}{'deterministic':>13}{'stochastic':>16}",
         f"{'':14}{'last':>6}{'best':>8}{'last':>8}{'best':>8}",
     ]
@@ -109,7 +125,8 @@ def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_scor
             label=f"actor {actor}, {mode}",
         )
     axes.axhline(behaviour_score, color="0.5", linestyle=":", label="dataset's behaviour")
-    axes.set(xlabel="updates", ylabel="D4RL score", title=title)
+    weights = " (averaged weights)" if shows_averages(path) else ""
+    axes.set(xlabel="updates", ylabel=f"D4RL score{weights}", title=title)
     axes.grid(alpha=0.3)
     # Below the axes, where it hides no curve.
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)

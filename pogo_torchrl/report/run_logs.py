@@ -50,6 +50,8 @@ class RunRecord:
     steps_made: int
     """Completed updates, judged by the last row of any CSV file."""
     done: bool
+    averaged: bool
+    """Whether the scores are of averaged actors (``average_actors``)."""
     data_score: float
     """Mean score of the episodes in the dataset; NaN if unknown."""
     error: str
@@ -160,6 +162,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         evaluations=evaluations,
         steps_made=max(steps, default=0),
         done=done,
+        averaged=cfg["averaged"],
         data_score=_read_data_score(training / "train.log"),
         # A failed run may have been completed since.
         error="" if done else _one_line(_read_json(folder / "failed.json").get("error", "")),
@@ -264,6 +267,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             "w2_weights": [float(w) for w in cfg["w2_weights"]],
             "total_steps": int(cfg["total_steps"]),
             "data_source": str(data.get("source", "unknown")),
+            "averaged": cfg.get("average_actors") is not None,
         }
     except FileNotFoundError:
         raise ValueError("not started: training/config.yaml does not exist") from None

@@ -32,6 +32,11 @@ class Setting(NamedTuple):
         return weights_label(self.weights)
 
     @property
+    def averaged(self) -> bool:
+        """Whether scores of any run are of averaged actors."""
+        return any(run.averaged for run in self.runs)
+
+    @property
     def last(self) -> Array:
         """Scores of each run at its last checkpoint, ``[S, N, 2]``: seed, actor, mode."""
         return np.stack([run.last for run in self.runs])

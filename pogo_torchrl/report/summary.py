@@ -11,7 +11,7 @@ from pogo_torchrl.report.run_logs import MODES, RunRecord
 
 COLUMNS = (
     "task", "w2_weights", "seed", "actor", "mode", "last_step", "last_score", "last_return",
-    "best_step", "best_score", "status", "data_score",
+    "best_step", "best_score", "status", "data_score", "weights",
 )  # fmt: skip
 
 
@@ -34,7 +34,8 @@ def summary_csv(runs: Iterable[RunRecord]) -> str:
         for actor in range(len(run.weights)):
             for m, mode in enumerate(MODES):
                 row = [run.task, weights, run.seed, actor, mode, *_scores(run, actor, m)]
-                writer.writerow([*row, run.status, data_score])
+                shown = "averaged" if run.averaged else "raw"
+                writer.writerow([*row, run.status, data_score, shown])
     return file.getvalue()
 
 

@@ -39,6 +39,8 @@ class Evaluation(NamedTuple):
     """Number of steps of each episode, ``[E]``."""
     scores: np.ndarray
     """D4RL score of each episode, ``[E]``: 0 for random and 100 for expert."""
+    raw: Evaluation | None = None
+    """For an averaged actor, the evaluation of its raw weights."""
 
 
 class EvaluationInterrupted(Exception):
@@ -236,6 +238,7 @@ class Evaluate(TrainerHookBase):
                 "return_std": float(e.returns.std()),
                 "score": float(e.scores.mean()),
                 "episode_length": float(e.lengths.mean()),
+                **_weights_columns(e),
                 "seconds": seconds,
             }
             for e in evaluations
@@ -244,6 +247,17 @@ class Evaluate(TrainerHookBase):
             sink.write(step, rows)
         self.last_step = step
         self.report(evaluations)
+
+
+def _weights_columns(e: Evaluation) -> dict[str, Any]:
+    """Which weights an evaluation shows and, for averages, the results of the raw weights."""
+    if e.raw is None:
+        return {"weights": "raw"}
+    return {
+        "weights": "averaged",
+        "raw_return_mean": float(e.raw.returns.mean()),
+        "raw_score": float(e.raw.scores.mean()),
+    }
 
 
 class ProgressBar(TrainerHookBase):

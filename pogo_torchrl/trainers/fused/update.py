@@ -56,7 +56,7 @@ class Update:
     r"""One update: first the critics, then actors 0, 1, ... in sequence, finally the targets.
 
     Each network has its own optimizer. Actor i is trained with the updated actor i - 1 and the
-    updated critics.
+    updated critics. Averages of the actors (``average_actors``) move along with the targets.
 
     The update works in place on the parameters of the loss and the moments of the optimizers. It
     binds to their memory when it is created; :meth:`is_current` checks whether the binding is still
@@ -132,6 +132,11 @@ class Update:
         if loss.delay_actor:
             self.target_actor = self._network("target_actor_network_0", trained="actor_0")
             self._targets.append((self.target_actor, self.networks["actor_0"]))
+        self._averages: list[tuple[Network, Network]] = []
+        if loss.average_actors is not None:
+            for i in range(loss.num_actors):
+                average = self._network(f"average_actor_network_{i}", trained=f"actor_{i}")
+                self._averages.append((average, self.networks[f"actor_{i}"]))
         self.optimizers = {
             name: self._optimizer(name, list(network.params.values()))
             for name, network in self.networks.items()
@@ -170,10 +175,12 @@ class Update:
                 terms, reference = partial(loss.jko_terms, index=i), networks[f"actor_{i - 1}"].all
                 found |= minimise(f"actor_{i}", terms, reference, critics, weights[i], alpha)
             actors = torch.stack([found[name] for name in self.actor_names], -1)
-        if self.tau is not None:
-            for target, online in self._targets:
-                for name, values in target.params.items():
-                    values.lerp_(online.params[name], self.tau)
+        for rate, copies in ((self.tau, self._targets), (loss.average_actors, self._averages)):
+            if rate is None:
+                continue
+            for copy, online in copies:
+                for name, values in copy.params.items():
+                    values.lerp_(online.params[name], rate)
         return Results(qvalue, actors, td_error)
 
     def _gradients(
@@ -250,7 +257,8 @@ class Update:
 
     def memory(self) -> list[Tensor]:
         """Return all tensors that an update changes."""
-        networks = [*self.networks.values(), *(target for target, _ in self._targets)]
+        copies = [copy for copy, _ in (*self._targets, *self._averages)]
+        networks = [*self.networks.values(), *copies]
         parameters = [values for network in networks for values in network.params.values()]
         moments = [m for optimizer in self.optimizers.values() for m in optimizer.memory()]
         return parameters + moments
@@ -288,7 +296,7 @@ class Update:
     def _network(self, name: str, trained: str | None = None) -> Network:
         """Collect a network of all losses.
 
-        For a target network, ``trained`` names its online network: the target tensors that
+        For a target network or an average, ``trained`` names its online network: the tensors that
         correspond to trained parameters are those that the Polyak step moves.
         """
         each = [loss.params(name) for loss in self.losses]
