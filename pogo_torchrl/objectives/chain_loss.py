@@ -99,6 +99,16 @@ class ChainLoss(KeyedLoss):
             for params in (self.qvalue_network_params, self.target_qvalue_network_params):
                 params.data.update_(values)
 
+    def _set_out_keys(self) -> None:
+        self._out_keys = [
+            "loss_actor",
+            "loss_qvalue",
+            *[name for i in range(self.num_actors) for name in actor_scalars(i)],
+            "pred_value",
+            "target_value",
+            "next_state_value",
+        ]
+
     def _act(self, actor: Params, state: TensorDictBase, noise: Tensor | None) -> Tensor:
         """Actions of an actor for the given z; if ``noise`` is ``None``, the actor draws it."""
         inputs = state.select(*self.actor_network.in_keys, strict=False)

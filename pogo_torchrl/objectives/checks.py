@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
+from pogo_torchrl.functional import Q_NORMALIZATIONS
 from pogo_torchrl.modules import bounded_action_spec, fresh_copies
+from pogo_torchrl.ot import BACKENDS, MAX_POINTS
 
 
 def check_weights(w2_weights: Sequence[float]) -> tuple[float, ...]:
@@ -94,6 +98,50 @@ def check_choice(name: str, value, allowed: tuple) -> None:
     """Check that a setting is one of the allowed values, raising ``ValueError`` otherwise."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {list(allowed)}.")
+
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "num_qvalue_nets": check_integer,
+    "num_samples": check_integer,
+    "blur": check_positive,
+    "w2_fraction": check_share,
+    "alpha": check_positive,
+    "data_weight": partial(check_share, or_zero=True),
+    "policy_noise": partial(check_positive, or_zero=True),
+    "noise_clip": partial(check_positive, or_zero=True),
+    "w2_backend": partial(check_choice, allowed=BACKENDS),
+    "q_normalization": partial(check_choice, allowed=Q_NORMALIZATIONS),
+    "loss_function": partial(check_choice, allowed=("l2", "l1", "smooth_l1")),
+    "reduction": partial(check_choice, allowed=("mean", "sum", "none")),
+    "chain_init": partial(check_choice, allowed=("independent", "copy")),
+}
+
+
+def check_settings(loss: Any) -> None:
+    """Check the settings of a :class:`~pogo_torchrl.POGOLoss`, given as its attributes.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+    for name, check in _CHECKS.items():
+        check(name, getattr(loss, name))
+    if loss.average_actors is not None:
+        check_share("average_actors", loss.average_actors)
+    if loss.w2_backend == "exact" and loss.num_samples > MAX_POINTS:
+        raise ValueError(
+            f"num_samples={loss.num_samples} is too large for w2_backend='exact', which supports "
+            f"at most {MAX_POINTS}: lower it, or use w2_backend='fast'."
+        )
+
+
+def check_reads_noise(actor: nn.Module) -> None:
+    """Check that an actor can share its noise, raising ``ValueError`` otherwise."""
+    if not hasattr(actor, "noise_key"):
+        raise ValueError(
+            "shared_noise=True requires actors that read their noise z from the tensordict, "
+            f"but {type(actor).__name__} has no noise_key: use TransportActor, or set "
+            "shared_noise=False."
+        )
 
 
 def as_networks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
@@ -18,6 +18,35 @@ from pogo_torchrl.torchrl_private import ProtectedLossModule
 class KeyedLoss(ProtectedLossModule):
     """Loss with an actor and critics that reads transitions and bootstraps from a TD target."""
 
+    @dataclass
+    class _AcceptedKeys:
+        """Default tensordict keys, which ``set_keys(name=key)`` replaces.
+
+        Attributes:
+            action (NestedKey): the action. Defaults to ``"action"``.
+            state_action_value (NestedKey): the output of the critics. Defaults to
+                ``"state_action_value"``.
+            priority (NestedKey): key to which the TD error of each sample is written, for
+                prioritised replay. Defaults to ``"td_error"``.
+            reward (NestedKey): the reward, under ``"next"``. Defaults to ``"reward"``.
+            done (NestedKey): end of the trajectory, under ``"next"``. Defaults to ``"done"``.
+            terminated (NestedKey): terminal state, under ``"next"``. Defaults to
+                ``"terminated"``.
+            priority_weight (NestedKey): importance weight of each sample. Defaults to
+                ``"priority_weight"``.
+        """
+
+        action: NestedKey = "action"
+        state_action_value: NestedKey = "state_action_value"
+        priority: NestedKey = "td_error"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
     default_value_estimator = ValueEstimators.TD0
 
     SUPPORTED_VALUE_ESTIMATORS = (
@@ -26,7 +55,6 @@ class KeyedLoss(ProtectedLossModule):
         ValueEstimators.TDLambda,
     )
 
-    tensor_keys: Any
     actor_network: TensorDictModule
     qvalue_network: TensorDictModule
     min_action: Tensor

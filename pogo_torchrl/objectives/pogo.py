@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.data import TensorSpec
@@ -23,14 +22,12 @@ from pogo_torchrl.objectives.chain_loss import ChainLoss, Noise, Params, actor_s
 from pogo_torchrl.objectives.checks import (
     action_bounds,
     as_networks,
-    check_choice,
-    check_integer,
-    check_positive,
-    check_share,
+    check_reads_noise,
+    check_settings,
     check_step_sizes,
     check_weights,
 )
-from pogo_torchrl.ot import BACKENDS, MAX_POINTS, sinkhorn_divergence
+from pogo_torchrl.ot import sinkhorn_divergence
 
 
 class POGOLoss(ChainLoss):
@@ -191,35 +188,6 @@ class POGOLoss(ChainLoss):
         >>> loss_actor.backward()
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        """Default tensordict keys, which ``set_keys(name=key)`` replaces.
-
-        Attributes:
-            action (NestedKey): the action. Defaults to ``"action"``.
-            state_action_value (NestedKey): the output of the critics. Defaults to
-                ``"state_action_value"``.
-            priority (NestedKey): key to which the TD error of each sample is written, for
-                prioritised replay. Defaults to ``"td_error"``.
-            reward (NestedKey): the reward, under ``"next"``. Defaults to ``"reward"``.
-            done (NestedKey): end of the trajectory, under ``"next"``. Defaults to ``"done"``.
-            terminated (NestedKey): terminal state, under ``"next"``. Defaults to
-                ``"terminated"``.
-            priority_weight (NestedKey): importance weight of each sample. Defaults to
-                ``"priority_weight"``.
-        """
-
-        action: NestedKey = "action"
-        state_action_value: NestedKey = "state_action_value"
-        priority: NestedKey = "td_error"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-        priority_weight: NestedKey = "priority_weight"
-
-    tensor_keys: _AcceptedKeys
-    default_keys = _AcceptedKeys
-
     def __init__(
         self,
         actor_network: TensorDictModule | Sequence[TensorDictModule],
@@ -250,33 +218,6 @@ class POGOLoss(ChainLoss):
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        reduction = "mean" if reduction is None else reduction
-        self.w2_weights = check_weights(w2_weights)
-        check_integer("num_qvalue_nets", num_qvalue_nets)
-        check_integer("num_samples", num_samples)
-        check_positive("blur", blur)
-        check_share("w2_fraction", w2_fraction)
-        check_positive("alpha", alpha)
-        check_share("data_weight", data_weight, or_zero=True)
-        if average_actors is not None:
-            check_share("average_actors", average_actors)
-        check_positive("policy_noise", policy_noise, or_zero=True)
-        check_positive("noise_clip", noise_clip, or_zero=True)
-        check_choice("w2_backend", w2_backend, BACKENDS)
-        if w2_backend == "exact" and num_samples > MAX_POINTS:
-            raise ValueError(
-                f"num_samples={num_samples} is too large for w2_backend='exact', which supports at "
-                f"most {MAX_POINTS}: lower it, or use w2_backend='fast'."
-            )
-        check_choice("q_normalization", q_normalization, functional.Q_NORMALIZATIONS)
-        check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        check_choice("chain_init", chain_init, ("independent", "copy"))
-
-        sizes = None
-        if step_sizes is not None:
-            sizes = check_step_sizes(step_sizes, len(self.w2_weights))
-        self.num_actors = len(self.w2_weights if sizes is None else sizes)
         self.num_qvalue_nets = num_qvalue_nets
         self.num_samples = num_samples
         self.blur = blur
@@ -290,12 +231,18 @@ class POGOLoss(ChainLoss):
         self.delay_actor = delay_actor
         self.delay_qvalue = delay_qvalue
         self.loss_function = loss_function
-        self.reduction = reduction
+        self.reduction = "mean" if reduction is None else reduction
         self.data_weight = data_weight
         self.chain_init = chain_init
         self.average_actors = average_actors
         self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
+        self.w2_weights = check_weights(w2_weights)
+        check_settings(self)
+        sizes = None
+        if step_sizes is not None:
+            sizes = check_step_sizes(step_sizes, len(self.w2_weights))
+        self.num_actors = len(self.w2_weights if sizes is None else sizes)
 
         actors = as_networks(
             actor_network,
@@ -305,12 +252,8 @@ class POGOLoss(ChainLoss):
             reinitialise=chain_init == "independent",
         )
         qvalues = as_networks(qvalue_network, num_qvalue_nets, "qvalue_network", "num_qvalue_nets")
-        if shared_noise and not hasattr(actors[0], "noise_key"):
-            raise ValueError(
-                "shared_noise=True requires actors that read their noise z from the tensordict, "
-                f"but {type(actors[0]).__name__} has no noise_key: use TransportActor, or set "
-                "shared_noise=False."
-            )
+        if shared_noise:
+            check_reads_noise(actors[0])
         low, high = action_bounds(action_spec, bounds, actors[0], self.tensor_keys.action)
         if sizes is not None:
             if not low.dim():
@@ -324,14 +267,7 @@ class POGOLoss(ChainLoss):
         self.register_buffer("min_action", low)
         self.register_buffer("max_action", high)
         self._set_in_keys()
-        self._out_keys: list[NestedKey] = [
-            "loss_actor",
-            "loss_qvalue",
-            *[name for i in range(self.num_actors) for name in actor_scalars(i)],
-            "pred_value",
-            "target_value",
-            "next_state_value",
-        ]
+        self._set_out_keys()
 
     # ------------------------------------------------------------------ the algorithm
 
