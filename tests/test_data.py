@@ -284,3 +284,26 @@ def test_local_source_reads_generated_file(tmp_path):
     assert (rb[:] == again[:]).all()
     other = make_replay_buffer("hopper-medium-v2", seed=1, **settings)
     assert not torch.equal(other[0]["observation"], rb[0]["observation"])
+
+
+@pytest.mark.parametrize("timeouts", [True, False])
+def test_next_actions_are_those_of_the_next_row_of_the_episode(tmp_path, timeouts):
+    """NaN after a terminal state, before a row that was dropped, and at the end of the file."""
+    rows = random_rows(timeouts=timeouts)
+    terminals = rows["terminals"].astype(bool)
+    ends = rows.get("timeouts", np.zeros(ROWS, dtype=bool))
+    ends[-1] = True  # the last row of a file is dropped, as one that timed out is
+    file = write(tmp_path / "data.hdf5", rows)
+    settings = {"source": "hdf5", "path": file, "batch_size": 8}
+    plain = make_replay_buffer("hopper-medium-v2", **settings)
+    rb = make_replay_buffer("hopper-medium-v2", next_action=True, **settings)
+    expected = np.full((ROWS, 2), np.nan, dtype=np.float32)
+    for i in range(ROWS - 1):
+        if not terminals[i] and not ends[i + 1]:
+            expected[i] = rows["actions"][i + 1]
+    found = rb[:]["next", "action"].numpy()
+    np.testing.assert_array_equal(found, expected[~ends])
+    assert 5 < np.isnan(found[:, 0]).sum() < len(found) - 5 or not timeouts
+    assert (rb[:].exclude(("next", "action")) == plain[:]).all()
+    assert ("next", "action") not in plain[:].keys(include_nested=True)
+    assert rb.fingerprint() != plain.fingerprint()

@@ -149,6 +149,7 @@ def make_replay_buffer(
     size: int = 100_000,
     seed: int = 0,
     cache_dir: str | Path | None = None,
+    next_action: bool = False,
     device: torch.device | str = "cpu",
 ) -> OfflineReplayBuffer:
     """Load the offline dataset of a task into a TorchRL replay buffer.
@@ -179,6 +180,10 @@ def make_replay_buffer(
             Defaults to ``0``.
         cache_dir: cache folder for generated data and D4RL's files. Defaults to
             ``$XDG_CACHE_HOME/pogo_torchrl`` or ``~/.cache/pogo_torchrl``.
+        next_action: add the dataset's action in the next state under ``next.action``, which
+            ``POGOLoss(critic_bc_weight=...)`` needs. It is the action of the next row if that row
+            continues the episode, and NaN otherwise: after a terminal state, and where an episode
+            timed out or was cut. Defaults to ``False``.
         device: device of the data. Defaults to ``"cpu"``.
 
     Returns:
@@ -220,12 +225,23 @@ def make_replay_buffer(
     del data
     statistics = Normalization.of if normalize else Normalization.identity
     normalization = statistics(raw["observation"])
+    if next_action:
+        raw["next", "action"] = _next_actions(raw)
     return OfflineReplayBuffer(
         _prepare(raw, normalization, reward_shift, device),
         normalization=Normalization(*(values.to(device) for values in normalization)),
         episode_returns=episode_returns,
         batch_size=batch_size,
     )
+
+
+def _next_actions(raw: TensorDict) -> torch.Tensor:
+    """The dataset's actions in the next states, or NaN; see :func:`make_replay_buffer`."""
+    actions = torch.full(raw["action"].shape, torch.nan)
+    continues = (raw["next", "observation"][:-1] == raw["observation"][1:]).all(-1)
+    continues &= ~raw["next", "terminated"][:-1].squeeze(-1)
+    actions[:-1][continues] = raw["action"][1:][continues]
+    return actions
 
 
 def _prepare(
