@@ -122,6 +122,72 @@ def l2_distance(action: Tensor, data_action: Tensor) -> Tensor:
     return (action - data_action).square().mean(-1)
 
 
+def advantage_weights(
+    q_data: Tensor, q_policy: Tensor, temperature: float, clip: float = 10.0
+) -> Tensor:
+    r"""Weights of the states in an advantage-weighted :math:`D_0`, detached from the graph.
+
+    .. math::
+        w(s) = \frac{\min(e^{A(s)/\beta}, c)}{\mathrm{mean}\, \min(e^{A/\beta}, c)}, \qquad
+        A(s) = \frac{Q(s, a) - Q(s, \pi_0(s, z))}{\mathrm{mean}\, |Q(s, \pi_0(s, z))|}
+
+    The unweighted distance pulls an actor towards the mean of all actions in a mixture of good and
+    bad behaviour. Here, actions of the dataset that are better than the policy's count for more.
+    The advantage is relative to the magnitude of Q, so that :math:`\beta` does not depend on the
+    scale of the rewards, and the mean weight is 1, so that :math:`w_0` keeps its meaning.
+
+    Source: Peng et al., *Advantage-Weighted Regression: Simple and Scalable Off-Policy
+    Reinforcement Learning*, 2019, arXiv:1910.00177; with clipped weights in Kostrikov et al.,
+    *Offline Reinforcement Learning with Implicit Q-Learning*, 2021, arXiv:2110.06169.
+
+    Args:
+        q_data: :math:`Q(s, a)` at the actions of the dataset, of shape ``[*B]``.
+        q_policy: :math:`Q(s, \pi_0(s, z))`, of shape ``[*B]``.
+        temperature: :math:`\beta > 0`; the smaller, the more the weights differ.
+        clip: c, the largest weight before the division by the mean. Defaults to ``10``.
+
+    Returns:
+        The weights without gradient, of shape ``[*B]``, with mean 1.
+
+    Example:
+        >>> import torch
+        >>> advantage_weights(torch.tensor([1.0, 1 + math.log(3)]), torch.ones(2), temperature=1.0)
+        tensor([0.5000, 1.5000])
+    """
+    q_data, q_policy = q_data.detach(), q_policy.detach()
+    # The floor only matters if every Q value is 0, as in q_scale().
+    advantage = (q_data - q_policy) / q_policy.abs().mean().clamp_min(1e-8)
+    exponents = (advantage / temperature).clamp_max(math.log(clip))
+    # softmax() neither overflows nor divides by zero.
+    return exponents.numel() * exponents.flatten().softmax(0).view_as(exponents)
+
+
+def next_action_penalty(action: Tensor, data_action: Tensor) -> Tensor:
+    r"""Penalty on the next action in the TD target: :math:`\sum_k (a' - a'_{data})_k^2`.
+
+    It is 0 where the dataset holds no next action, which is marked by NaN.
+
+    Source: Tarasov et al., *Revisiting the Minimalist Approach to Offline Reinforcement Learning*
+    (ReBRAC), 2023, arXiv:2305.09836.
+
+    Args:
+        action: :math:`a'`, the target's action mapped to [-1, 1], of shape ``[*B, d]``.
+        data_action: the dataset's action in the next state mapped to [-1, 1], or NaN, of shape
+            ``[*B, d]``.
+
+    Returns:
+        One penalty per state, of shape ``[*B]``.
+
+    Example:
+        >>> import torch
+        >>> data_action = torch.tensor([[0.0, 1.0], [torch.nan, torch.nan]])
+        >>> next_action_penalty(torch.tensor([[0.5, 0.5], [0.5, 0.5]]), data_action).tolist()
+        [0.5, 0.0]
+    """
+    unknown = data_action.isnan().any(-1)
+    return (action - data_action).square().sum(-1).masked_fill(unknown, 0.0)
+
+
 def q_scale(
     q: Tensor, alpha: float | Tensor, q_normalization: Literal["mean_abs"] | None = "mean_abs"
 ) -> Tensor:

@@ -64,15 +64,22 @@ def test_default_settings_and_bitwise_identical_resume(trained, make_loss, make_
 
 
 def test_other_settings(trained, make_loss, make_batch, make_buffer, wide_spec):
-    """Delayed actor, policy_freq, asymmetric bounds, w2_fraction, weight decay, clipping."""
+    """Delayed actor, policy_freq, asymmetric bounds, w2_fraction, weight decay, clipping,
+    and the options of the TD target and of the actors' Q and D_0.
+    """
     loss = make_loss(
         wide_spec, w2_backend="fast", delay_actor=True, q_normalization=None, alpha=0.1,
         w2_fraction=0.5, data_weight=0.3, shared_noise=True, num_qvalue_nets=3,
         average_actors=0.2,
+        critic_bc_weight=0.1, target_action="min_clean_noisy", actor_q="mean",
+        advantage_temperature=0.5,
     )  # fmt: skip
     buffer = make_buffer()
     buffer.empty()
-    buffer.extend(make_batch(64, spec=wide_spec))
+    batch = make_batch(64, spec=wide_spec)
+    batch["next", "action"] = wide_spec.rand([64])
+    batch["next", "action"][::5] = torch.nan
+    buffer.extend(batch)
     eager, compiled = (
         trained(loss, buffer, compile=c, policy_freq=2, **OPTIMIZERS) for c in (False, True)
     )

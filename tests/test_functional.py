@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -148,3 +150,37 @@ def test_step_sizes_and_weights_are_inverse():
     equal = F.step_sizes_to_weights([0.7] * 3, 6)
     assert equal[1:] == pytest.approx((2 * equal[0] / 6,) * 2)
     assert F.weights_to_step_sizes([0.0, 1.0], 2) == (float("inf"), 0.5)
+
+
+def test_advantage_weights_are_clipped_exponentials_over_their_mean():
+    q_policy = tensor(2.0, -4.0, 3.0, 3.0)  # mean magnitude 3
+    advantage = tensor(-1.0, 0.0, 0.5, 4.0)
+    q_data = q_policy + 3 * advantage
+    weights = F.advantage_weights(q_data, q_policy, temperature=0.5, clip=5.0)
+    expected = tensor(math.exp(-2), 1.0, math.exp(1), 5.0)  # exp(8) is clipped
+    torch.testing.assert_close(weights, expected / expected.mean())
+    # neither the scale of Q nor the shape of the batch matters
+    scaled = F.advantage_weights(7 * q_data, 7 * q_policy, temperature=0.5, clip=5.0)
+    torch.testing.assert_close(scaled, weights)
+    folded = F.advantage_weights(q_data.view(2, 2), q_policy.view(2, 2), 0.5, 5.0)
+    torch.testing.assert_close(folded, weights.view(2, 2))
+
+
+def test_advantage_weights_are_finite_for_extreme_values():
+    """All exponentials overflow, or all underflow, or every Q value is 0."""
+    for advantage in (1e4, -1e4):
+        weights = F.advantage_weights(tensor(1 + advantage, 1 + advantage), tensor(1, 1), 1)
+        torch.testing.assert_close(weights, tensor(1.0, 1.0))
+    torch.testing.assert_close(F.advantage_weights(tensor(0, 0), tensor(0, 0), 1), tensor(1.0, 1.0))
+
+
+def test_advantage_weights_carry_no_gradient():
+    q = tensor(1.0, 2.0, requires_grad=True)
+    assert not F.advantage_weights(q, q + 1, temperature=1.0).requires_grad
+
+
+def test_the_next_action_penalty_is_a_sum_over_dimensions_and_0_where_unknown():
+    action = tensor([1.0, -1.0], [0.5, 0.0], [0.5, 0.0])
+    data_action = tensor([0.0, 1.0], [0.5, 0.5], [math.nan, math.nan])
+    penalty = F.next_action_penalty(action, data_action)
+    torch.testing.assert_close(penalty, tensor(5.0, 0.25, 0.0))

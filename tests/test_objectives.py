@@ -267,6 +267,10 @@ class TestConstructor:
             ({"w2_fraction": 1.5}, "w2_fraction"),
             ({"data_weight": -0.1}, "data_weight"),
             ({"data_weight": 1.5}, "data_weight"),
+            ({"critic_bc_weight": -1.0}, "critic_bc_weight"),
+            ({"target_action": "clean"}, "target_action"),
+            ({"actor_q": "min"}, "actor_q"),
+            ({"advantage_temperature": 0.0}, "advantage_temperature"),
             ({"alpha": -1.0}, "alpha"),
             ({"policy_noise": -0.1}, "policy_noise"),
             ({"noise_clip": math.inf}, "noise_clip"),
@@ -929,3 +933,135 @@ class TestDataWeight:
         make_loss().actor_loss(batch, 1)
         with pytest.raises(KeyError, match="action"):
             make_loss(data_weight=0.5).actor_loss(batch, 1)
+
+
+class TestTargetOptions:
+    """``target_action`` and ``critic_bc_weight`` against the equations of their docstrings."""
+
+    @pytest.fixture
+    def values(self, wide_spec, make_loss, make_batch):
+        """The target value of a loss, and its parts, for fixed noise."""
+
+        def values(bounds=wide_spec, **settings):
+            torch.manual_seed(0)
+            loss = make_loss(bounds, policy_noise=1.0, num_qvalue_nets=3, **settings)
+            batch = make_batch(spec=bounds)
+            batch["next", "action"] = bounds.rand(batch.batch_size)
+            batch["next", "action"][3] = math.nan
+            noise = loss.draw_noise(batch)
+            state, low, high = batch["next"], loss.min_action, loss.max_action
+            inputs = state.select("observation").set("noise", noise["target"])
+            clean = loss.actor(0)(inputs)["action"]
+            moved = clean + (high - low) / 2 * noise["smoothing"].clamp(-0.5, 0.5)
+            noisy = torch.maximum(torch.minimum(moved, high), low)
+            target = loss.params("target_qvalue_network")
+            q_noisy, q_clean = (loss._qvalues(target, state, a) for a in (noisy, clean))
+            got, _ = loss._target_value(batch, noise, loss.params("actor_network_0"), target)
+            return batch, got, noisy, q_noisy, q_clean
+
+        return values
+
+    def target(self, batch, next_value):
+        alive = 1 - batch["next", "terminated"].float().squeeze(-1)
+        return batch["next", "reward"].squeeze(-1) + 0.9 * alive * next_value
+
+    def test_the_minimum_is_over_critics_and_both_actions(self, values):
+        batch, got, _, q_noisy, q_clean = values(target_action="min_clean_noisy")
+        smallest = torch.cat([q_noisy, q_clean]).amin(0)
+        alive = ~batch["next", "terminated"].squeeze(-1)
+        assert (smallest < q_noisy.amin(0))[alive].any()
+        assert (smallest < q_clean.amin(0))[alive].any()
+        assert_close(got, self.target(batch, smallest))
+        batch, got, _, q_noisy, _ = values()
+        assert_close(got, self.target(batch, q_noisy.amin(0)))
+
+    def test_the_penalty_is_the_squared_distance_in_the_unit_box(self, values, wide_spec):
+        batch, got, noisy, q_noisy, _ = values(critic_bc_weight=0.7)
+        half_range = (wide_spec.space.high - wide_spec.space.low) / 2
+        penalty = ((noisy - batch["next", "action"]) / half_range).square().sum(-1)
+        assert penalty.isnan().tolist() == [i == 3 for i in range(8)]
+        penalty[3] = 0.0  # no next action
+        assert_close(got, self.target(batch, q_noisy.amin(0) - 0.7 * penalty))
+
+    def test_a_batch_without_next_actions(self, make_loss, make_batch):
+        batch = make_batch()
+        loss = make_loss(critic_bc_weight=0.5)
+        assert ("next", "action") in loss.in_keys
+        assert ("next", "action") not in make_loss().in_keys
+        with pytest.raises(KeyError, match=r"critic_bc_weight.*'next', 'action'.*next_action=True"):
+            loss.qvalue_loss(batch)
+        loss.actor_loss(batch)  # the actors do not need it
+        batch["next", "action"] = torch.zeros(8, 3)
+        with pytest.raises(ValueError, match=r"\(8, 3\).*\(8, 2\)"):
+            loss.qvalue_loss(batch)
+        loss.set_keys(action="act")
+        assert ("next", "act") in loss.in_keys
+
+
+@pytest.mark.parametrize("deactivate_vmap", [False, True])
+def test_the_mean_over_critics_in_the_losses_of_the_actors(make_loss, make_batch, deactivate_vmap):
+    loss = make_loss(num_qvalue_nets=3, actor_q="mean", deactivate_vmap=deactivate_vmap)
+    batch, critics = make_batch(), loss.params("qvalue_network")
+    for i in range(2):
+        torch.manual_seed(2)
+        total, found = loss.actor_loss(batch, i)
+        torch.manual_seed(2)
+        noise = loss.draw_noise(batch, critic=False, actors=(i,))[f"actor_{i}"]
+        inputs = batch.select("observation").set("noise", noise if i == 0 else noise[:, 0])
+        q = loss._qvalues(critics, batch, loss.actor(i)(inputs)["action"]).mean(0)
+        assert_close(found[f"q_actor_{i}"], q.mean().detach())
+        assert_close(found[f"lmbd_{i}"], 1 / q.detach().abs().mean())
+        distance = found["w2_1" if i else "bc_mse"]
+        expected = -q.mean() * found[f"lmbd_{i}"] + loss.w2_weights[i] * distance
+        assert_close(total, expected)
+        total.backward()
+        assert all(p.grad is None for p in loss.qvalue_params())
+
+
+class TestAdvantageTemperature:
+    def test_the_distance_of_actor_0_is_weighted(self, wide_spec, make_loss, make_batch):
+        loss = make_loss(wide_spec, advantage_temperature=0.3)
+        batch = make_batch(spec=wide_spec)
+        torch.manual_seed(2)
+        total, found = loss.actor_loss(batch, 0)
+        gradient = torch.autograd.grad(total, loss.actor_params(0))
+        torch.manual_seed(2)
+        noise = loss.draw_noise(batch, critic=False, actors=(0,))["actor_0"]
+        action = loss.actor(0)(batch.select("observation").set("noise", noise))["action"]
+        critics = loss.params("qvalue_network")
+        q_data, q_policy = (loss._qvalues(critics, batch, a) for a in (batch["action"], action))
+        advantage = (q_data.amin(0) - q_policy.amin(0)) / q_policy.amin(0).abs().mean()
+        weights = (advantage / 0.3).exp().clamp_max(10)
+        weights = (weights / weights.mean()).detach()
+        assert weights.std() > 0.01
+        half_range = (wide_spec.space.high - wide_spec.space.low) / 2
+        distances = ((action - batch["action"]) / half_range).square().mean(-1)
+        assert_close(found["bc_mse"], (weights * distances).mean().detach())
+        expected = -q_policy[0].mean() * found["lmbd_0"] + 0.2 * (weights * distances).mean()
+        assert_close(total, expected)
+        assert_close(gradient, torch.autograd.grad(expected, loss.actor_params(0)))
+
+    def test_other_losses_and_random_draws_are_unchanged(self, make_loss, make_batch):
+        plain, weighted = make_loss(), make_loss(advantage_temperature=0.3)
+        weighted.load_state_dict(plain.state_dict())
+        batch = make_batch()
+        first, second = (seeded(loss, batch.clone()) for loss in (plain, weighted))
+        changed = {key for key in first.keys() if not torch.equal(first[key], second[key])}  # noqa: SIM118
+        assert changed == {"loss_actor", "loss_actor_0", "bc_mse"}
+
+    def test_actors_that_draw_their_own_noise(self, make_batch, unit_spec):
+        network = nn.Sequential(MLP(in_features=3, out_features=4), NormalParamExtractor())
+        actor = ProbabilisticActor(
+            TensorDictModule(network, ["observation"], ["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            distribution_class=TanhNormal,
+            spec=unit_spec,
+        )
+        settings = {"action_spec": unit_spec, "w2_weights": (0.2,)}
+        loss = POGOLoss(actor, make_qvalue(3, 2), advantage_temperature=0.3, **settings)
+        plain = POGOLoss(actor, make_qvalue(3, 2), **settings)
+        plain.load_state_dict(loss.state_dict())
+        batch = make_batch()
+        found = [seeded(one.actor_loss, batch, 0)[1] for one in (loss, plain)]
+        assert_close(found[0]["q_actor_0"], found[1]["q_actor_0"], rtol=0, atol=0)
+        assert found[0]["bc_mse"] != found[1]["bc_mse"]

@@ -83,7 +83,10 @@ class Runs:
 def make(unit_spec, make_batch):
     spec = unit_spec.to(torch.float64)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(64), batch_size=16)
-    buffer.extend(make_batch(64, dtype=torch.float64))
+    batch = make_batch(64, dtype=torch.float64)
+    batch["next", "action"] = batch["action"].roll(-1, 0)
+    batch["next", "action"][::5] = torch.nan  # no next action
+    buffer.extend(batch)
 
     def make_runs(**settings):
         settings.setdefault("w2_backend", "fast")
@@ -107,6 +110,8 @@ def training_state(trainer):
         {"delay_actor": True, "policy_freq": 2},
         {"delay_qvalue": False, "shared_noise": True},
         {"q_normalization": None, "num_qvalue_nets": 3, "average_actors": 0.1},
+        {"critic_bc_weight": 0.1, "target_action": "min_clean_noisy"},
+        {"advantage_temperature": 0.5, "actor_q": "mean"},
     ],
     ids=lambda settings: "_".join(settings) or "default",
 )

@@ -34,6 +34,10 @@ class POGOLossConfig(LossConfig):
     loss_function: str = "l2"
     reduction: str = "mean"
     data_weight: float = 0.0
+    critic_bc_weight: float = 0.0
+    target_action: str = "noisy"
+    actor_q: str = "first"
+    advantage_temperature: float | None = None
     chain_init: str = "independent"
     average_actors: float | None = None
     deactivate_vmap: bool = False

@@ -107,12 +107,15 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "w2_fraction": check_share,
     "alpha": check_positive,
     "data_weight": partial(check_share, or_zero=True),
+    "critic_bc_weight": partial(check_positive, or_zero=True),
     "policy_noise": partial(check_positive, or_zero=True),
     "noise_clip": partial(check_positive, or_zero=True),
     "w2_backend": partial(check_choice, allowed=BACKENDS),
     "q_normalization": partial(check_choice, allowed=Q_NORMALIZATIONS),
     "loss_function": partial(check_choice, allowed=("l2", "l1", "smooth_l1")),
     "reduction": partial(check_choice, allowed=("mean", "sum", "none")),
+    "target_action": partial(check_choice, allowed=("noisy", "min_clean_noisy")),
+    "actor_q": partial(check_choice, allowed=("first", "mean")),
     "chain_init": partial(check_choice, allowed=("independent", "copy")),
 }
 
@@ -127,6 +130,8 @@ def check_settings(loss: Any) -> None:
         check(name, getattr(loss, name))
     if loss.average_actors is not None:
         check_share("average_actors", loss.average_actors)
+    if loss.advantage_temperature is not None:
+        check_positive("advantage_temperature", loss.advantage_temperature)
     if loss.w2_backend == "exact" and loss.num_samples > MAX_POINTS:
         raise ValueError(
             f"num_samples={loss.num_samples} is too large for w2_backend='exact', which supports "
@@ -252,6 +257,12 @@ def check_batch(
         if values is None:
             if key in ends:
                 continue
+            if key == ("next", action):
+                raise KeyError(
+                    f"critic_bc_weight > 0 needs the dataset's next actions under the key {key!r}, "
+                    f"but the batch has {list(batch.keys(True, True))}: add them, with NaN where "
+                    "there is none (make_replay_buffer(..., next_action=True) does)."
+                )
             raise KeyError(
                 f"POGOLoss needs the key {key!r}, but the batch has "
                 f"{list(batch.keys(True, True))}: add it, or set your own key with set_keys()."
@@ -270,6 +281,12 @@ def check_batch(
         raise ValueError(
             f"{action!r} has shape {tuple(shape)}, but the actors have actions of shape "
             f"[*B, {low.shape[-1]}]: use data of the same environment."
+        )
+    following = found.get(("next", action))
+    if following is not None and following.shape != shape:
+        raise ValueError(
+            f"{('next', action)!r} has shape {tuple(following.shape)}, but {action!r} has "
+            f"{tuple(shape)}: both hold one action per transition."
         )
     scalar = (*shape[:-1], 1)
     for key in (reward, *ends):

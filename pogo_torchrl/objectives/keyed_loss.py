@@ -23,7 +23,8 @@ class KeyedLoss(ProtectedLossModule):
         """Default tensordict keys, which ``set_keys(name=key)`` replaces.
 
         Attributes:
-            action (NestedKey): the action. Defaults to ``"action"``.
+            action (NestedKey): the action; under ``"next"``, with ``critic_bc_weight`` > 0, the
+                dataset's next action. Defaults to ``"action"``.
             state_action_value (NestedKey): the output of the critics. Defaults to
                 ``"state_action_value"``.
             priority (NestedKey): key to which the TD error of each sample is written, for
@@ -58,6 +59,7 @@ class KeyedLoss(ProtectedLossModule):
     actor_network: TensorDictModule
     qvalue_network: TensorDictModule
     min_action: Tensor
+    critic_bc_weight: float
     _out_keys: list[NestedKey]
 
     def make_value_estimator(
@@ -127,6 +129,8 @@ class KeyedLoss(ProtectedLossModule):
         ]
         states = {*self.actor_network.in_keys, *self.qvalue_network.in_keys}
         keys += [("next", key) for key in keys if key in states - {self.tensor_keys.action}]
+        if self.critic_bc_weight:
+            keys.append(("next", self.tensor_keys.action))
         self._in_keys: list[NestedKey] = list(dict.fromkeys(keys))
         self._end_keys = [("next", self.tensor_keys.done), ("next", self.tensor_keys.terminated)]
 

@@ -124,6 +124,19 @@ class POGOLoss(ChainLoss):
             actors, whose :math:`D_i` becomes :math:`(1 - \beta) D_i + \beta\, \mathrm{mean}\,
             (\pi_i(s, z) - a)^2`; 1 anchors every actor to the data instead of the previous actor.
             Defaults to ``0.0``.
+        critic_bc_weight (float): weight of ReBRAC's penalty on the next action in the TD target,
+            :math:`\min_j \bar Q_j(s', a') - \beta \sum_k (a' - a'_{data})_k^2`, on actions mapped
+            to [-1, 1]. Requires the dataset's next action :math:`a'_{data}` in the batch, NaN where
+            there is none. Defaults to ``0.0``.
+        target_action (str): ``"noisy"``, or ``"min_clean_noisy"``: the TD target takes the minimum
+            over critics at the action without noise as well, as an earlier version of the original
+            code did. Defaults to ``"noisy"``.
+        actor_q (str): Q in the losses of the actors (and in :math:`\lambda`): ``"first"``, or
+            ``"mean"`` over the critics. Defaults to ``"first"``.
+        advantage_temperature (float, optional): temperature :math:`\beta > 0` of an
+            advantage-weighted :math:`D_0`, whose value in a state is multiplied by
+            :func:`pogo_torchrl.functional.advantage_weights`, with the minimum over critics as Q.
+            Defaults to ``None``: unweighted.
         chain_init (str): initial parameters of actors 1, 2, ... when a single actor is passed:
             ``"independent"`` (reinitialised, as in the method) or ``"copy"`` (those of actor 0, so
             that every :math:`D_i` starts without having to imitate the previous actor first).
@@ -141,8 +154,8 @@ class POGOLoss(ChainLoss):
 
     A batch of shape ``[*B]`` contains ``observation`` (``[*B, n]``), ``action`` (``[*B, d]``) and,
     under ``"next"``, ``observation``, ``reward``, ``done`` and ``terminated`` (the last three of
-    shape ``[*B, 1]``). The observation keys are those of the networks; ``set_keys`` changes the
-    others.
+    shape ``[*B, 1]``), and ``action`` if ``critic_bc_weight`` > 0. The observation keys are those
+    of the networks; ``set_keys`` changes the others.
 
     The output contains ``loss_qvalue`` and ``loss_actor`` (the sum over the chain), which carry
     gradients. All other entries are detached scalars for logging: for each actor i
@@ -212,6 +225,10 @@ class POGOLoss(ChainLoss):
         loss_function: Literal["l2", "l1", "smooth_l1"] = "l2",
         reduction: Literal["mean", "sum", "none"] | None = "mean",
         data_weight: float = 0.0,
+        critic_bc_weight: float = 0.0,
+        target_action: Literal["noisy", "min_clean_noisy"] = "noisy",
+        actor_q: Literal["first", "mean"] = "first",
+        advantage_temperature: float | None = None,
         chain_init: Literal["independent", "copy"] = "independent",
         average_actors: float | None = None,
         deactivate_vmap: bool = False,
@@ -233,6 +250,10 @@ class POGOLoss(ChainLoss):
         self.loss_function = loss_function
         self.reduction = "mean" if reduction is None else reduction
         self.data_weight = data_weight
+        self.critic_bc_weight = critic_bc_weight
+        self.target_action = target_action
+        self.actor_q = actor_q
+        self.advantage_temperature = advantage_temperature
         self.chain_init = chain_init
         self.average_actors = average_actors
         self.deactivate_vmap = deactivate_vmap
@@ -310,10 +331,14 @@ class POGOLoss(ChainLoss):
         .. math::
             y = r + \gamma (1 - terminated) \min_j \bar Q_j(s', a'), \qquad
             a' = \mathrm{clip}(\pi_0(s', z') + \mathrm{clip}(\sigma n, -c, c))
+
+        With ``target_action="min_clean_noisy"``, the minimum is also over :math:`\pi_0(s', z')`;
+        ``critic_bc_weight`` :math:`\beta` subtracts :math:`\beta \sum_k (a' - a'_{data})_k^2`.
         """
         next_state = batch.get("next")
+        clean_action = self._act(actor, next_state, noise.get("target"))
         action = functional.smoothed_target_action(
-            self._act(actor, next_state, noise.get("target")),
+            clean_action,
             noise["smoothing"],
             self.min_action,
             self.max_action,
@@ -321,6 +346,14 @@ class POGOLoss(ChainLoss):
             clip=self.noise_clip,
         )
         next_value = self._qvalues(target, next_state, action).min(0)[0]
+        if self.target_action == "min_clean_noisy":
+            clean_action = clean_action.clamp(self.min_action, self.max_action)
+            clean_value = self._qvalues(target, next_state, clean_action).min(0)[0]
+            next_value = torch.minimum(next_value, clean_value)
+        if self.critic_bc_weight:
+            data_action = self._to_unit_box(next_state.get(self.tensor_keys.action))
+            penalty = functional.next_action_penalty(self._to_unit_box(action), data_action)
+            next_value = next_value - self.critic_bc_weight * penalty
         batch = batch.clone(False)
         batch.set(("next", self.tensor_keys.state_action_value), next_value.unsqueeze(-1))
         return self.value_estimator.value_estimate(batch).squeeze(-1), next_value
@@ -340,6 +373,9 @@ class POGOLoss(ChainLoss):
             L_0 = -\lambda\, \mathrm{mean}\, Q_1(s, \pi_0(s, z))
                   + w_0\, \mathrm{mean}\, (\pi_0(s, z) - a)^2
 
+        With ``advantage_temperature``, the states of the second mean are weighted by the advantage
+        of the dataset's action.
+
         Args:
             actor: parameters of actor 0.
             batch: transitions.
@@ -352,9 +388,15 @@ class POGOLoss(ChainLoss):
             The loss and the metadata of :meth:`actor_loss`.
         """
         action = self._act(actor, batch, noise.get("actor_0"))
-        distance = functional.l2_distance(
-            self._to_unit_box(action), self._to_unit_box(batch.get(self.tensor_keys.action))
-        )
+        data_action = batch.get(self.tensor_keys.action)
+        distance = functional.l2_distance(self._to_unit_box(action), self._to_unit_box(data_action))
+        if self.advantage_temperature is not None:
+            with torch.no_grad():
+                q_data = self._qvalues(qvalue, batch, data_action).min(0)[0]
+                q_policy = self._qvalues(qvalue, batch, action).min(0)[0]
+            distance = distance * functional.advantage_weights(
+                q_data, q_policy, self.advantage_temperature
+            )
         return self._objective(action, distance, batch, qvalue, weight, alpha, index=0)
 
     def jko_terms(
@@ -431,9 +473,16 @@ class POGOLoss(ChainLoss):
         *,
         index: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r""":math:`-\lambda Q_1 + w_i D_i` reduced over the batch, and its logged metrics."""
-        frozen = {name: values[0].detach() for name, values in qvalue.items()}
-        q = self._qvalue(frozen, batch, action)
+        r""":math:`-\lambda Q_1 + w_i D_i` reduced over the batch, and its logged metrics.
+
+        With ``actor_q="mean"``, the mean over critics replaces :math:`Q_1`.
+        """
+        frozen = {name: values.detach() for name, values in qvalue.items()}
+        if self.actor_q == "mean":
+            q = self._qvalues(frozen, batch, action).mean(0)
+        else:
+            first = {name: values[0] for name, values in frozen.items()}
+            q = self._qvalue(first, batch, action)
         scale = functional.q_scale(q, alpha, self.q_normalization)
         loss = functional.jko_loss(q, distance, scale=scale, weight=weight)
         loss = self.reduce(loss, batch)
