@@ -196,6 +196,7 @@ def test_options_added_later_do_not_change_the_fingerprint_of_older_runs():
     added = {
         "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
         "average_actors",
+        "actor_q", "target_action", "critic_bc_weight", "advantage_temperature",
     }  # fmt: skip
     assert added.isdisjoint(fingerprint(compose([]), buffer))
     assert set(fingerprint(compose([]), buffer)) == {  # those of checkpoint format 3
@@ -212,7 +213,8 @@ def test_options_added_later_do_not_change_the_fingerprint_of_older_runs():
 def test_step_sizes_and_other_options_of_the_networks(cache, tmp_path):
     options = (
         cache, "step_sizes=[0.5,0.25]", "alpha=1", "critic_hidden_sizes=[12,8]", "num_critics=3",
-        "chain_init=copy", "save_model=false", "resume=true",
+        "chain_init=copy", "save_model=false", "resume=true", "critic_bc_weight=0.1",
+        "target_action=min_clean_noisy", "actor_q=mean", "advantage_temperature=0.5",
     )  # fmt: skip
 
     def start(*more):

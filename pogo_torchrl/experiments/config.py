@@ -203,7 +203,23 @@ class RunConfig:
         None, "widths of the hidden layers of the critics; null: hidden_sizes"
     )
     num_critics: int = option(
-        2, "number of critics; the TD target uses their minimum, the actors the first", highest=100
+        2, "number of critics; the TD target uses their minimum, the actors actor_q", highest=100
+    )
+    actor_q: str = option("first", "Q in the losses of the actors: first, or mean over the critics")
+    target_action: str = option(
+        "noisy",
+        "action of actor 0 in the TD target: noisy, or min_clean_noisy (the smaller value of the "
+        "actions with and without noise)",
+    )
+    critic_bc_weight: float = option(
+        0.0,
+        "weight of the squared distance of the TD target's action from the data's next action, "
+        ">= 0 (ReBRAC)",
+    )
+    advantage_temperature: float | None = option(
+        None,
+        "temperature, > 0, of weights exp(advantage / temperature) of the data's actions in the "
+        "distance term of actor 0; null: equal weights",
     )
     data_weight: float = option(
         0.0, "share of the distance to the data in the distance term of actors 1, 2, ..., in [0, 1]"

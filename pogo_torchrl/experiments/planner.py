@@ -121,12 +121,13 @@ def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds
     rows, spec = 4 * cfg.batch_size, evaluator.action_spec
     observation = torch.randn(rows, evaluator.observation_dim)
     flags = torch.zeros(rows, 1, dtype=torch.bool)
+    action = spec.rand([rows])
     outcome = {"observation": observation, "reward": torch.randn(rows, 1), "done": flags}
     data = TensorDict(
         {
             "observation": observation,
-            "action": spec.rand([rows]),
-            "next": {**outcome, "terminated": flags},
+            "action": action,
+            "next": {**outcome, "terminated": flags, "action": action},
         },
         [rows],
     )

@@ -217,7 +217,11 @@ class RunInProgress:
         )
         if replay_buffer is None:
             replay_buffer = make_replay_buffer(
-                cfg.task, batch_size=cfg.batch_size, device=self.device, **cfg.data
+                cfg.task,
+                batch_size=cfg.batch_size,
+                next_action=cfg.critic_bc_weight > 0,
+                device=self.device,
+                **cfg.data,
             )
             check_data(replay_buffer, self.evaluator, cfg.data)
         self.replay_buffer = replay_buffer

@@ -30,6 +30,7 @@ _MAY_CHANGE_ON_RESUME = {
 _ADDED_LATER = {
     "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
     "average_actors",
+    "actor_q", "target_action", "critic_bc_weight", "advantage_temperature",
 }  # fmt: skip
 
 
