@@ -189,8 +189,9 @@ def make_replay_buffer(
     Returns:
         A replay buffer with the rows of ``d4rl.qlearning_dataset``, in the same order, under the
         keys ``observation``, ``action``, ``next.observation``, ``next.reward``, ``next.done``,
-        ``next.terminated`` and ``next.truncated``. Its attributes ``normalization`` and
-        ``episode_returns`` hold the observation statistics and the episode returns.
+        ``next.terminated``, ``next.truncated`` and, on request, ``next.action``. Its attributes
+        ``normalization`` and ``episode_returns`` hold the observation statistics and the episode
+        returns.
 
     Raises:
         ValueError: for an unknown source, an incompatible combination of source and path or mirror,

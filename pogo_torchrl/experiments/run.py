@@ -227,9 +227,11 @@ class RunInProgress:
         self.replay_buffer = replay_buffer
         self.behaviour = score(cfg.task, float(replay_buffer.episode_returns.mean()))
         rewards = replay_buffer[:]["next", "reward"]
+        # The penalty on the next action is part of the values: at most 4 per action dimension.
+        penalty = cfg.critic_bc_weight * 4 * self.evaluator.action_dim
         guard = StopOnDivergence(
             self.metrics,
-            float(rewards.abs().max()) / (1 - cfg.gamma) if cfg.gamma < 1 else None,
+            (float(rewards.abs().max()) + penalty) / (1 - cfg.gamma) if cfg.gamma < 1 else None,
             warn=LOGGER.warning,
         )
         self.trainer = POGOTrainer(
