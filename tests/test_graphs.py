@@ -81,10 +81,15 @@ def make(make_loss, make_buffer, make_batch, monkeypatch):
     monkeypatch.setattr(
         "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: run
     )
-    loss = make_loss(w2_backend="fast")
-    buffers = {True: offline(make_batch(64)), False: make_buffer()}
+    default = make_loss(w2_backend="fast")
+    batch = make_batch(64)
+    batch["next", "action"] = batch["action"].roll(-1, 0)
+    batch["next", "action"][::5] = torch.nan  # no next action
+    buffers = {True: offline(batch), False: make_buffer()}
 
-    def make(graphs, *, total=33, offline_buffer=True, guard=False, hook=None, **settings):
+    def make(
+        graphs, *, loss=default, total=33, offline_buffer=True, guard=False, hook=None, **settings
+    ):
         metrics = LogMetrics([Rows()], 10)
         hooks = [StopOnDivergence(metrics), metrics] if guard else [metrics]
         trainer = POGOTrainer(
@@ -136,6 +141,17 @@ def add_host_read(trainer):
 
 def assert_same(one, other):
     assert_close(one, other, rtol=0, atol=0)
+
+
+def test_optional_terms_can_be_captured(make, make_loss):
+    loss = make_loss(
+        w2_backend="fast", critic_bc_weight=0.1, target_action="min_clean_noisy", actor_q="mean",
+        advantage_temperature=0.5,
+    )  # fmt: skip
+    plain, trainer = trained(make(False, loss=loss)), make(True, loss=loss)
+    assert_same(trained(trainer), plain)
+    assert not trainer.optimization_stepper._graphs.failed
+    assert sum(tape.replays for tape in trainer.tapes) > 0
 
 
 @pytest.mark.parametrize("policy_freq", [1, 2, 3, 5])
