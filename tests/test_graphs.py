@@ -20,6 +20,7 @@ from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
 from pogo_torchrl.data.replay_buffer import Normalization, OfflineReplayBuffer
 from pogo_torchrl.trainers import POGOOptimizationStepper
 from pogo_torchrl.trainers.hooks import DivergenceError, LogMetrics, StopOnDivergence
+from pogo_torchrl.trainers.step_control import GrowSteps
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -251,6 +252,20 @@ def test_learning_rates_reach_each_replayed_update(make):
     constant = trained(make(True, lr=1e-2))
     name = "qvalue_network_params.module.0.weight"
     assert not torch.allclose(constant["loss"][name], plain["loss"][name])
+
+
+def test_changed_step_sizes_reach_replayed_updates(make):
+    runs = []
+    for graphs in (False, True):
+        trainer = make(graphs, total=12)
+        GrowSteps(100.0, interval=4).register(trainer)
+        runs.append(trained(trainer))
+    assert_same(*runs)
+    assert [tape.replays for tape in trainer.tapes] == [2, 4]
+    assert not torch.allclose(
+        runs[0]["loss"]["actor_network_0_params.net.0.weight"],
+        trained(make(True, total=12))["loss"]["actor_network_0_params.net.0.weight"],
+    )
 
 
 def test_graphs_are_captured_again_after_the_loss_was_moved(make):

@@ -193,7 +193,10 @@ def test_custom_environment(cache, tmp_path):
 
 def test_options_added_later_do_not_change_the_fingerprint_of_older_runs():
     buffer = SimpleNamespace(fingerprint=lambda: "rows")
-    added = {"step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight"}
+    added = {
+        "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
+        "displacement", "alpha_growth",
+    }  # fmt: skip
     assert added.isdisjoint(fingerprint(compose([]), buffer))
     assert set(fingerprint(compose([]), buffer)) == {  # those of checkpoint format 3
         "alpha", "batch_size", "bf16", "blur", "clip_grad_norm", "critic_layer_norm", "data",
@@ -282,8 +285,10 @@ def test_options_missing_from_an_older_config_have_their_defaults(tmp_path):
         check_run_folder(folder, compose([*options, "weight_decay=0.1"]))
 
 
-@pytest.mark.parametrize("option", ["lr_schedule=linear", "lr_schedule_actor=cosine"])
-def test_lr_schedules_fix_total_steps(tmp_path, option):
+@pytest.mark.parametrize(
+    "option", ["lr_schedule=linear", "lr_schedule_actor=cosine", "alpha_growth=4.0"]
+)
+def test_schedules_fix_total_steps(tmp_path, option):
     longer = [f"log_dir={tmp_path}", "resume=true", "total_steps=5000"]
     check_run_folder(started(tmp_path, "seed=1"), compose([*longer, "seed=1"]))
     folder = started(tmp_path, option)

@@ -24,6 +24,7 @@ from pogo_torchrl.experiments.build import (
     optimizer_settings,
     resolve_step_sizes,
     seed_everything,
+    step_control,
 )
 from pogo_torchrl.experiments.console import LOGGER, ConsoleHandler, TrainLogHandler, log_to
 from pogo_torchrl.experiments.csv_log import CSVSink, LoggerSink, check_logger, make_logger
@@ -190,12 +191,14 @@ class RunInProgress:
             "progress_bar": cfg.progress_bar and not stacked,
         }
         POGOTrainer.check_settings(cfg.total_steps, **self.settings)
+        self.step_control = step_control(cfg)
         check_memory(cfg, self.evaluator)
         if cfg.logger.backend:
             check_logger(cfg.logger.backend)
         seed_everything(cfg.seed)
         self.loss = make_loss(cfg, self.evaluator, self.device)
-        self.metrics = LogMetrics([], cfg.log_interval)
+        columns = {"alpha": lambda: self.loss.alpha} if self.step_control else {}
+        self.metrics = LogMetrics([], cfg.log_interval, columns)
         self.evaluate = Evaluate(
             lambda: self.evaluator(self._chain()), report=self._report, interval=cfg.eval_interval
         )
@@ -229,12 +232,13 @@ class RunInProgress:
             float(rewards.abs().max()) / (1 - cfg.gamma) if cfg.gamma < 1 else None,
             warn=LOGGER.warning,
         )
+        hooks = [guard, self.metrics, self.step_control, self.evaluate]
         self.trainer = POGOTrainer(
             self.loss,
             replay_buffer,
             cfg.total_steps,
             fingerprint=fingerprint(cfg, replay_buffer),
-            hooks=[guard, self.metrics, self.evaluate],
+            hooks=[hook for hook in hooks if hook is not None],
             **self.settings,
         )
         self.resumed = self.trainer.resume() if cfg.resume else None

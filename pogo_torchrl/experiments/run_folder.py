@@ -27,7 +27,10 @@ _MAY_CHANGE_ON_RESUME = {
 
 # Options added after checkpoint format 3. Their defaults are not part of a fingerprint, so that
 # runs of earlier versions can be resumed.
-_ADDED_LATER = {"step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight"}
+_ADDED_LATER = {
+    "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
+    "displacement", "alpha_growth",
+}  # fmt: skip
 
 
 class RunFolder(NamedTuple):
@@ -126,7 +129,7 @@ def check_run_folder(folder: RunFolder, cfg: DictConfig) -> None:
         )
     # Options that did not exist when the run was started had their defaults.
     defaults = OmegaConf.structured(config.RunConfig)
-    free = _MAY_CHANGE_ON_RESUME if _constant_lr(cfg) else _MAY_CHANGE_ON_RESUME - {"total_steps"}
+    free = _MAY_CHANGE_ON_RESUME - ({"total_steps"} if _follows_total_steps(cfg) else set())
     changed = [
         f"{key}: {stored.get(key, defaults[key])} -> {cfg[key]}"
         for key in config.top_level_options()
@@ -156,12 +159,12 @@ def fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[str
         if key not in _MAY_CHANGE_ON_RESUME
         and not (key in _ADDED_LATER and cfg[key] == defaults[key])
     }
-    if not _constant_lr(cfg):
+    if _follows_total_steps(cfg):
         settings["total_steps"] = cfg.total_steps
     return {**settings, "data": replay_buffer.fingerprint()}
 
 
-def _constant_lr(cfg: DictConfig) -> bool:
-    """Whether learning rates are constant, so that training does not depend on ``total_steps``."""
-    names = (cfg.lr_schedule, cfg.lr_schedule_actor, cfg.lr_schedule_critic)
-    return set(names) <= {"constant", None}
+def _follows_total_steps(cfg: DictConfig) -> bool:
+    """Whether training depends on ``total_steps``, by a schedule over all updates."""
+    names = {cfg.lr_schedule, cfg.lr_schedule_actor, cfg.lr_schedule_critic}
+    return not names <= {"constant", None} or cfg.alpha_growth != 1

@@ -219,6 +219,8 @@ class POGOOptimizationStepper(OptimizationStepper):
         self._prepare()
         self._run_means.reset()
         if self._graphs is not None:
+            assert self._update is not None
+            self._update.write_coefficients()  # hooks may have changed them
             self._graphs.run(count, batches)
         else:
             for index in range(count):

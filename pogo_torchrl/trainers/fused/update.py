@@ -271,6 +271,12 @@ class Update:
         """Return the current ``w2_weights`` and ``alpha`` of all runs."""
         if not self.stacked:
             return self.loss.w2_weights, self.loss.alpha
+        self.write_coefficients()
+        *weights, alpha = self._coefficient_values.unbind()
+        return weights, alpha
+
+    def write_coefficients(self) -> None:
+        """Write the current ``w2_weights`` and ``alpha`` to the memory that CUDA graphs read."""
         found = tuple((*one.w2_weights, one.alpha) for one in self.losses)
         if found != self._last_coefficients:
             like = self.loss.min_action
@@ -280,8 +286,6 @@ class Update:
             else:  # in place, because CUDA graphs read this memory
                 self._coefficient_values.copy_(values)
             self._last_coefficients = found
-        *weights, alpha = self._coefficient_values.unbind()
-        return weights, alpha
 
     # ------------------------------------------------------------------ memory
 
