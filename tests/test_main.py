@@ -195,7 +195,7 @@ def test_options_added_later_do_not_change_the_fingerprint_of_older_runs():
     buffer = SimpleNamespace(fingerprint=lambda: "rows")
     added = {
         "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
-        "displacement", "alpha_growth",
+        "displacement", "alpha_growth", "freeze_critics_at",
     }  # fmt: skip
     assert added.isdisjoint(fingerprint(compose([]), buffer))
     assert set(fingerprint(compose([]), buffer)) == {  # those of checkpoint format 3
@@ -286,7 +286,8 @@ def test_options_missing_from_an_older_config_have_their_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", ["lr_schedule=linear", "lr_schedule_actor=cosine", "alpha_growth=4.0"]
+    "option",
+    ["lr_schedule=linear", "lr_schedule_actor=cosine", "alpha_growth=4.0", "freeze_critics_at=0.5"],
 )
 def test_schedules_fix_total_steps(tmp_path, option):
     longer = [f"log_dir={tmp_path}", "resume=true", "total_steps=5000"]

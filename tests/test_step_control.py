@@ -1,4 +1,4 @@
-"""Hooks that change alpha during training: their rules, resuming, logs, and every kind of update."""
+"""Hooks that change alpha during training: rules, resuming, logs, and every kind of update."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ from pogo_torchrl.files import atomic_write, cannot_write
 from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.report import plot_curves, score_table
 from pogo_torchrl.trainers import POGOTrainer, TrainerStack
+from pogo_torchrl.trainers.freeze import FreezeThenFlow
 from pogo_torchrl.trainers.hooks import Evaluate, LogMetrics, StopOnDivergence
 
 
@@ -183,6 +184,7 @@ class RunInProgress:
         self.settings = {
             **optimizer_settings(cfg, self.device),
             "policy_freq": cfg.policy_freq,
+            "freeze_critics_at": cfg.freeze_critics_at,
             "tau": cfg.tau,
             "compile": not stacked and choose_compile(cfg.compile, cfg.total_steps, cfg.w2_backend),
             "bf16": cfg.bf16,
@@ -192,6 +194,8 @@ class RunInProgress:
         }
         POGOTrainer.check_settings(cfg.total_steps, **self.settings)
         self.step_control = step_control(cfg)
+        if cfg.freeze_critics_at is not None:
+            FreezeThenFlow(cfg.freeze_critics_at).switch(cfg.total_steps, len(cfg.w2_weights))
         check_memory(cfg, self.evaluator)
         if cfg.logger.backend:
             check_logger(cfg.logger.backend)

@@ -29,7 +29,7 @@ _MAY_CHANGE_ON_RESUME = {
 # runs of earlier versions can be resumed.
 _ADDED_LATER = {
     "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
-    "displacement", "alpha_growth",
+    "displacement", "alpha_growth", "freeze_critics_at",
 }  # fmt: skip
 
 
@@ -167,4 +167,5 @@ def fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[str
 def _follows_total_steps(cfg: DictConfig) -> bool:
     """Whether training depends on ``total_steps``, by a schedule over all updates."""
     names = {cfg.lr_schedule, cfg.lr_schedule_actor, cfg.lr_schedule_critic}
-    return not names <= {"constant", None} or cfg.alpha_growth != 1
+    constant_lr = names <= {"constant", None}
+    return not constant_lr or cfg.alpha_growth != 1 or cfg.freeze_critics_at is not None

@@ -77,7 +77,7 @@ class HoldDisplacement(StepControl):
 
     **The rate** :math:`\rho`. If Q is linear in the actions, actor 0 moves from the mean action of
     the data by a distance proportional to :math:`h_0 \propto \alpha`. Hence
-    :math:`D_0 = c \alpha^2 + \sigma^2`, where :math:`\sigma^2` is the residual variance of the data:
+    :math:`D_0 = c \alpha^2 + \sigma^2` with the residual variance :math:`\sigma^2` of the data,
     the mean variance of an action given its state. If the actor followed at once,
     :math:`\log D_0` would approach its target by the factor
     :math:`1 - 2 \rho\, c \alpha^2 / D_0` per change: stable for all :math:`\rho < 1`, without
@@ -92,7 +92,7 @@ class HoldDisplacement(StepControl):
     bound, and the actor clones the data; with a target just above, actor 0 barely moves. Choose
     the target above the ``bc_mse`` that a run with a very small :math:`\alpha` reaches. The bounds
     on :math:`\alpha` also limit its fall at the start of a run, while :math:`D_0` is large because
-    the actor is untrained.
+    the actor is untrained. Once actor 0 is frozen (``freeze_critics_at``), :math:`\alpha` is kept.
 
     Adapting the weight of the policy constraint during training helps across datasets: Jing et al.,
     *Adaptive Scaling of Policy Constraints for Offline Reinforcement Learning* (ASPC), 2025,
@@ -169,7 +169,8 @@ class HoldDisplacement(StepControl):
         r"""Return :math:`\alpha` adapted to the updates since the last change, within bounds."""
         measured = self.means()["bc_mse"]
         self.means.reset()
-        if not math.isfinite(measured):  # training has diverged
+        frozen = self.trainer.optimization_stepper.frozen  # then alpha no longer affects actor 0
+        if frozen or not math.isfinite(measured):  # or training has diverged
             return self.loss.alpha
         alpha = self.adapted(self.loss.alpha, measured)
         low, high = self.initial_alpha / self.bound, self.initial_alpha * self.bound
