@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from pogo_torchrl import POGOTrainer
 from pogo_torchrl.trainers import lr_scheduler
+from pogo_torchrl.trainers.step_control import GrowSteps
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
@@ -64,7 +65,7 @@ def test_default_settings_and_bitwise_identical_resume(trained, make_loss, make_
 
 
 def test_other_settings(trained, make_loss, make_batch, make_buffer, wide_spec):
-    """Delayed actor, policy_freq, asymmetric bounds, w2_fraction, weight decay, clipping."""
+    """Delayed actor, policy_freq, asymmetric bounds, w2_fraction, weight decay, clipping, alpha."""
     loss = make_loss(
         wide_spec, w2_backend="fast", delay_actor=True, q_normalization=None, alpha=0.1,
         w2_fraction=0.5, data_weight=0.3, shared_noise=True, num_qvalue_nets=3,
@@ -73,9 +74,14 @@ def test_other_settings(trained, make_loss, make_batch, make_buffer, wide_spec):
     buffer.empty()
     buffer.extend(make_batch(64, spec=wide_spec))
     eager, compiled = (
-        trained(loss, buffer, compile=c, policy_freq=2, **OPTIMIZERS) for c in (False, True)
-    )
+        trained(
+            loss, buffer, compile=c, policy_freq=2, hooks=[GrowSteps(20.0, interval=2)],
+            **OPTIMIZERS,
+        )
+        for c in (False, True)
+    )  # fmt: skip
     assert_close(state(compiled), state(eager), rtol=1e-4, atol=1e-5)
+    assert compiled.loss_module.alpha == 0.1 * 20 ** (8 / 9)
     optimizers = compiled.optimization_stepper.optimizers
     counts = {
         name: {float(s["step"]) for s in optimizer.state.values()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -58,8 +59,12 @@ def networks(loss):
 
 
 def changed(before, after):
-    return {name for name in before if name.endswith(("0", "1", "2", "qvalue_network"))
-            and any(not torch.equal(v, after[name][k]) for k, v in before[name].items())}  # fmt: skip
+    """Names of the networks of which any weight has changed."""
+    return {
+        name
+        for name, weights in before.items()
+        if any(not torch.equal(values, after[name][key]) for key, values in weights.items())
+    }
 
 
 def watch(trainer):
@@ -128,12 +133,16 @@ def test_before_the_switch_training_equals_that_of_a_chain_of_one(make, make_los
         assert_same(found[SWITCH][name], expected[name])
 
 
-@pytest.mark.parametrize("policy_freq", [1, 2])
-def test_every_kind_of_update_trains_the_same(make, policy_freq):
+def test_a_traced_update_is_specialised_on_the_trained_networks(make, monkeypatch):
+    """Dynamo traces one graph for each set of networks; Inductor would only take time."""
+    trace = partial(torch.compile, fullgraph=True, dynamic=False, backend="eager")
+    monkeypatch.setattr(
+        "pogo_torchrl.trainers.fused.update.compiled_update", lambda run, device: trace(run)
+    )
     found = []
-    for kind in ("eager", "compiled"):
-        trainer = make(compile=kind == "compiled", policy_freq=policy_freq)
-        run(kind, trainer)
+    for compiled in (False, True):
+        trainer = make(compile=compiled, policy_freq=2)
+        trainer.train()
         found.append((dict(trainer.loss_module.state_dict()), trainer.rows.numbers()))
     assert_close(*found, rtol=1e-4, atol=1e-5)
 
@@ -143,23 +152,15 @@ def test_runs_of_a_stack_equal_single_runs(make):
     alone.train()
     both = [make(policy_freq=2), make(policy_freq=2, alpha=0.1)]
     torch.manual_seed(1)
-    state = torch.get_rng_state()
+    streams = [torch.get_rng_state()] * 2  # both runs draw what the single run draws
 
-    class SameStream:
-        """Give both runs the random stream of the single run."""
+    @contextmanager
+    def active(index):
+        torch.set_rng_state(streams[index])
+        yield
+        streams[index] = torch.get_rng_state()
 
-        streams = {0: state, 1: state}
-
-        def __init__(self, index):
-            self.index = index
-
-        def __enter__(self):
-            torch.set_rng_state(self.streams[self.index])
-
-        def __exit__(self, *_):
-            self.streams[self.index] = torch.get_rng_state()
-
-    assert TrainerStack(both, SameStream).train() == [None, None]
+    assert TrainerStack(both, active).train() == [None, None]
     one, other = (dict(t.loss_module.state_dict()) for t in (alone, both[0]))
     assert_close(other, one, rtol=1e-4, atol=1e-5)
     assert_close(both[0].rows.numbers(), alone.rows.numbers(), rtol=1e-4, atol=1e-5)
@@ -169,7 +170,7 @@ def test_runs_of_a_stack_equal_single_runs(make):
 @pytest.mark.parametrize("cut", [SWITCH - 2, SWITCH, SWITCH + 2])
 def test_a_resumed_run_equals_an_uninterrupted_one(make, tmp_path, cut, compiled):
     def trainer(**settings):
-        schedule = lambda optimizer: LinearLR(optimizer, 1.0, 0.0, TOTAL)  # noqa: E731
+        schedule = partial(LinearLR, start_factor=1.0, end_factor=0.0, total_iters=TOTAL)
         control = HoldDisplacement(0.06, interval=3)
         return make(
             compile=compiled, policy_freq=2, actor_lr_scheduler=schedule,
@@ -202,7 +203,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make, tmp_path, cut, compiled
 def test_networks_that_are_not_trained_repeat_their_last_metrics(make):
     trainer = make(log=1)
     trainer.train()
-    rows = {step: row for step, row in trainer.rows.rows}
+    rows = dict(trainer.rows.rows)
     for name in ("loss_actor_1", "q_actor_2", "w2_1", "lmbd_2"):
         assert {rows[step][name] for step in range(1, SWITCH + 1)} == {0.0}
         assert len({rows[step][name] for step in range(SWITCH + 1, TOTAL + 1)}) > 1
@@ -225,7 +226,7 @@ def test_alpha_is_kept_once_actor_0_is_frozen(make):
 def test_with_hooks_at_each_update_the_result_is_the_same(make):
     plain, watched = make(), make()
     batches = []
-    watched.register_op("post_optim_log", lambda batch: batches.append("td_error" in batch.keys()))
+    watched.register_op("post_optim_log", lambda batch: batches.append("td_error" in batch))
     plain.train()
     torch.manual_seed(1)
     watched.train()

@@ -234,6 +234,26 @@ def test_step_sizes_and_other_options_of_the_networks(cache, tmp_path):
     assert {(3, 12, 14), (3, 8, 12), (3, 1, 8)} <= shapes
 
 
+def test_steps_that_change_during_training(cache, tmp_path):
+    process = pogo(
+        tmp_path, cache, "alpha_growth=4", "freeze_critics_at=0.5", "alpha=0.5", "total_steps=104",
+        "log_interval=52", "eval_interval=104",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    found = rows(run_folder(tmp_path) / "training" / "metrics.csv")
+    assert list(found[0])[-1] == "alpha"  # wall-clock columns, left out here, are the last ones
+    alphas = [0.5, 0.5 * 4 ** (100 / 104)]
+    assert [float(row["alpha"]) for row in found] == pytest.approx(alphas)
+    first, second = ({k: float(v) for k, v in row.items()} for row in found)
+    assert first["w2_1"] == first["step_mse_1"] == 0 < second["step_mse_1"]
+    process = pogo(
+        tmp_path, cache, "alpha_growth=4", "freeze_critics_at=0.5", "alpha=0.5", "total_steps=200",
+        "resume=true",
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "total_steps: 104 -> 200" in process.stderr
+
+
 def test_help_lists_every_option(cache, tmp_path):
     from pogo_torchrl.experiments.config import options
 

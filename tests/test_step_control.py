@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -184,21 +185,17 @@ def test_runs_of_a_stack_have_their_own_alpha(make, control):
         torch.manual_seed(1)
         streams = [rng.state_dict() for _ in alphas]
 
-        class Stream:
-            def __init__(self, index):
-                self.index = index
-
-            def __enter__(self):
-                rng.load_state_dict(streams[self.index])
-
-            def __exit__(self, *_):
-                streams[self.index] = rng.state_dict()
+        @contextmanager
+        def active(index):
+            rng.load_state_dict(streams[index])
+            yield
+            streams[index] = rng.state_dict()
 
         if stacked:
-            assert TrainerStack(trainers, Stream).train() == [None, None]
+            assert TrainerStack(trainers, active).train() == [None, None]
         else:
             for index, trainer in enumerate(trainers):
-                with Stream(index):
+                with active(index):
                     trainer.train()
         return trainers
 
