@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from pogo_torchrl import POGOTrainer
 from pogo_torchrl.trainers import lr_scheduler
+from pogo_torchrl.trainers.step_control import GrowSteps
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
@@ -64,8 +65,8 @@ def test_default_settings_and_bitwise_identical_resume(trained, make_loss, make_
 
 
 def test_other_settings(trained, make_loss, make_batch, make_buffer, wide_spec):
-    """Delayed actor, policy_freq, asymmetric bounds, w2_fraction, weight decay, clipping,
-    and the options of the TD target and of the actors' Q and D_0.
+    """Delayed actor, policy_freq, asymmetric bounds, w2_fraction, weight decay, clipping, a
+    growing alpha, averages, and the options of the TD target and of the actors' Q and D_0.
     """
     loss = make_loss(
         wide_spec, w2_backend="fast", delay_actor=True, q_normalization=None, alpha=0.1,
@@ -81,9 +82,14 @@ def test_other_settings(trained, make_loss, make_batch, make_buffer, wide_spec):
     batch["next", "action"][::5] = torch.nan
     buffer.extend(batch)
     eager, compiled = (
-        trained(loss, buffer, compile=c, policy_freq=2, **OPTIMIZERS) for c in (False, True)
-    )
+        trained(
+            loss, buffer, compile=c, policy_freq=2, hooks=[GrowSteps(20.0, interval=2)],
+            **OPTIMIZERS,
+        )
+        for c in (False, True)
+    )  # fmt: skip
     assert_close(state(compiled), state(eager), rtol=1e-4, atol=1e-5)
+    assert compiled.loss_module.alpha == 0.1 * 20 ** (8 / 9)
     optimizers = compiled.optimization_stepper.optimizers
     counts = {
         name: {float(s["step"]) for s in optimizer.state.values()}

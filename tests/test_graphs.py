@@ -20,6 +20,7 @@ from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
 from pogo_torchrl.data.replay_buffer import Normalization, OfflineReplayBuffer
 from pogo_torchrl.trainers import POGOOptimizationStepper
 from pogo_torchrl.trainers.hooks import DivergenceError, LogMetrics, StopOnDivergence
+from pogo_torchrl.trainers.step_control import GrowSteps
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -167,6 +168,21 @@ def test_replays_are_bitwise_identical_to_plain_updates(make, policy_freq, offli
     assert replays < 33 if offline_buffer else replays == 33
 
 
+@pytest.mark.parametrize("policy_freq", [1, 2])
+@pytest.mark.parametrize("offline_buffer", [True, False])
+def test_replays_freeze_the_critics_at_the_switch(make, policy_freq, offline_buffer):
+    settings = {
+        "offline_buffer": offline_buffer, "policy_freq": policy_freq, "freeze_critics_at": 0.55,
+    }  # fmt: skip
+    plain = trained(make(False, **settings))
+    trainer = make(True, **settings)
+    assert_same(trained(trainer), plain)
+    graphs = trainer.optimization_stepper._graphs
+    assert not graphs.failed
+    networks = {("qvalue", "actor_0"), ("actor_1",)}
+    assert {trained for _, trained in graphs._graphs} - {("qvalue",)} == networks
+
+
 def test_a_tick_is_split_into_long_and_single_graphs(make):
     trainer = make(True, total=11)
     trained(trainer)
@@ -267,6 +283,18 @@ def test_learning_rates_reach_each_replayed_update(make):
     constant = trained(make(True, lr=1e-2))
     name = "qvalue_network_params.module.0.weight"
     assert not torch.allclose(constant["loss"][name], plain["loss"][name])
+
+
+def test_changed_step_sizes_reach_replayed_updates(make):
+    runs = []
+    for graphs in (False, True):
+        trainer = make(graphs, total=12)
+        GrowSteps(100.0, interval=4).register(trainer)
+        runs.append(trained(trainer))
+    assert_same(*runs)
+    assert [tape.replays for tape in trainer.tapes] == [2, 4]
+    lambdas = [row["lmbd_0"] * abs(row["q_actor_0"]) for _, row in trainer.metrics.sinks[0].rows]
+    assert lambdas[1] > 5 * lambdas[0]
 
 
 def test_graphs_are_captured_again_after_the_loss_was_moved(make):

@@ -195,8 +195,8 @@ def test_options_added_later_do_not_change_the_fingerprint_of_older_runs():
     buffer = SimpleNamespace(fingerprint=lambda: "rows")
     added = {
         "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
-        "average_actors",
-        "actor_q", "target_action", "critic_bc_weight", "advantage_temperature",
+        "average_actors", "actor_q", "target_action", "critic_bc_weight", "advantage_temperature",
+        "displacement", "alpha_growth", "freeze_critics_at",
     }  # fmt: skip
     assert added.isdisjoint(fingerprint(compose([]), buffer))
     assert set(fingerprint(compose([]), buffer)) == {  # those of checkpoint format 3
@@ -234,6 +234,26 @@ def test_step_sizes_and_other_options_of_the_networks(cache, tmp_path):
     )
     shapes = {tuple(v.shape) for k, v in loss.items() if k.startswith("qvalue_network") and v.dim()}
     assert {(3, 12, 14), (3, 8, 12), (3, 1, 8)} <= shapes
+
+
+def test_steps_that_change_during_training(cache, tmp_path):
+    process = pogo(
+        tmp_path, cache, "alpha_growth=4", "freeze_critics_at=0.5", "alpha=0.5", "total_steps=104",
+        "log_interval=52", "eval_interval=104",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    found = rows(run_folder(tmp_path) / "training" / "metrics.csv")
+    assert list(found[0])[-1] == "alpha"  # wall-clock columns, left out here, are the last ones
+    alphas = [0.5, 0.5 * 4 ** (100 / 104)]
+    assert [float(row["alpha"]) for row in found] == pytest.approx(alphas)
+    first, second = ({k: float(v) for k, v in row.items()} for row in found)
+    assert first["w2_1"] == first["step_mse_1"] == 0 < second["step_mse_1"]
+    process = pogo(
+        tmp_path, cache, "alpha_growth=4", "freeze_critics_at=0.5", "alpha=0.5", "total_steps=200",
+        "resume=true",
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "total_steps: 104 -> 200" in process.stderr
 
 
 def test_help_lists_every_option(cache, tmp_path):
@@ -287,8 +307,11 @@ def test_options_missing_from_an_older_config_have_their_defaults(tmp_path):
         check_run_folder(folder, compose([*options, "weight_decay=0.1"]))
 
 
-@pytest.mark.parametrize("option", ["lr_schedule=linear", "lr_schedule_actor=cosine"])
-def test_lr_schedules_fix_total_steps(tmp_path, option):
+@pytest.mark.parametrize(
+    "option",
+    ["lr_schedule=linear", "lr_schedule_actor=cosine", "alpha_growth=4.0", "freeze_critics_at=0.5"],
+)
+def test_schedules_fix_total_steps(tmp_path, option):
     longer = [f"log_dir={tmp_path}", "resume=true", "total_steps=5000"]
     check_run_folder(started(tmp_path, "seed=1"), compose([*longer, "seed=1"]))
     folder = started(tmp_path, option)

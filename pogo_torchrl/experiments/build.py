@@ -32,6 +32,7 @@ from pogo_torchrl.objectives.checks import check_step_sizes
 from pogo_torchrl.trainers import LR_SCHEDULES, lr_scheduler
 from pogo_torchrl.trainers.fused.compilation import COMPILABLE
 from pogo_torchrl.trainers.optimizers import adam
+from pogo_torchrl.trainers.step_control import GrowSteps, HoldDisplacement, StepControl
 
 
 def choose_device(name: str) -> torch.device:
@@ -295,6 +296,29 @@ def optimizer_settings(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
         found[f"{name}_optimizer"] = adam(rate, cfg.weight_decay, device=device)
         found[f"{name}_lr_scheduler"] = lr_scheduler(schedule, cfg.total_steps)
     return found
+
+
+def step_control(cfg: DictConfig) -> StepControl | None:
+    """Trainer hook that changes ``alpha`` during training.
+
+    Args:
+        cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
+
+    Returns:
+        The hook; ``None`` if ``alpha`` is constant.
+
+    Raises:
+        ValueError: if an option is out of range, or if both options are given.
+    """
+    grow = GrowSteps(cfg.alpha_growth)
+    if cfg.displacement is None:
+        return None if cfg.alpha_growth == 1 else grow
+    if cfg.alpha_growth != 1:
+        raise ValueError(
+            f"displacement={cfg.displacement} and alpha_growth={cfg.alpha_growth} both change "
+            "alpha: give one of them."
+        )
+    return HoldDisplacement(cfg.displacement)
 
 
 def check_data(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator, cfg: DictConfig) -> None:

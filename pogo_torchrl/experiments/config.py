@@ -174,7 +174,20 @@ class RunConfig:
         0.5, "clipping bound of the target action noise, in units of half the action range"
     )
     policy_freq: int = option(1, "critic updates per update of the actors")
+    freeze_critics_at: float | None = option(
+        None,
+        "fraction of total_steps, in (0, 1), after which critics and actor 0 are frozen and actors "
+        "1, 2, ... are trained, from copies of actor 0; null: train all networks throughout",
+    )
     alpha: float = option(1.0, "weight of the Q term, > 0")
+    displacement: float | None = option(
+        None,
+        "adapt alpha so that actor 0's mean squared distance from the data (bc_mse) is held at "
+        "this value, > 0, e.g. 0.06; null: constant alpha",
+    )
+    alpha_growth: float = option(
+        1.0, "factor by which alpha grows over total_steps, > 0 (geometrically); 1: constant alpha"
+    )
     q_normalization: str | None = option(
         "mean_abs",
         "mean_abs: divide the Q term by mean |Q|; null: do not (as in the original code)",

@@ -24,6 +24,7 @@ from pogo_torchrl.experiments.build import (
     optimizer_settings,
     resolve_step_sizes,
     seed_everything,
+    step_control,
 )
 from pogo_torchrl.experiments.console import LOGGER, ConsoleHandler, TrainLogHandler, log_to
 from pogo_torchrl.experiments.csv_log import CSVSink, LoggerSink, check_logger, make_logger
@@ -40,6 +41,7 @@ from pogo_torchrl.files import atomic_write, cannot_write
 from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.report import plot_curves, score_table
 from pogo_torchrl.trainers import POGOTrainer, TrainerStack
+from pogo_torchrl.trainers.freeze import FreezeThenFlow
 from pogo_torchrl.trainers.hooks import Evaluate, LogMetrics, StopOnDivergence
 
 
@@ -183,6 +185,7 @@ class RunInProgress:
         self.settings = {
             **optimizer_settings(cfg, self.device),
             "policy_freq": cfg.policy_freq,
+            "freeze_critics_at": cfg.freeze_critics_at,
             "tau": cfg.tau,
             "compile": not stacked and choose_compile(cfg.compile, cfg.total_steps, cfg.w2_backend),
             "bf16": cfg.bf16,
@@ -191,12 +194,16 @@ class RunInProgress:
             "progress_bar": cfg.progress_bar and not stacked,
         }
         POGOTrainer.check_settings(cfg.total_steps, **self.settings)
+        self.step_control = step_control(cfg)
+        if cfg.freeze_critics_at is not None:
+            FreezeThenFlow(cfg.freeze_critics_at).switch(cfg.total_steps, len(cfg.w2_weights))
         check_memory(cfg, self.evaluator)
         if cfg.logger.backend:
             check_logger(cfg.logger.backend)
         seed_everything(cfg.seed)
         self.loss = make_loss(cfg, self.evaluator, self.device)
-        self.metrics = LogMetrics([], cfg.log_interval)
+        columns = {"alpha": lambda: self.loss.alpha} if self.step_control else {}
+        self.metrics = LogMetrics([], cfg.log_interval, columns)
         self.evaluate = Evaluate(self._evaluations, report=self._report, interval=cfg.eval_interval)
         self.last: list[Evaluation] = []
 
@@ -234,12 +241,13 @@ class RunInProgress:
             (float(rewards.abs().max()) + penalty) / (1 - cfg.gamma) if cfg.gamma < 1 else None,
             warn=LOGGER.warning,
         )
+        hooks = [guard, self.metrics, self.step_control, self.evaluate]
         self.trainer = POGOTrainer(
             self.loss,
             replay_buffer,
             cfg.total_steps,
             fingerprint=fingerprint(cfg, replay_buffer),
-            hooks=[guard, self.metrics, self.evaluate],
+            hooks=[hook for hook in hooks if hook is not None],
             **self.settings,
         )
         self.resumed = self.trainer.resume() if cfg.resume else None

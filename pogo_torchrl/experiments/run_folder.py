@@ -29,8 +29,8 @@ _MAY_CHANGE_ON_RESUME = {
 # runs of earlier versions can be resumed.
 _ADDED_LATER = {
     "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
-    "average_actors",
-    "actor_q", "target_action", "critic_bc_weight", "advantage_temperature",
+    "average_actors", "actor_q", "target_action", "critic_bc_weight", "advantage_temperature",
+    "displacement", "alpha_growth", "freeze_critics_at",
 }  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def check_run_folder(folder: RunFolder, cfg: DictConfig) -> None:
         )
     # Options that did not exist when the run was started had their defaults.
     defaults = OmegaConf.structured(config.RunConfig)
-    free = _MAY_CHANGE_ON_RESUME if _constant_lr(cfg) else _MAY_CHANGE_ON_RESUME - {"total_steps"}
+    free = _MAY_CHANGE_ON_RESUME - ({"total_steps"} if _follows_total_steps(cfg) else set())
     changed = [
         f"{key}: {stored.get(key, defaults[key])} -> {cfg[key]}"
         for key in config.top_level_options()
@@ -160,12 +160,13 @@ def fingerprint(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> dict[str
         if key not in _MAY_CHANGE_ON_RESUME
         and not (key in _ADDED_LATER and cfg[key] == defaults[key])
     }
-    if not _constant_lr(cfg):
+    if _follows_total_steps(cfg):
         settings["total_steps"] = cfg.total_steps
     return {**settings, "data": replay_buffer.fingerprint()}
 
 
-def _constant_lr(cfg: DictConfig) -> bool:
-    """Whether learning rates are constant, so that training does not depend on ``total_steps``."""
-    names = (cfg.lr_schedule, cfg.lr_schedule_actor, cfg.lr_schedule_critic)
-    return set(names) <= {"constant", None}
+def _follows_total_steps(cfg: DictConfig) -> bool:
+    """Whether training depends on ``total_steps``, by a schedule over all updates."""
+    names = {cfg.lr_schedule, cfg.lr_schedule_actor, cfg.lr_schedule_critic}
+    constant_lr = names <= {"constant", None}
+    return not constant_lr or cfg.alpha_growth != 1 or cfg.freeze_critics_at is not None

@@ -62,6 +62,7 @@ class POGOTrainerConfig(TrainerConfig):
     actor_lr_scheduler: Any = None
     clip_grad_norm: float | None = None
     policy_freq: int = 1
+    freeze_critics_at: float | None = None
     tau: float = 0.005
     target_net_updater: Any = None
     compile: bool = False

@@ -71,6 +71,8 @@ class LogMetrics(TrainerHookBase):
     Args:
         sinks: destinations of the rows.
         interval: number of updates between two rows. Defaults to ``1000``.
+        columns: functions without arguments that return the values of further columns, by name.
+            Defaults to none.
 
     Raises:
         ValueError: if ``interval`` is less than 1.
@@ -78,10 +80,16 @@ class LogMetrics(TrainerHookBase):
 
     num_spread_samples = 16
 
-    def __init__(self, sinks: Sequence[Sink], interval: int = 1000) -> None:
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        interval: int = 1000,
+        columns: Mapping[str, Callable[[], float]] | None = None,
+    ) -> None:
         if interval < 1:
             raise ValueError(f"log_interval={interval} must be an integer >= 1.")
         self.sinks = sinks
+        self.columns = dict(columns or {})
         self.interval = interval
         self._clock = time.perf_counter
         self._started = self._last = (0.0, 0)
@@ -109,6 +117,7 @@ class LogMetrics(TrainerHookBase):
             return
         row = self.means()
         row.update(self._action_metrics())
+        row.update({name: value() for name, value in self.columns.items()})
         now, (before, earlier) = self._clock(), self._last
         # wall-clock columns last
         row["updates_per_second"] = (step - earlier) / max(now - before, 1e-9)

@@ -11,9 +11,10 @@ from tensordict import TensorDict
 
 from pogo_torchrl.torchrl_private import count_updates, run_stage
 from pogo_torchrl.trainers.fused.update import Update
-from pogo_torchrl.trainers.trainer import OfflineStepIterator, POGOTrainer
+from pogo_torchrl.trainers.ticks import OfflineStepIterator
+from pogo_torchrl.trainers.trainer import POGOTrainer
 
-_SHARED_SETTINGS = ("policy_freq", "tau", "clip_grad_norm", "bf16")
+_SHARED_SETTINGS = ("policy_freq", "tau", "clip_grad_norm", "bf16", "freeze_at")
 
 # Stages of TorchRL's trainer that a stack runs.
 _SUPPORTED_STAGES = {
@@ -97,6 +98,7 @@ class TrainerStack:
         ticks.intervals = sorted(
             {i for trainer in self.trainers for i in trainer.collector.intervals}
         )
+        ticks.stops = sorted({s for trainer in self.trainers for s in trainer.collector.stops})
         for tick in ticks:
             for trainer in self.trainers:
                 trainer.collected_frames = trainer.collector.step = ticks.step
@@ -126,7 +128,7 @@ class TrainerStack:
                 noises.append(stepper.draw_noise(batches[-1]))
         first = self.steppers[0]
         noise = {name: torch.stack([one[name] for one in noises]) for name in noises[0]}
-        stacked = self._update(torch.stack(batches), noise, first.lr(), first.with_actors)
+        stacked = self._update(torch.stack(batches), noise, first.lr(), first.trained)
         for index, (trainer, stepper) in enumerate(zip(self.trainers, self.steppers)):
             own = stacked.map(itemgetter(index))
             stepper.record_metrics(own, batches[index])

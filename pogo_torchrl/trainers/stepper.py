@@ -17,6 +17,7 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
 from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.objectives.chain_loss import actor_scalars
 from pogo_torchrl.torchrl_private import count_updates, run_stage
 from pogo_torchrl.trainers.fused.compilation import check_backend
 from pogo_torchrl.trainers.fused.cuda_graphs import CUDAGraph, DeviceGraph, UpdateGraphs
@@ -113,6 +114,11 @@ class POGOOptimizationStepper(OptimizationStepper):
         bf16: run the networks in bfloat16 (autocast); parameters, moments and the divergence stay
             in float32. Defaults to ``False``.
 
+    Attributes:
+        freeze_at: number of updates after which the critics and actor 0 are frozen, and until which
+            the later actors are not trained; set by
+            :class:`~pogo_torchrl.trainers.freeze.FreezeThenFlow`. Defaults to ``None``.
+
     Raises:
         ValueError: if an optimizer is invalid, if there is not one optimizer per actor, or if the
             divergence cannot be compiled. When training starts: if an optimizer does not hold the
@@ -162,6 +168,7 @@ class POGOOptimizationStepper(OptimizationStepper):
             actor_lr_scheduler,
         )
         self.steps = 0
+        self.freeze_at: int | None = None
         critics, actors = scalar_names(loss_module)
         self.names, self._num_qvalue = critics + actors, len(critics)
         # Always the same memory, because CUDA graphs write to it.
@@ -197,7 +204,8 @@ class POGOOptimizationStepper(OptimizationStepper):
         self._prepare()
         self.loss_module.check_batch(sub_batch)
         results = self.update_on(sub_batch, self.lr())
-        sub_batch.set(self.loss_module.tensor_keys.priority, results.td_error)
+        if results.td_error is not None:
+            sub_batch.set(self.loss_module.tensor_keys.priority, results.td_error)
         self.advance(1)
         if isinstance(trainer, Trainer):  # its loop leaves this stage to the stepper
             run_stage(trainer, "post_loss", sub_batch)
@@ -219,6 +227,8 @@ class POGOOptimizationStepper(OptimizationStepper):
         self._prepare()
         self._run_means.reset()
         if self._graphs is not None:
+            assert self._update is not None
+            self._update.write_coefficients()  # hooks may have changed them
             self._graphs.run(count, batches)
         else:
             for index in range(count):
@@ -240,25 +250,53 @@ class POGOOptimizationStepper(OptimizationStepper):
             The scalars of the losses and the TD errors ``[*B]``.
         """
         assert self._update is not None
-        results = self._update(batch, self.draw_noise(batch), lr, self.with_actors)
+        results = self._update(batch, self.draw_noise(batch), lr, self.trained)
         self.record_metrics(results, batch)
         return results
 
     @property
     def with_actors(self) -> bool:
-        """Whether the next update also updates the actors."""
-        return self.steps % self.policy_freq == 0
+        """Whether the next update also updates actors."""
+        return self.steps % self.policy_freq == 0 or self.frozen
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the networks that the next update trains.
+
+        With :attr:`freeze_at`, the critics and actor 0 before that update and the later actors
+        from then on, at each update, since there are no critic updates to wait for.
+        """
+        critics: tuple[str, ...] = () if self.frozen else ("qvalue",)
+        return (*critics, *(f"actor_{i}" for i in self._trained_actors))
+
+    @property
+    def _trained_actors(self) -> range:
+        """Indices of the actors that the next update trains."""
+        if not self.with_actors:
+            return range(0)
+        if self.frozen:
+            return range(1, self.loss_module.num_actors)
+        return range(self.loss_module.num_actors if self.freeze_at is None else 1)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the critics and actor 0 are frozen in the next update."""
+        return self.freeze_at is not None and self.steps >= self.freeze_at
 
     def draw_noise(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """Draw the noise of the next update for a batch of transitions."""
-        return self.loss_module.draw_noise(batch, actors=None if self.with_actors else ())
+        return self.loss_module.draw_noise(
+            batch, critic=not self.frozen, actors=self._trained_actors
+        )
 
     def record_metrics(self, results: Results, batch: TensorDictBase) -> None:
         """Store the scalars of an update, add them to the running means and keep its batch."""
-        self.scalars[: self._num_qvalue].copy_(results.qvalue)
-        # Updates without the actors repeat the actors' last values: means are over all updates.
+        # Networks that are not trained repeat their last values: means are over all updates.
+        if results.qvalue is not None:
+            self.scalars[: self._num_qvalue].copy_(results.qvalue)
         if results.actors is not None:
-            self.scalars[self._num_qvalue :].copy_(results.actors)
+            first = self._num_qvalue + self._trained_actors.start * len(actor_scalars(0))
+            self.scalars[first : first + len(results.actors)].copy_(results.actors)
         for mean in (self._run_means, *self._means):
             mean.add(self.scalars)
         self.last_batch = batch

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch.optim import Optimizer
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 from torchrl.data import ReplayBuffer
@@ -27,15 +27,13 @@ from pogo_torchrl.trainers.checkpoints import (
     metadata,
     remove_unfinished,
 )
+from pogo_torchrl.trainers.freeze import FreezeThenFlow
 from pogo_torchrl.trainers.hooks import DivergenceError, ProgressBar
 from pogo_torchrl.trainers.optimizers import MakeOptimizer, MakeScheduler
 from pogo_torchrl.trainers.stepper import POGOOptimizationStepper
+from pogo_torchrl.trainers.ticks import OfflineStepIterator
 
 _LOGGER = logging.getLogger(__name__)
-
-# Maximum number of updates per tick. A tick is what the trainer runs before it looks at hooks,
-# signals and the progress bar again; it takes the role of TorchRL's batch.
-_MAX_STEP_LENGTH = 25
 
 # Stages that TorchRL's loop runs at each update. With a hook in any of them, updates run one by
 # one.
@@ -47,60 +45,6 @@ _UNSUPPORTED_STAGES = {
     "process_loss": "change the loss itself (subclass POGOLoss)",
     "optimizer": "give POGOTrainer the optimizers (qvalue_optimizer, actor_optimizer)",
 }
-
-
-class OfflineStepIterator:
-    """Replaces the data collector of an online trainer and yields ticks of updates.
-
-    Each tick is a tensordict without entries. Its batch size is the number of updates, at most 25,
-    until the next multiple of any of ``intervals`` or the end, so that hooks run at exactly their
-    intervals.
-
-    Args:
-        total: total number of updates.
-        intervals: intervals in updates. Defaults to none.
-
-    Example:
-        >>> ticks = OfflineStepIterator(total=25, intervals=[10])
-        >>> [tick.numel() for tick in ticks]
-        [10, 10, 5]
-    """
-
-    init_random_frames = 0
-
-    def __init__(self, total: int, intervals: Sequence[int] = ()) -> None:
-        self.total = total
-        self.intervals = [total, *intervals]
-        self.step = 0
-
-    def __iter__(self) -> Iterator[TensorDict]:
-        while self.step < self.total:
-            ahead = [interval - self.step % interval for interval in self.intervals]
-            length = min(*ahead, self.total - self.step, _MAX_STEP_LENGTH)
-            self.step += length
-            yield TensorDict({}, [length])
-
-    def stop(self) -> None:
-        """Stop iterating after the current tick."""
-        self.total = self.step
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the current step."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from the step returned by :meth:`state_dict`."""
-        self.step = state_dict["step"]
-
-    def set_seed(self, seed: int, static_seed: bool = False) -> int:
-        """Return ``seed``: nothing is collected, so nothing is seeded."""
-        return seed
-
-    def update_policy_weights_(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: no policy collects data."""
-
-    def shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: there is nothing to shut down."""
 
 
 class POGOTrainer(Trainer):
@@ -140,6 +84,10 @@ class POGOTrainer(Trainer):
         clip_grad_norm: maximum gradient norm, applied separately to the critics and to each actor.
             Defaults to ``None``: no clipping.
         policy_freq: number of critic updates per update of the actors. Defaults to ``1``.
+        freeze_critics_at: fraction of ``total_steps`` after which the critics and actor 0 are
+            frozen, and until which the later actors are not trained
+            (:class:`~pogo_torchrl.trainers.freeze.FreezeThenFlow`). Defaults to ``None``: all
+            networks are trained throughout.
         tau: Polyak step of the targets, as in TorchRL's ``SoftUpdate``. Defaults to ``0.005``.
         target_net_updater: TorchRL target updater of ``loss_module``, which replaces ``tau``.
             Defaults to ``SoftUpdate(loss_module, tau=tau)``.
@@ -195,6 +143,7 @@ class POGOTrainer(Trainer):
         actor_lr_scheduler: MakeScheduler | None = None,
         clip_grad_norm: float | None = None,
         policy_freq: int = 1,
+        freeze_critics_at: float | None = None,
         tau: float = 0.005,
         target_net_updater: TargetNetUpdater | None = None,
         compile: bool = False,
@@ -267,7 +216,8 @@ class POGOTrainer(Trainer):
             self.register_op("post_optim", target_net_updater.step)
         self._register_priority_updates(replay_buffer)
         self.bar = ProgressBar() if progress_bar else None
-        for hook in (*hooks, self.bar):
+        freeze = None if freeze_critics_at is None else FreezeThenFlow(freeze_critics_at)
+        for hook in (freeze, *hooks, self.bar):
             if hook is not None:
                 hook.register(self)
 
@@ -369,9 +319,13 @@ class POGOTrainer(Trainer):
         """Run the ``post_steps`` hooks at every multiple of ``interval`` updates."""
         self.collector.intervals.append(interval)
 
+    def add_stop(self, step: int) -> None:
+        """Run the ``post_steps`` hooks after update ``step``."""
+        self.collector.stops.append(step)
+
     def at_boundary(self) -> bool:
-        """Whether the number of completed updates is a multiple of any interval, or the total."""
-        return any(self.collected_frames % interval == 0 for interval in self.collector.intervals)
+        """Whether the completed updates are a multiple of any interval, a stop, or the total."""
+        return self.collector.at_boundary(self.collected_frames)
 
     def optim_steps(self, batch: TensorDictBase) -> None:
         """Run the updates of a tick, with TorchRL's stages around them.

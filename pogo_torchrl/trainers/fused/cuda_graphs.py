@@ -38,7 +38,11 @@ class Stepper(Protocol):
 
     @property
     def with_actors(self) -> bool:
-        """Whether the next update also updates the actors."""
+        """Whether the next update also updates actors."""
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the networks that the next update trains."""
 
     def update_on(self, batch: TensorDictBase, lr: Tensor) -> Any:
         """Run one update on the device, without counting it."""
@@ -106,7 +110,8 @@ class UpdateGraphs:
     """Runs updates by replaying CUDA graphs.
 
     One graph holds ``longest`` updates, another one a single update for the remainder (a third one
-    holds an update without the actors, if ``policy_freq`` is greater than 1). Each update consists
+    holds an update without the actors, if ``policy_freq`` is greater than 1; if the critics are
+    frozen during training, there are other graphs before and after). Each update consists
     of sampling, noise, the update itself and the sums for logging. If the sampling of a replay
     buffer cannot be captured, batches are sampled outside of the graph and copied to memory from
     which a graph of a single update reads. Learning rates are also written to memory that the
@@ -137,7 +142,7 @@ class UpdateGraphs:
         self._inputs: TensorDictBase | None = None
         self._rates: Tensor | None = None
         # Each graph with its last batch, kept alive because the graph writes to its memory.
-        self._graphs: dict[tuple[int, bool], tuple[DeviceGraph, TensorDictBase]] = {}
+        self._graphs: dict[tuple[int, tuple[str, ...]], tuple[DeviceGraph, TensorDictBase]] = {}
 
     def run(self, count: int, batches: Any) -> None:
         """Run ``count`` updates.
@@ -193,7 +198,7 @@ class UpdateGraphs:
     def _graph(self, length: int, batches: Any) -> tuple[DeviceGraph, TensorDictBase] | None:
         """Return the graph of the next ``length`` updates and its last batch, or ``None``."""
         stepper = self.stepper
-        key, first = (length, stepper.with_actors), stepper.steps
+        key, first = (length, stepper.trained), stepper.steps
         if self.failed or key in self._graphs:
             return self._graphs.get(key)
         if self._rates is None:

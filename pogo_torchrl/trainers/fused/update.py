@@ -25,17 +25,19 @@ Optimizers = Mapping[str, Optimizer]
 class Results(NamedTuple):
     """Results of an update, each with a leading ``[R]`` if stacked."""
 
-    qvalue: Tensor
-    """Scalars of the critics, in the order of :attr:`Update.qvalue_names`."""
+    qvalue: Tensor | None
+    """Scalars of the critics, in the order of :attr:`Update.qvalue_names`; ``None`` without
+    them."""
     actors: Tensor | None
-    """Scalars of the actors, in the order of :attr:`Update.actor_names`; ``None`` without them."""
-    td_error: Tensor
-    """Squared TD error of each sample, the maximum over the critics, ``[*B]``."""
+    """Scalars of the trained actors, in the order of :attr:`Update.actor_names`; ``None`` without
+    them."""
+    td_error: Tensor | None
+    """Squared TD error of each sample, the maximum over the critics, ``[*B]``; ``None`` without
+    the critics."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Results:
         """Return the results with ``function`` applied to each tensor."""
-        actors = None if self.actors is None else function(self.actors)
-        return Results(function(self.qvalue), actors, function(self.td_error))
+        return Results(*[None if part is None else function(part) for part in self])
 
 
 class Network(NamedTuple):
@@ -132,11 +134,11 @@ class Update:
         if loss.delay_actor:
             self.target_actor = self._network("target_actor_network_0", trained="actor_0")
             self._targets.append((self.target_actor, self.networks["actor_0"]))
-        self._averages: list[tuple[Network, Network]] = []
+        self._averages: dict[str, tuple[Network, Network]] = {}
         if loss.average_actors is not None:
             for i in range(loss.num_actors):
                 average = self._network(f"average_actor_network_{i}", trained=f"actor_{i}")
-                self._averages.append((average, self.networks[f"actor_{i}"]))
+                self._averages[f"actor_{i}"] = average, self.networks[f"actor_{i}"]
         self.optimizers = {
             name: self._optimizer(name, list(network.params.values()))
             for name, network in self.networks.items()
@@ -153,7 +155,7 @@ class Update:
         weights: Sequence[Any],
         alpha: Any,
         lr: Tensor,
-        with_actors: bool,
+        trained: Sequence[str],
     ) -> Results:
         loss, networks = self.loss, self.networks
         rates = dict(zip(networks, lr))
@@ -164,23 +166,29 @@ class Update:
             self.optimizers[name].step(gradients, rates[name])
             return {f"loss_{name}": value, **found}
 
-        found = minimise("qvalue", loss.qvalue_terms, self.target_actor.all, self.target_qvalue.all)
-        qvalue = torch.stack([found[name] for name in self.qvalue_names], -1)
-        td_error = found["td_error"].amax(1 if self.stacked else 0)
-        actors = None
-        if with_actors:
-            critics = networks["qvalue"].all
-            found = minimise("actor_0", loss.first_actor_terms, critics, weights[0], alpha)
-            for i in range(1, loss.num_actors):
+        qvalue = actors = td_error = None
+        if "qvalue" in trained:
+            targets = self.target_actor.all, self.target_qvalue.all
+            found = minimise("qvalue", loss.qvalue_terms, *targets)
+            qvalue = torch.stack([found[name] for name in self.qvalue_names], -1)
+            td_error = found["td_error"].amax(1 if self.stacked else 0)
+        critics, found = networks["qvalue"].all, {}
+        if "actor_0" in trained:
+            found |= minimise("actor_0", loss.first_actor_terms, critics, weights[0], alpha)
+        for i in range(1, loss.num_actors):
+            if f"actor_{i}" in trained:
                 terms, reference = partial(loss.jko_terms, index=i), networks[f"actor_{i - 1}"].all
                 found |= minimise(f"actor_{i}", terms, reference, critics, weights[i], alpha)
-            actors = torch.stack([found[name] for name in self.actor_names], -1)
-        for rate, copies in ((self.tau, self._targets), (loss.average_actors, self._averages)):
-            if rate is None:
-                continue
-            for copy, online in copies:
-                for name, values in copy.params.items():
-                    values.lerp_(online.params[name], rate)
+        if found:
+            names = [name for name in self.actor_names if name in found]
+            actors = torch.stack([found[name] for name in names], -1)
+        moving = [(self.tau, pair) for pair in self._targets if "qvalue" in trained]
+        moving += [
+            (loss.average_actors, pair) for name, pair in self._averages.items() if name in trained
+        ]
+        for rate, (copy, online) in moving:
+            for name, values in copy.params.items() if rate is not None else ():
+                values.lerp_(online.params[name], rate)
         return Results(qvalue, actors, td_error)
 
     def _gradients(
@@ -208,7 +216,11 @@ class Update:
     # ------------------------------------------------------------------ calls
 
     def __call__(
-        self, batch: TensorDictBase, noise: Noise, lr: Tensor, with_actors: bool = True
+        self,
+        batch: TensorDictBase,
+        noise: Noise,
+        lr: Tensor,
+        trained: Sequence[str] | None = None,
     ) -> Results:
         """Run one update on a batch.
 
@@ -217,7 +229,8 @@ class Update:
             noise: noise drawn by :meth:`POGOLoss.draw_noise`, with a leading ``[R]`` if
                 ``stacked``.
             lr: learning rates of the critics and of each actor, a float64 vector.
-            with_actors: also update the actors. Defaults to ``True``.
+            trained: names of the networks to be trained (``qvalue``, ``actor_0``, ...); the others
+                are held fixed. Without ``qvalue`` the targets are, too. Defaults to all networks.
 
         Returns:
             The scalars of all losses and the TD errors.
@@ -228,7 +241,7 @@ class Update:
             matmul_precision(self.loss.min_action),
             set_exploration_type(ExplorationType.RANDOM),
         ):
-            return self._run(batch, noise, weights, alpha, lr, with_actors)
+            return self._run(batch, noise, weights, alpha, lr, trained or tuple(self.networks))
 
     def is_current(self) -> bool:
         """Check whether parameters and moments still use the memory that the update is bound to.
@@ -257,7 +270,7 @@ class Update:
 
     def memory(self) -> list[Tensor]:
         """Return all tensors that an update changes."""
-        copies = [copy for copy, _ in (*self._targets, *self._averages)]
+        copies = [copy for copy, _ in (*self._targets, *self._averages.values())]
         networks = [*self.networks.values(), *copies]
         parameters = [values for network in networks for values in network.params.values()]
         moments = [m for optimizer in self.optimizers.values() for m in optimizer.memory()]
@@ -268,17 +281,23 @@ class Update:
         for optimizer in self.optimizers.values():
             optimizer.write_steps()
 
-    def _update_single(self, batch: TensorDictBase, noise: Noise, weights, alpha, lr, with_actors):
+    def _update_single(self, batch: TensorDictBase, noise: Noise, weights, alpha, lr, trained):
         """Update a single run as a stack of one."""
         noise = {name: z.unsqueeze(0) for name, z in noise.items()}
         weights, alpha = [w.unsqueeze(0) for w in weights], alpha.unsqueeze(0)
-        results = self._update(batch.unsqueeze(0), noise, weights, alpha, lr, with_actors)
+        results = self._update(batch.unsqueeze(0), noise, weights, alpha, lr, trained)
         return results.map(lambda part: part.squeeze(0))
 
     def _coefficients(self) -> tuple[Sequence[Any], Any]:
         """Return the current ``w2_weights`` and ``alpha`` of all runs."""
         if not self.stacked:
             return self.loss.w2_weights, self.loss.alpha
+        self.write_coefficients()
+        *weights, alpha = self._coefficient_values.unbind()
+        return weights, alpha
+
+    def write_coefficients(self) -> None:
+        """Write the current ``w2_weights`` and ``alpha`` to the memory that CUDA graphs read."""
         found = tuple((*one.w2_weights, one.alpha) for one in self.losses)
         if found != self._last_coefficients:
             like = self.loss.min_action
@@ -288,8 +307,6 @@ class Update:
             else:  # in place, because CUDA graphs read this memory
                 self._coefficient_values.copy_(values)
             self._last_coefficients = found
-        *weights, alpha = self._coefficient_values.unbind()
-        return weights, alpha
 
     # ------------------------------------------------------------------ memory
 

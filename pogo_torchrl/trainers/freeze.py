@@ -1,0 +1,114 @@
+"""Hook of POGOTrainer that trains the critics first and lets the later actors flow afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler
+from torchrl.trainers import TrainerHookBase
+
+from pogo_torchrl.objectives import POGOLoss
+
+
+class FreezeThenFlow(TrainerHookBase):
+    r"""Trainer hook that splits the training: first the critics and actor 0, then the later actors.
+
+    With the total T of updates and the fraction f, until update :math:`t^* = \mathrm{round}(f T)`
+    only the critics and actor 0 are trained; the later actors are copies of actor 0. Then the
+    critics, their targets and actor 0 are frozen, and the later actors are trained in the order of
+    the chain, each from its predecessor, at every update. Their optimizers start fresh. With
+    ``average_actors``, actor 0 is frozen at its average. Learning-rate schedules count all updates.
+    The metrics of networks that are not being trained repeat their last values (0 if there are none
+    yet).
+
+    Source: *Policy Optimization as a Gradient Flow in Offline Reinforcement Learning*, algorithm 2.
+    There, the critics are frozen after half of the updates, and policies are Gaussian.
+
+    Args:
+        fraction: f, in (0, 1).
+
+    Raises:
+        ValueError: if ``fraction`` is not in (0, 1).
+
+    Example:
+        >>> FreezeThenFlow(0.5).switch(total_steps=1001, num_actors=2)
+        500
+    """
+
+    def __init__(self, fraction: float) -> None:
+        if not 0 < fraction < 1:
+            raise ValueError(
+                f"freeze_critics_at={fraction!r} must be in (0, 1), e.g. 0.5, or None: it is a "
+                "fraction of total_steps."
+            )
+        self.fraction = fraction
+
+    def switch(self, total_steps: int, num_actors: int) -> int:
+        r"""Return the update :math:`t^*` after which the later actors are trained.
+
+        Args:
+            total_steps: total number T of updates.
+            num_actors: number of actors of the chain.
+
+        Raises:
+            ValueError: if there is no later actor, or if no update is left before or after.
+        """
+        if num_actors < 2:
+            raise ValueError(
+                f"freeze_critics_at={self.fraction} needs at least two actors, because actor 0 is "
+                "frozen with the critics: give w2_weights two or more entries."
+            )
+        step = round(self.fraction * total_steps)
+        if not 0 < step < total_steps:
+            raise ValueError(
+                f"freeze_critics_at={self.fraction} leaves no update before or after the switch "
+                f"with total_steps={total_steps}: use a larger total_steps, or another fraction."
+            )
+        return step
+
+    def register(self, trainer: Any, name: str = "freeze_then_flow") -> None:
+        """Register the hook with a trainer.
+
+        Args:
+            trainer: the :class:`~pogo_torchrl.POGOTrainer`.
+            name: unused, part of TorchRL's interface.
+
+        Raises:
+            ValueError: if the chain has a single actor, if no update is left before or after the
+                switch, or if the replay buffer is prioritised.
+        """
+        self.trainer, self.loss = trainer, trainer.loss_module
+        step = self.switch(trainer.total_frames, self.loss.num_actors)
+        if isinstance(getattr(trainer.dataset, "sampler", None), PrioritizedSampler):
+            raise ValueError(
+                f"freeze_critics_at={self.fraction} does not support a prioritised replay buffer, "
+                "because frozen critics have no TD errors: use a uniform sampler."
+            )
+        trainer.optimization_stepper.freeze_at = self.step = step
+        trainer.add_stop(step)
+        trainer.register_op("post_steps", self._run)
+
+    def _run(self) -> None:
+        step, has_averages = self.trainer.collected_frames, self.loss.average_actors is not None
+        if step == self.step and has_averages:
+            copy_weights(self.loss, "average_actor_network_0", "actor_network_0")
+        if step <= self.step:
+            for i in range(1, self.loss.num_actors):
+                copy_weights(self.loss, "actor_network_0", f"actor_network_{i}")
+                if has_averages:
+                    copy_weights(self.loss, "average_actor_network_0", f"average_actor_network_{i}")
+
+
+@torch.no_grad()
+def copy_weights(loss: POGOLoss, source: str, target: str) -> None:
+    """Copy the weights of a network to another one.
+
+    Args:
+        loss: the objective; its tensors are changed in place.
+        source: name of a network, see :meth:`POGOLoss.params`.
+        target: name of the network that receives the weights.
+    """
+    weights = loss.params(source)
+    for name, values in loss.params(target).items():
+        values.copy_(weights[name])
