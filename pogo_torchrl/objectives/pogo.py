@@ -141,9 +141,10 @@ class POGOLoss(ChainLoss):
             ``"independent"`` (reinitialised, as in the method) or ``"copy"`` (those of actor 0, so
             that every :math:`D_i` starts without having to imitate the previous actor first).
             Defaults to ``"independent"``.
-        average_actors (float, optional): rate in (0, 1], per update of the actors, of Polyak averages
-            of all actors, for evaluation and deployment (:class:`~pogo_torchrl.objectives.ActorAverages`). They do
-            not act in any loss. Defaults to ``None``: no averages.
+        average_actors (float, optional): rate in (0, 1] of Polyak averages of all actors, which are
+            evaluated and deployed but do not act in any loss
+            (:class:`~pogo_torchrl.objectives.ActorAverages`). An average moves at each update of
+            its actor. Defaults to ``None``: no averages.
         deactivate_vmap (bool): replace ``vmap`` over the critics by a loop. Defaults to ``False``.
         use_prioritized_weights (bool or "auto"): weight samples by ``priority_weight`` if the
             batch contains it. Defaults to ``"auto"``.

@@ -54,6 +54,18 @@ class Network(NamedTuple):
         return {**self.buffers, **self.params}
 
 
+def polyak_step(average: Network, online: Network, rate: Any) -> None:
+    """Move the trained tensors of a network towards those of another one, in place.
+
+    Args:
+        average: a target network or an average.
+        online: the network that is trained.
+        rate: step size in (0, 1].
+    """
+    for name, values in average.params.items():
+        values.lerp_(online.params[name], rate)
+
+
 class Update:
     r"""One update: first the critics, then actors 0, 1, ... in sequence, finally the targets.
 
@@ -182,13 +194,12 @@ class Update:
         if found:
             names = [name for name in self.actor_names if name in found]
             actors = torch.stack([found[name] for name in names], -1)
-        moving = [(self.tau, pair) for pair in self._targets if "qvalue" in trained]
-        moving += [
-            (loss.average_actors, pair) for name, pair in self._averages.items() if name in trained
-        ]
-        for rate, (copy, online) in moving:
-            for name, values in copy.params.items() if rate is not None else ():
-                values.lerp_(online.params[name], rate)
+        if self.tau is not None and "qvalue" in trained:
+            for target, online in self._targets:
+                polyak_step(target, online, self.tau)
+        for name, (average, online) in self._averages.items():
+            if name in trained:
+                polyak_step(average, online, loss.average_actors)
         return Results(qvalue, actors, td_error)
 
     def _gradients(
