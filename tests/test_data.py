@@ -303,7 +303,7 @@ def test_next_actions_are_those_of_the_next_row_of_the_episode(tmp_path, timeout
             expected[i] = rows["actions"][i + 1]
     found = rb[:]["next", "action"].numpy()
     np.testing.assert_array_equal(found, expected[~ends])
-    assert 5 < np.isnan(found[:, 0]).sum() < len(found) - 5 or not timeouts
+    assert 0 < np.isnan(found).sum() < found.size
     assert (rb[:].exclude(("next", "action")) == plain[:]).all()
     assert ("next", "action") not in plain[:].keys(include_nested=True)
     assert rb.fingerprint() != plain.fingerprint()
