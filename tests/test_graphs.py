@@ -289,12 +289,13 @@ def test_changed_step_sizes_reach_replayed_updates(make):
     runs = []
     for graphs in (False, True):
         trainer = make(graphs, total=12)
-        GrowSteps(100.0, interval=4).register(trainer)
+        trainer.loss_module.q_normalization = None  # lambda is alpha
+        GrowSteps(1000.0, interval=4).register(trainer)
         runs.append(trained(trainer))
     assert_same(*runs)
     assert [tape.replays for tape in trainer.tapes] == [2, 4]
-    lambdas = [row["lmbd_0"] * abs(row["q_actor_0"]) for _, row in trainer.metrics.sinks[0].rows]
-    assert lambdas[1] > 5 * lambdas[0]
+    lambdas = [row["lmbd_0"] for _, row in trainer.metrics.sinks[0].rows]
+    assert lambdas == pytest.approx([(4 * 1 + 4 * 10 + 2 * 100) / 10, 100])
 
 
 def test_graphs_are_captured_again_after_the_loss_was_moved(make):
