@@ -64,6 +64,8 @@ OPTIONS: list[tuple[str, str]] = [
     ("total_steps=1.5", "an integer"),
     ("total_steps=true", "an integer"),
     ("w2_weights=[a]", "a list of numbers"),
+    ("w2_weights=[[1.0]]", "a list of numbers"),
+    ("hidden_sizes=[[8]]", "a list of integers"),
     ("w2_weights=0.5", "a list of numbers"),
     ("w2_weights={a:1}", "a list of numbers"),
     ("w2_weights=null", "a list of numbers"),
@@ -275,8 +277,12 @@ ENTRIES = [entry for entry in config.iter_options() if entry[0] != "task"]
 def overrides(draw):
     """Values of some options, at most one of them invalid, and the name of that option if any."""
     chosen = draw(
-        st.lists(st.sampled_from(ENTRIES), min_size=1, max_size=5, unique_by=lambda e: e[0])
-    )
+        st.lists(
+            st.sampled_from(ENTRIES), min_size=1, max_size=5,
+            # step_sizes and w2_weights exclude each other (test_options)
+            unique_by=lambda e: "w2_weights" if e[0] == "step_sizes" else e[0],
+        )
+    )  # fmt: skip
     lines = [f"{entry[0]}={draw(valid_values(*entry))}" for entry in chosen]
     if draw(st.booleans()):
         name, _, hint, _ = chosen[0]

@@ -292,7 +292,7 @@ def test_the_command_runs_what_is_missing(data, tmp_path, capsys):
         },
         "baselines": ["bc"],
     }
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
     arguments = [str(file), "--data", str(data), "--out", str(tmp_path / "out"), "--jobs", "2"]
     with pytest.raises(SystemExit, match="1"):  # the run that diverged
         study.main(arguments)

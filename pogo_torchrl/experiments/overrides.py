@@ -224,7 +224,7 @@ def check_options(cfg: DictConfig, schema: type = RunConfig) -> None:
             ...
         ValueError: eval_episodes=0 must be an integer from 1 to 10000, e.g. 10.
     """
-    for name, entry, _, default in iter_options(schema):
+    for name, entry, hint, default in iter_options(schema):
         try:
             value = OmegaConf.select(cfg, name, throw_on_missing=True)
         except OmegaConfBaseException as error:
@@ -240,6 +240,8 @@ def check_options(cfg: DictConfig, schema: type = RunConfig) -> None:
                     f"{name}={value} has {len(elements)} values; give 1 to {_MAX_LIST_LENGTH}, "
                     f"e.g. {default}."
                 )
+            if any(map(OmegaConf.is_config, elements)):  # OmegaConf 2.3.1 accepts them
+                raise ValueError(_type_error(name, to_text(value), hint, default))
         lowest, highest = entry.metadata["lowest"], entry.metadata["highest"]
         for element in elements:
             if isinstance(element, float) and not math.isfinite(element):
@@ -248,8 +250,8 @@ def check_options(cfg: DictConfig, schema: type = RunConfig) -> None:
                 continue
             if element < lowest or (highest is not None and element > highest):
                 allowed = f">= {lowest}" if highest is None else f"from {lowest} to {highest}"
-                hint = f", e.g. {default}" if default is not None else "; leave it out for null"
-                raise ValueError(f"{name}={value} must be an integer {allowed}{hint}.")
+                advice = f", e.g. {default}" if default is not None else "; leave it out for null"
+                raise ValueError(f"{name}={value} must be an integer {allowed}{advice}.")
 
 
 def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
@@ -274,9 +276,6 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
         ValueError: total_steps=many must be an integer, e.g. 2000.
     """
     parser = OverridesParser.create()
-    keys = {argument.partition("=")[0] for argument in arguments}
-    if {"step_sizes", "w2_weights"} <= keys:
-        raise ValueError("step_sizes set w2_weights; give one of the two.")
     for previous, argument in zip(("", *arguments), arguments):
         if argument.startswith("-") or (previous.startswith("-") and "=" not in argument):
             continue  # Hydra's flags and their values
@@ -290,6 +289,9 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
         if not override.is_hydra_override():
             multirun = not {"-m", "--multirun"}.isdisjoint(arguments)
             _check_override(override, schema, multirun)
+    keys = {argument.partition("=")[0] for argument in arguments}
+    if {"step_sizes", "w2_weights"} <= keys:
+        raise ValueError("step_sizes set w2_weights; give one of the two.")
 
 
 def _check_override(override: Override, schema: type, multirun: bool) -> None:
