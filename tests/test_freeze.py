@@ -267,10 +267,32 @@ def test_trainers_of_a_stack_share_the_switch(make):
         TrainerStack(trainers, lambda _: nullcontext())
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5, float("nan")])
-def test_fractions_out_of_range_are_named(fraction):
-    with pytest.raises(ValueError, match=rf"freeze_critics_at={fraction}.* must be in \(0, 1\)"):
-        FreezeThenFlow(fraction)
+@pytest.mark.parametrize("at", [0, -0.5, 1.5, -3, float("nan"), float("inf")])
+def test_values_out_of_range_are_named(at):
+    with pytest.raises(ValueError, match=rf"freeze_critics_at={at}.* in \(0, 1\).* integer >= 1"):
+        FreezeThenFlow(at)
+
+
+def test_a_number_of_updates_equals_the_fraction(make):
+    trained = []
+    for at in (FRACTION, SWITCH):
+        trainer = make(freeze_critics_at=at)
+        trainer.train()
+        trained.append(dict(trainer.loss_module.state_dict()))
+    assert_close(*trained, rtol=0, atol=0)
+
+
+def test_a_run_that_ends_before_the_switch_can_be_extended(make, tmp_path):
+    short = make(5, freeze_critics_at=SWITCH, checkpoint_dir=tmp_path)
+    short.train()
+    first, last = (networks(short.loss_module)[f"actor_network_{i}"] for i in (0, 2))
+    assert_same(first, last)
+    extended = make(freeze_critics_at=SWITCH, checkpoint_dir=tmp_path)
+    assert extended.resume() == 5
+    extended.train()
+    whole = make(freeze_critics_at=SWITCH)
+    whole.train()
+    assert_same(networks(extended.loss_module), networks(whole.loss_module))
 
 
 @pytest.mark.parametrize(("total", "fraction"), [(1, 0.5), (10, 0.01), (10, 0.99)])
@@ -279,9 +301,17 @@ def test_a_switch_at_either_end_is_rejected(make, total, fraction):
         make(total, freeze_critics_at=fraction)
 
 
-def test_a_single_actor_and_prioritised_replay_are_rejected(make_loss, make_buffer, make_batch):
-    with pytest.raises(ValueError, match=r"freeze_critics_at=0\.5 needs at least two actors"):
-        POGOTrainer(make_loss(w2_weights=(0.2,)), make_buffer(), 10, freeze_critics_at=0.5)
+def test_a_single_actor_is_trained_throughout(make_loss, make_buffer):
+    loss, buffer, trained = make_loss(w2_weights=(0.2,)), make_buffer(), []
+    for at in (None, 0.5):
+        torch.manual_seed(1)
+        own = copy.deepcopy(loss)
+        POGOTrainer(own, buffer, 10, progress_bar=False, freeze_critics_at=at).train()
+        trained.append(dict(own.state_dict()))
+    assert_close(*trained, rtol=0, atol=0)
+
+
+def test_prioritised_replay_is_rejected(make_loss, make_batch):
     try:
         buffer = TensorDictPrioritizedReplayBuffer(
             alpha=1.0, beta=0.5, storage=LazyTensorStorage(64), batch_size=16

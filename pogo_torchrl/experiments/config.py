@@ -176,8 +176,9 @@ class RunConfig:
     policy_freq: int = option(1, "critic updates per update of the actors")
     freeze_critics_at: float | None = option(
         None,
-        "fraction of total_steps, in (0, 1), after which critics and actor 0 are frozen and actors "
-        "1, 2, ... are trained, from copies of actor 0; null: train all networks throughout",
+        "number of updates, or fraction of total_steps in (0, 1), after which critics and actor 0 "
+        "are frozen and actors 1, 2, ... are trained, from copies of actor 0; null: train all "
+        "networks throughout",
     )
     alpha: float = option(1.0, "weight of the Q term, > 0")
     displacement: float | None = option(

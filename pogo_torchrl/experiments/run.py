@@ -196,7 +196,7 @@ class RunInProgress:
         POGOTrainer.check_settings(cfg.total_steps, **self.settings)
         self.step_control = step_control(cfg)
         if cfg.freeze_critics_at is not None:
-            FreezeThenFlow(cfg.freeze_critics_at).switch(cfg.total_steps, len(cfg.w2_weights))
+            FreezeThenFlow(cfg.freeze_critics_at).switch(cfg.total_steps)
         check_memory(cfg, self.evaluator)
         if cfg.logger.backend:
             check_logger(cfg.logger.backend)

@@ -169,4 +169,5 @@ def _follows_total_steps(cfg: DictConfig) -> bool:
     """Whether training depends on ``total_steps``, by a schedule over all updates."""
     names = {cfg.lr_schedule, cfg.lr_schedule_actor, cfg.lr_schedule_critic}
     constant_lr = names <= {"constant", None}
-    return not constant_lr or cfg.alpha_growth != 1 or cfg.freeze_critics_at is not None
+    freezes_at_fraction = cfg.freeze_critics_at is not None and cfg.freeze_critics_at < 1
+    return not constant_lr or cfg.alpha_growth != 1 or freezes_at_fraction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,56 +15,55 @@ from pogo_torchrl.objectives import POGOLoss
 class FreezeThenFlow(TrainerHookBase):
     r"""Trainer hook that splits the training: first the critics and actor 0, then the later actors.
 
-    With the total T of updates and the fraction f, until update :math:`t^* = \mathrm{round}(f T)`
-    only the critics and actor 0 are trained; the later actors are copies of actor 0. Then the
-    critics, their targets and actor 0 are frozen, and the later actors are trained in the order of
-    the chain, each from its predecessor, at every update. Their optimizers start fresh. With
-    ``average_actors``, actor 0 is frozen at its average. Learning-rate schedules count all updates.
-    The metrics of networks that are not being trained repeat their last values (0 if there are none
-    yet).
+    Until update :math:`t^*`, only the critics and actor 0 are trained; the later actors are copies
+    of actor 0. Then the critics, their targets and actor 0 are frozen, and the later actors are
+    trained in the order of the chain, each from its predecessor, at every update. Their optimizers
+    start fresh. With ``average_actors``, actor 0 is frozen at its average. Learning-rate schedules
+    count all updates. The metrics of networks that are not being trained repeat their last values
+    (0 if there are none yet).
 
     Source: *Policy Optimization as a Gradient Flow in Offline Reinforcement Learning*, algorithm 2.
     There, the critics are frozen after half of the updates, and policies are Gaussian.
 
+    A chain of a single actor is trained throughout, since nothing would be left to train.
+
     Args:
-        fraction: f, in (0, 1).
+        at: :math:`t^*`, an integer >= 1, or its fraction of all updates, in (0, 1). A count does
+            not depend on the length of the run, so that a finished run can be extended.
 
     Raises:
-        ValueError: if ``fraction`` is not in (0, 1).
+        ValueError: if ``at`` is neither.
 
     Example:
-        >>> FreezeThenFlow(0.5).switch(total_steps=1001, num_actors=2)
-        500
+        >>> FreezeThenFlow(0.5).switch(total_steps=1001), FreezeThenFlow(800).switch(1001)
+        (500, 800)
     """
 
-    def __init__(self, fraction: float) -> None:
-        if not 0 < fraction < 1:
+    def __init__(self, at: float) -> None:
+        if not (0 < at < 1 or (1 <= at < math.inf and at == round(at))):
             raise ValueError(
-                f"freeze_critics_at={fraction!r} must be in (0, 1), e.g. 0.5, or None: it is a "
-                "fraction of total_steps."
+                f"freeze_critics_at={at!r} must be a fraction of total_steps in (0, 1), e.g. 0.5, "
+                "or a number of updates, an integer >= 1."
             )
-        self.fraction = fraction
+        self.at = at
 
-    def switch(self, total_steps: int, num_actors: int) -> int:
+    def switch(self, total_steps: int) -> int:
         r"""Return the update :math:`t^*` after which the later actors are trained.
 
         Args:
-            total_steps: total number T of updates.
-            num_actors: number of actors of the chain.
+            total_steps: total number of updates. A count may be larger: then the switch is not
+                reached.
 
         Raises:
-            ValueError: if there is no later actor, or if no update is left before or after.
+            ValueError: if a fraction leaves no update before or after the switch.
         """
-        if num_actors < 2:
-            raise ValueError(
-                f"freeze_critics_at={self.fraction} needs at least two actors, because actor 0 is "
-                "frozen with the critics: give w2_weights two or more entries."
-            )
-        step = round(self.fraction * total_steps)
+        if self.at >= 1:
+            return round(self.at)
+        step = round(self.at * total_steps)
         if not 0 < step < total_steps:
             raise ValueError(
-                f"freeze_critics_at={self.fraction} leaves no update before or after the switch "
-                f"with total_steps={total_steps}: use a larger total_steps, or another fraction."
+                f"freeze_critics_at={self.at} leaves no update before or after the switch with "
+                f"total_steps={total_steps}: use a larger total_steps, or another fraction."
             )
         return step
 
@@ -75,14 +75,16 @@ class FreezeThenFlow(TrainerHookBase):
             name: unused, part of TorchRL's interface.
 
         Raises:
-            ValueError: if the chain has a single actor, if no update is left before or after the
-                switch, or if the replay buffer is prioritised.
+            ValueError: if a fraction leaves no update before or after the switch, or if the replay
+                buffer is prioritised.
         """
         self.trainer, self.loss = trainer, trainer.loss_module
-        step = self.switch(trainer.total_frames, self.loss.num_actors)
+        step = self.switch(trainer.total_frames)
+        if self.loss.num_actors == 1:
+            return
         if isinstance(getattr(trainer.dataset, "sampler", None), PrioritizedSampler):
             raise ValueError(
-                f"freeze_critics_at={self.fraction} does not support a prioritised replay buffer, "
+                f"freeze_critics_at={self.at} does not support a prioritised replay buffer, "
                 "because frozen critics have no TD errors: use a uniform sampler."
             )
         trainer.optimization_stepper.freeze_at = self.step = step

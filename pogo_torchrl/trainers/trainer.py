@@ -84,8 +84,8 @@ class POGOTrainer(Trainer):
         clip_grad_norm: maximum gradient norm, applied separately to the critics and to each actor.
             Defaults to ``None``: no clipping.
         policy_freq: number of critic updates per update of the actors. Defaults to ``1``.
-        freeze_critics_at: fraction of ``total_steps`` after which the critics and actor 0 are
-            frozen, and until which the later actors are not trained
+        freeze_critics_at: number of updates, or fraction of ``total_steps`` in (0, 1), after which
+            the critics and actor 0 are frozen, and until which the later actors are not trained
             (:class:`~pogo_torchrl.trainers.freeze.FreezeThenFlow`). Defaults to ``None``: all
             networks are trained throughout.
         tau: Polyak step of the targets, as in TorchRL's ``SoftUpdate``. Defaults to ``0.005``.
