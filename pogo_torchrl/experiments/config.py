@@ -119,7 +119,7 @@ class RunConfig:
     step_sizes: list[float] | None = option(
         None, "step size h_i of each actor, > 0; sets w2_weights for the given alpha"
     )
-    total_steps: int = option(2000, "number of training updates; the papers use 1000000")
+    total_steps: int = option(3000, "number of training updates; the papers use 1000000")
     eval_interval: int = option(500, "updates between evaluations; a run always ends with one")
     eval_episodes: int = option(
         10,

@@ -273,7 +273,7 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
         >>> check_overrides(["total_steps=many"])
         Traceback (most recent call last):
             ...
-        ValueError: total_steps=many must be an integer, e.g. 2000.
+        ValueError: total_steps=many must be an integer, e.g. 3000.
     """
     parser = OverridesParser.create()
     for previous, argument in zip(("", *arguments), arguments):
