@@ -232,8 +232,7 @@ def format_evaluation(evaluations: Sequence[Evaluation]) -> str:
         Evaluation over 10 episodes:
           Actor 0 - Deterministic: 1992.1, D4RL score: 61.8
     """
-    weights = "" if evaluations[0].raw is None else " (averaged weights)"
-    lines = [f"Evaluation over {len(evaluations[0].returns)} episodes{weights}:"]
+    lines = [f"Evaluation over {len(evaluations[0].returns)} episodes:"]
     lines += [
         f"  Actor {e.actor} - {e.mode.capitalize()}: {e.returns.mean():.1f}, "
         f"D4RL score: {e.scores.mean():.1f}"

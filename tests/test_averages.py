@@ -14,7 +14,7 @@ from torchrl.objectives import SoftUpdate
 
 from pogo_torchrl import POGOTrainer, load_actors
 from pogo_torchrl.cli import main
-from pogo_torchrl.evaluation import Evaluation, format_evaluation
+from pogo_torchrl.evaluation import Evaluation
 from pogo_torchrl.export import policy_weights
 from pogo_torchrl.objectives import ActorAverages
 from pogo_torchrl.report import read_runs, score_table
@@ -185,13 +185,6 @@ def test_rows_of_evaluations_say_which_weights_they_show(make_loss, make_buffer,
     assert ("raw_score" in row) == ("raw_score" in expected)
 
 
-def test_the_console_says_which_weights_it_shows():
-    assert format_evaluation([evaluation(50)]).startswith("Evaluation over 2 episodes:")
-    averaged = format_evaluation([evaluation(50, evaluation(30))])
-    assert averaged.startswith("Evaluation over 2 episodes (averaged weights):")
-    assert "D4RL score: 50.0" in averaged
-
-
 def test_a_run_deploys_the_averages(tmp_path, monkeypatch, capsys):
     """evaluations.csv, the table, the report and policy.safetensors show the averaged actors."""
     monkeypatch.chdir(tmp_path)
@@ -203,14 +196,16 @@ def test_a_run_deploys_the_averages(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     main(arguments)
     screen = capsys.readouterr()
-    assert "Evaluation over 1 episodes (averaged weights):" in screen.out + screen.err
-    assert "D4RL scores of averaged weights" in screen.out + screen.err
+    assert "Evaluations show the averaged actors (average_actors=0.25)." in screen.out + screen.err
+    assert "(averaged weights of the actors;" in screen.out + screen.err
     folder = tmp_path / "logs" / "hopper-medium-v2" / "w2_0.1_0.5" / "seed_0"
     with (folder / "training" / "evaluations.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["weights"] for row in rows} == {"averaged"}
     assert any(row["score"] != row["raw_score"] for row in rows)
-    assert "of averaged weights" in score_table(folder / "training" / "evaluations.csv", 0.0)
+    assert "(averaged weights of the actors;" in score_table(
+        folder / "training" / "evaluations.csv", 0.0
+    )
     (record,), _ = read_runs(tmp_path / "logs")
     assert record.averaged
     (note,) = weights_note(settings([record]))

@@ -15,7 +15,9 @@ from torchrl.data import Bounded
 from pogo_torchrl import POGOLoss, POGOTrainer, configs, make_actor, make_qvalue
 from pogo_torchrl.data import SOURCES
 from pogo_torchrl.envs import max_episode_steps
+from pogo_torchrl.experiments.config import RunConfig
 from pogo_torchrl.experiments.sweep_file import read_sweep
+from pogo_torchrl.functional import weights_to_step_sizes
 
 PUBLISHED = {
     "halfcheetah-medium-v2": (0.01, 0.3),
@@ -47,7 +49,7 @@ def test_all_fifteen_tasks_have_presets():
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_presets_repeat_the_second_published_weight(task):
-    cfg = composed(f"task={task}")
+    cfg = composed(f"task={task}", "data.source=d4rl")
     first, second = PUBLISHED[task]
     assert cfg.task == task
     assert list(cfg.w2_weights) == [first, second, second]
@@ -59,15 +61,25 @@ def test_presets_repeat_the_second_published_weight(task):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("task", PUBLISHED)
-def test_alpha_tuned_on_local_data_applies_to_local_data_only(task, source):
+def test_settings_found_on_local_data_apply_to_local_data_only(task, source):
     cfg = configs.compose([f"task={task}", f"data.source={source}"])
-    tuned = {("hopper-medium-v2", "local"): 0.03}
-    assert cfg.alpha == tuned.get((task, source), 1.0)
+    tuned = {"w2_weights", "alpha", "actor_q", "average_actors", "freeze_critics_at"}
+    if (task, source) != ("hopper-medium-v2", "local"):
+        defaults = RunConfig()
+        for key in tuned - {"w2_weights"}:
+            assert cfg[key] == getattr(defaults, key)
     # Nothing else depends on the source.
     local = configs.compose([f"task={task}"])
     differ = {key for key in cfg if cfg[key] != local[key]}
-    assert differ <= {"data", "alpha"}
+    assert differ <= {"data", *tuned}
     assert configs.compose([f"task={task}", f"data.source={source}", "alpha=2"]).alpha == 2
+
+
+def test_the_default_run_takes_small_steps():
+    cfg = configs.compose([])
+    found = weights_to_step_sizes(list(cfg.w2_weights), action_dim=3, alpha=cfg.alpha)
+    assert found == pytest.approx((0.02, 0.07, 0.07), rel=0.01)
+    assert 0 < cfg.freeze_critics_at < cfg.total_steps
 
 
 def test_locomotion_sweep_uses_the_default_alpha():

@@ -263,6 +263,9 @@ class RunInProgress:
             LOGGER.info("Data: %d transitions, %d episodes, mean D4RL score %.1f",
                         len(self.replay_buffer), len(self.replay_buffer.episode_returns),
                         self.behaviour)  # fmt: skip
+            if self.averaged:
+                LOGGER.info("Evaluations show the averaged actors (average_actors=%g).",
+                            cfg.average_actors)  # fmt: skip
             if cfg.resume and self.resumed is None:
                 LOGGER.info("No usable checkpoint found: starting from scratch.")
             elif self.resumed is not None:

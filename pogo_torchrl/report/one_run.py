@@ -82,9 +82,8 @@ def score_table(path: str | Path, behaviour_score: float) -> str:
           dataset       30.0
     """
     curves = read_scores(path)
-    weights = " of averaged weights" if shows_averages(path) else ""
     lines = [
-        f"D4RL scores{weights} (0: random policy, 100: expert)",
+        "D4RL scores (0: random policy, 100: expert)",
         f"{'':14}{'deterministic':>13}{'stochastic':>16}",
         f"{'':14}{'last':>6}{'best':>8}{'last':>8}{'best':>8}",
     ]
@@ -96,6 +95,8 @@ def score_table(path: str | Path, behaviour_score: float) -> str:
         ]
         lines.append(f"  actor {actor:<6}" + "{:>6.1f}{:>8.1f}{:>8.1f}{:>8.1f}".format(*cells))
     lines.append(f"  {'dataset':<12}{behaviour_score:>6.1f}")
+    if shows_averages(path):
+        lines.append("(averaged weights of the actors; evaluations.csv also has the raw ones)")
     return "\n".join(lines)
 
 
