@@ -43,7 +43,7 @@ def test_file_format_of_the_original_code(tmp_path):
         assert (cfg.task, cfg.total_steps, cfg.eval_interval) == ("hopper-medium-v2", 5000, 1000)
         assert (cfg.num_samples, cfg.blur, cfg.w2_backend) == (8, 0.1, "tensorized")
         assert cfg.lr == 3e-4
-        assert cfg.alpha == 0.03  # from the preset
+        assert cfg.alpha == 0.01  # from the preset
     assert runs[1].name == "hopper-medium-v2/w2_0.2_0.2_0.1/seed_5"
 
 
@@ -70,7 +70,7 @@ def test_arguments_of_a_run_compose_to_its_config(tmp_path):
     [
         ("{w2_weights: [1, 0.5]}", [[1, 0.5]]),
         ("{w2_weights: [0.3]}", [[0.3]]),
-        ("", [[0.1, 0.5, 0.5]]),  # from the preset
+        ("", [[0.25, 0.048, 0.048]]),  # from the preset
         ("{w2_weights_grid: [[1, 2], [3], [4, 5e-1]]}",
          [[1, 3, 4], [1, 3, 0.5], [2, 3, 4], [2, 3, 0.5]]),
         ("{w2_weights_grid: [[1], [2], [3], [4], [5]]}", [[1, 2, 3, 4, 5]]),
@@ -201,7 +201,7 @@ def test_bundled_sweeps_contain_the_presets(name):
     assert len(runs) == len(tasks) * 3 * 3
     for task in tasks:
         chains = {tuple(run.cfg.w2_weights) for run in runs if run.cfg.task == task}
-        preset = tuple(compose([f"task={task}"]).w2_weights)
+        preset = tuple(compose([f"task={task}", "data.source=d4rl"]).w2_weights)
         assert preset in chains
         assert {chain[:2] for chain in chains} == {preset[:2]}
 
