@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -38,7 +38,8 @@ class Evaluator:
     All actors are evaluated in both modes on the same ``episodes`` episodes. The start state of
     episode e and its noise in the stochastic mode depend on ``seed`` and e only. Evaluations of the
     same weights are therefore identical, actors are compared under equal conditions, and the global
-    random state is neither read nor changed. The episodes of an actor are evaluated as one batch.
+    random state is neither read nor changed. The episodes of an actor are evaluated as one batch,
+    and only once if it occurs several times in the chain.
     The package's own environments are stepped in as many processes as PyTorch has threads, other
     environments in the current process; the results are the same.
 
@@ -117,6 +118,18 @@ class Evaluator:
             FloatingPointError: if an actor returns an action that is not finite.
             EvaluationInterrupted: after a call of :meth:`interrupt`.
         """
+        originals = [next(i for i, first in enumerate(actors) if first is x) for x in actors]
+        distinct = sorted(set(originals))
+        returns, lengths = self._roll_out({i: actors[i] for i in distinct})
+        results = {i: (returns[k], lengths[k]) for k, i in enumerate(distinct)}
+        return [
+            Evaluation(i, mode, r, n, score(self.task, r))
+            for i, original in enumerate(originals)
+            for mode, r, n in zip(MODES, *results[original])
+        ]
+
+    def _roll_out(self, actors: Mapping[int, TransportActor]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the returns and lengths ``[actors, modes, episodes]`` of actors, by index."""
         shape = (len(actors), len(MODES), self.episodes)
         slots = list(np.ndindex(shape))
         while len(self._envs) < len(slots):
@@ -143,12 +156,7 @@ class Evaluator:
                 returns[running] += rewards
                 lengths[running] += 1
                 running = running[~over]
-        pairs = [(i, mode) for i in range(len(actors)) for mode in MODES]
-        returns_of, lengths_of = (x.reshape(-1, self.episodes) for x in (returns, lengths))
-        return [
-            Evaluation(*pair, r, n, score(self.task, r))
-            for pair, r, n in zip(pairs, returns_of, lengths_of)
-        ]
+        return returns.reshape(shape), lengths.reshape(shape)
 
     def start_seed(self, episode: int) -> int:
         """Return the seed with which the environment is reset for an episode."""
@@ -185,14 +193,14 @@ class Evaluator:
 
     @staticmethod
     def _act(
-        actors: Sequence[TransportActor], observations: np.ndarray, noise: np.ndarray
+        actors: Mapping[int, TransportActor], observations: np.ndarray, noise: np.ndarray
     ) -> np.ndarray:
         actions = []
-        for i, actor in enumerate(actors):
+        for k, (i, actor) in enumerate(actors.items()):
             device = actor.action_scale.device
             inputs = TensorDict(
                 {
-                    actor.in_keys[0]: torch.from_numpy(observations[i]).to(device),
+                    actor.in_keys[0]: torch.from_numpy(observations[k]).to(device),
                     actor.noise_key: torch.from_numpy(noise).to(device),
                 },
                 noise.shape[:2],

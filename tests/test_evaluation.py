@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+from copy import deepcopy
 
 import gymnasium
 import numpy as np
@@ -17,6 +18,7 @@ from pogo_torchrl import TransportActor, make_actor
 from pogo_torchrl.envs import make_env, score
 from pogo_torchrl.evaluation import (
     _STREAM,
+    MODES,
     Evaluation,
     EvaluationInterrupted,
     Evaluator,
@@ -125,7 +127,30 @@ def test_the_stochastic_mode_passes_noise(evaluator):
     assert np.array_equal(deterministic.returns, stochastic.returns)
     # the same actor twice has the same start states and the same noise
     twins = evaluator([uses, uses])
-    assert np.array_equal(twins[1].returns, twins[3].returns)
+    assert [(e.actor, e.mode) for e in twins] == [(i, m) for i in (0, 1) for m in MODES]
+    copy = evaluator([uses, deepcopy(uses)])
+    for e, other in zip(twins, copy):
+        assert np.array_equal(e.returns, other.returns)
+        assert np.array_equal(e.scores, other.scores)
+
+
+def test_an_actor_that_occurs_twice_is_evaluated_once(chain):
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    small = Evaluator(TASK, episodes=EPISODES)
+    first, second = chain
+    alone = small(chain)
+    first.register_forward_hook(count)
+    result = small([first, second, first])
+    steps = max(e.lengths.max() for e in alone)
+    assert calls == steps
+    assert equal(result[:4], alone)
+    assert [e.actor for e in result] == [0, 0, 1, 1, 2, 2]
+    assert np.array_equal(result[5].returns, alone[1].returns)
 
 
 def test_the_first_episodes_do_not_depend_on_the_number_of_episodes(evaluator, chain):

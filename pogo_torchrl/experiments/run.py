@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.nn.utils import parameters_to_vector
 from torchrl.checkpoint import GlobalRNGState
 
 from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
@@ -311,15 +313,27 @@ class RunInProgress:
 
     def _evaluations(self) -> list[Evaluation]:
         """Evaluate the chain to be deployed: its averages, if any, beside the raw weights."""
-        raw = self.evaluator(self._chain(averaged=False))
+        raw = self._chain(averaged=False)
         if not self.averaged:
-            return raw
-        averages = self.evaluator(self._chain(averaged=True))
-        return [average._replace(raw=own) for average, own in zip(averages, raw)]
+            return self.evaluator(raw)
+        chain = [*raw, *self._chain(averaged=True)]
+        evaluations = self.evaluator([_first_equal(actor, chain) for actor in chain])
+        half = len(evaluations) // 2
+        return [
+            average._replace(actor=own.actor, raw=own)
+            for own, average in zip(evaluations[:half], evaluations[half:])
+        ]
 
     def _report(self, evaluations: list[Evaluation]) -> None:
         self.last = evaluations
         LOGGER.info("%s", format_evaluation(evaluations))
+
+
+def _first_equal(actor: TransportActor, chain: Sequence[TransportActor]) -> TransportActor:
+    """The first actor of the chain with the weights of the given one: it is evaluated once."""
+    weights = parameters_to_vector(actor.parameters())
+    equal = (x for x in chain if torch.equal(parameters_to_vector(x.parameters()), weights))
+    return next(equal, actor)  # NaN equals nothing
 
 
 def _write_results(
