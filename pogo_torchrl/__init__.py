@@ -2,11 +2,12 @@
 
 from pogo_torchrl.export import load_actors
 from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
-from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.objectives import JKOChain, POGOLoss
 from pogo_torchrl.ot import sinkhorn_divergence
 from pogo_torchrl.trainers import POGOTrainer
 
 __all__ = [
+    "JKOChain",
     "POGOLoss",
     "POGOTrainer",
     "TransportActor",

@@ -18,6 +18,8 @@ once and uses a fallback.
   is none. Replaceable by a public check.
 * ``LossModule._reduce_loss``, since 0.14: reduction with masks of padded steps and priority
   weights. Replaceable by a public function.
+* ``LossModule._has_update_associated``, since 0.2: a wrapper of a loss shares its marks of target
+  networks that have an updater. Replaceable by a public method.
 * ``LossModule._clear_weakrefs``, since 0.6: ``torch.compile`` cannot return weak references.
   Replaceable by weak references that can be compiled.
 """
@@ -94,6 +96,17 @@ def count_updates(trainer: Any, count: int) -> None:
         _warn_once("Trainer._optim_count", "TorchRL's own count of updates is too low")
 
 
+def share_update_marks(wrapper: LossModule, loss: LossModule) -> None:
+    """Let a target updater of a wrapper mark the target networks of the wrapped loss as updated.
+
+    Args:
+        wrapper: a loss that contains another one.
+        loss: the other one.
+    """
+    if hasattr(loss, "_has_update_associated"):
+        wrapper._has_update_associated = loss._has_update_associated
+
+
 class ProtectedLossModule(LossModule):
     """Loss module with public names for private methods that TorchRL's losses call or override."""
 
@@ -128,7 +141,9 @@ class ProtectedLossModule(LossModule):
         """
         weights = None
         if self.use_prioritized_weights in (True, "auto"):
-            weights = batch.get(self.tensor_keys.priority_weight, None)
+            weights = batch.get(
+                getattr(self.tensor_keys, "priority_weight", "priority_weight"), None
+            )
         if hasattr(self, "_reduce_loss"):
             return self._reduce_loss(loss, tensordict=batch, weights=weights)
         _warn_once("LossModule._reduce_loss", "masks of padded steps are ignored")

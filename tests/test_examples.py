@@ -18,6 +18,14 @@ def test_the_plain_loop_runs_and_is_short():
     assert len(EXAMPLE.with_name("pogo_in_torchrl.py").read_text().splitlines()) < 80
 
 
+def test_the_chain_over_iql_runs_and_is_short(tmp_path):
+    module = example("jko_chain_iql")
+    scores = module.main(base_steps=2, chain_steps=2, size=300, cache_dir=tmp_path)
+    assert len(scores) == 3
+    assert all(math.isfinite(value) for value in scores)
+    assert len(EXAMPLE.with_name("jko_chain_iql.py").read_text().splitlines()) < 80
+
+
 @pytest.mark.parametrize("delay_actor", [False, True])
 def test_the_single_file_runs_from_a_dataset_to_scores(tmp_path, capsys, delay_actor):
     module = example("pogo_single_file")

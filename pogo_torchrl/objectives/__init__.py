@@ -1,6 +1,7 @@
 """Loss modules."""
 
 from pogo_torchrl.objectives.averages import ActorAverages
+from pogo_torchrl.objectives.jko_chain import JKOChain
 from pogo_torchrl.objectives.pogo import POGOLoss
 
-__all__ = ["ActorAverages", "POGOLoss"]
+__all__ = ["ActorAverages", "JKOChain", "POGOLoss"]

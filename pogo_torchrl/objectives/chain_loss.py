@@ -47,6 +47,7 @@ class ChainLoss(KeyedLoss):
     deterministic_sampling_mode = ExplorationType.RANDOM
 
     actor_network: TensorDictModule  # shared by all actors; see actor_network_{i}_params
+    actor_network_0_params: TensorDictParams
     qvalue_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
 
@@ -155,6 +156,11 @@ class ChainLoss(KeyedLoss):
         """
         tensors = getattr(self, f"{name}_params").items(True, True)
         return {".".join(key) if isinstance(key, tuple) else key: value for key, value in tensors}
+
+    @property
+    def actor_network_params(self) -> TensorDictParams:
+        """Parameters of actor 0, under the name that they have in TorchRL's losses."""
+        return self.actor_network_0_params
 
     def actor_params(self, index: int) -> list[nn.Parameter]:
         """Return the trainable parameters of one actor, for its own optimizer.
