@@ -140,6 +140,10 @@ def load_actors(path: str | Path, *, device: torch.device | str = "cpu") -> list
         deterministic (z = 0) unless the exploration type is ``RANDOM``; see
         :class:`~pogo_torchrl.TransportActor`.
 
+        Actions have the dtype of the weights, float32 for the runs of the command line, and so must
+        a z that is passed. Observations in integers or half precision are converted to it; float64
+        is rejected, unless the actor is cast with ``double()``.
+
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if the file was not written by pogo_torchrl, is damaged, or has another format

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -107,20 +108,25 @@ class TransportActor(TensorDictModule):
         return [*self.in_keys, self.noise_key]
 
     @dispatch(source="_dispatch_keys", auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         """Write the action for the observations (and noise) of ``tensordict`` to it.
 
         Args:
             tensordict: holds the observations, each of shape ``[*B, n]``, and optionally the noise,
                 of shape ``[*B, d]``.
+            *args: none, as for ``**kwargs``: :func:`torch.export.export` reads from the signature
+                that observations can be passed by position or by name.
+            **kwargs: none.
 
         Returns:
             The same tensordict with the action, of shape ``[*B, d]``.
 
         Raises:
             KeyError: if an observation is missing.
+            TypeError: if there is an argument that is neither an observation nor the noise.
             ValueError: if the noise does not have the shape of the action.
         """
+        _check_no_more(self._dispatch_keys, args, kwargs)
         observations = [tensordict.get(key) for key in self.in_keys]
         noise = tensordict.get(self.noise_key, None)
         for key, observation in zip(self.in_keys, observations):
@@ -146,6 +152,15 @@ class TransportActor(TensorDictModule):
         if exploration_type() == InteractionType.RANDOM:
             return torch.randn(shape, dtype=dtype, device=device)
         return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _check_no_more(keys: Sequence[NestedKey], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Reject arguments that are none of a module's inputs, such as misspelt ones."""
+    if args or kwargs:
+        raise TypeError(
+            f"unexpected argument(s) {list(kwargs) or len(args)}: the inputs are {list(keys)}, as "
+            "tensors or in a tensordict."
+        )
 
 
 def noise_reader(policy: nn.Module) -> TensorDictModuleBase | None:
@@ -174,8 +189,9 @@ class QValueOperator(ValueOperator):
     """
 
     @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         """Write the value, of shape ``[*B, 1]``, of the state and action to ``tensordict``."""
+        _check_no_more(self.in_keys, args, kwargs)
         inputs = [tensordict.get(key) for key in self.in_keys]
         return tensordict.set(self.out_keys[0], self.module(*inputs))
 
