@@ -19,7 +19,7 @@ from torchrl.data import Bounded
 from pogo_torchrl.envs import make_env, score
 from pogo_torchrl.envs.parallel import step_in_parallel
 from pogo_torchrl.envs.selfcheck import ENVIRONMENTS
-from pogo_torchrl.modules import TransportActor
+from pogo_torchrl.modules import TransportActor, noise_reader
 from pogo_torchrl.trainers.hooks import Evaluation, EvaluationInterrupted
 
 MODES = ("deterministic", "stochastic")
@@ -115,11 +115,14 @@ class Evaluator:
             deterministic, actor 0 stochastic, actor 1 deterministic, and so on.
 
         Raises:
+            ValueError: if an actor reads anything else than one observation and its noise.
             FloatingPointError: if an actor returns an action that is not finite.
             EvaluationInterrupted: after a call of :meth:`interrupt`.
         """
         originals = [next(i for i, first in enumerate(actors) if first is x) for x in actors]
         distinct = sorted(set(originals))
+        for i in distinct:
+            _check_inputs(i, actors[i])
         returns, lengths = self._roll_out({i: actors[i] for i in distinct})
         results = {i: (returns[k], lengths[k]) for k, i in enumerate(distinct)}
         return [
@@ -197,15 +200,17 @@ class Evaluator:
     ) -> np.ndarray:
         actions = []
         for k, (i, actor) in enumerate(actors.items()):
-            device = actor.action_scale.device
+            reader = noise_reader(actor)
+            assert isinstance(reader, TransportActor)  # checked before
+            device = reader.action_scale.device
             inputs = TensorDict(
                 {
                     actor.in_keys[0]: torch.from_numpy(observations[k]).to(device),
-                    actor.noise_key: torch.from_numpy(noise).to(device),
+                    reader.noise_key: torch.from_numpy(noise).to(device),
                 },
                 noise.shape[:2],
             )
-            action = actor(inputs)[actor.out_keys[0]].cpu().numpy()
+            action = actor(inputs)[reader.out_keys[0]].cpu().numpy()
             if not np.isfinite(action).all():
                 raise FloatingPointError(
                     f"actor {i} returned an action that is not finite: training has diverged. "
@@ -213,6 +218,16 @@ class Evaluator:
                 )
             actions.append(action)
         return np.stack(actions)
+
+
+def _check_inputs(index: int, actor: TransportActor) -> None:
+    """Check that an actor reads one observation and its noise, and nothing else."""
+    if not isinstance(noise_reader(actor), TransportActor) or len(actor.in_keys) != 1:
+        raise ValueError(
+            f"actor {index} reads in_keys={list(actor.in_keys)}, but an evaluation gives a "
+            "transport map the environment's observation under one key: pass a TransportActor that "
+            "reads one key, or roll out the actor in a TorchRL environment (env.rollout)."
+        )
 
 
 @contextmanager

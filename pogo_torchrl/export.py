@@ -30,7 +30,8 @@ def on_raw_observations(
 
     Args:
         actor: an actor trained on ``(observation - mean) / std``.
-        mean: mean of the observations in the dataset, of shape ``[n]``.
+        mean: mean of the observations in the dataset, of shape ``[n]``; if the actor has several
+            ``in_keys``, of all observations one after the other.
         std: standard deviation of the observations in the dataset, of shape ``[n]``.
 
     Returns:
@@ -68,7 +69,7 @@ def save_actors(
     Args:
         path: the file, which is written atomically.
         actors: the chain, actor 0 first: actors of :func:`~pogo_torchrl.make_actor`, passed
-            through :func:`on_raw_observations`.
+            through :func:`on_raw_observations`. Loaded actors have the default keys.
         hidden_sizes: widths of the hidden layers of the actors. Defaults to ``(256, 256)``.
         environment: a JSON-serialisable description of the environment, which
             :func:`policy_environment` returns. Defaults to ``None``.
@@ -76,7 +77,8 @@ def save_actors(
             :func:`policy_weights` tells. Defaults to ``False``.
 
     Raises:
-        ValueError: if ``actors`` is empty, or does not match the description above.
+        ValueError: if ``actors`` is empty, reads several observations, or does not match the
+            description above.
         OSError: if the file cannot be written.
     """
     path = Path(path)
@@ -84,6 +86,13 @@ def save_actors(
         raise ValueError(
             "actors must be a non-empty list of actors, each from on_raw_observations(...)."
         )
+    for i, actor in enumerate(actors):
+        if len(actor.in_keys) != 1:
+            raise ValueError(
+                f"actor {i} reads in_keys={list(actor.in_keys)}, but loaded actors read "
+                "'observation' only: save the actor.state_dict() instead, or export the actor with "
+                "torch.export."
+            )
     space = actors[0].action_spec.space
     bounds = {"low": space.low, "high": space.high}
     states = {f"actor_{i}": actor.module.state_dict() for i, actor in enumerate(actors)}
@@ -130,6 +139,10 @@ def load_actors(path: str | Path, *, device: torch.device | str = "cpu") -> list
         observation normalisation is built in. ``chain[-1]`` is the policy to deploy. Actions are
         deterministic (z = 0) unless the exploration type is ``RANDOM``; see
         :class:`~pogo_torchrl.TransportActor`.
+
+        Actions have the dtype of the weights, float32 for the runs of the command line, and so must
+        a z that is passed. Observations in integers or half precision are converted to it; float64
+        is rejected, unless the actor is cast with ``double()``.
 
     Raises:
         FileNotFoundError: if the file does not exist.

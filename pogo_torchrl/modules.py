@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import InteractionType, TensorDictModule, dispatch
+from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, TensorSpec
 from torchrl.envs.utils import exploration_type
@@ -30,17 +31,24 @@ class TransportActor(TensorDictModule):
 
     Args:
         module: the network f, which maps ``(observation, z)`` to a tensor of shape ``[*B, d]``.
+            With several ``in_keys``, it receives one argument per key, in their order, then z.
         action_spec: a :class:`~torchrl.data.Bounded` spec of shape ``[d]``, or a ``Composite`` that
             contains it under the action key. Bounds are in the environment's units, may differ
             between dimensions and need not be symmetric.
-        in_keys: key of the observation. Defaults to ``["observation"]``.
+        in_keys: keys of the observations, each of shape ``[*B, n]``, such as
+            ``["observation", "goal"]``; the default network concatenates them. Defaults to
+            ``["observation"]``.
         out_keys: key of the action. Defaults to ``["action"]``.
         noise_key: key of an optional z of shape ``[*B, d]``. Defaults to ``"noise"``.
 
     Raises:
         ValueError: if the action spec is not a ``Bounded`` spec with finite bounds; when called, if
             z does not have the shape of the action.
-        KeyError: when called, if the observation is missing.
+        KeyError: when called, if an observation is missing.
+
+    Images and other observations that are not vectors are encoded first, by any TorchRL module
+    that writes a vector: ``TensorDictSequential(encoder, TransportActor(...))``. The losses,
+    ``shared_noise`` and the trainer treat such a sequence as the transport map at its end.
 
     Example:
         >>> import torch
@@ -58,6 +66,20 @@ class TransportActor(TensorDictModule):
         >>> z = torch.randn(5, 2)
         >>> torch.equal(actor(td.set("noise", z))["action"], actor(td.set("noise", z))["action"])
         True
+
+        With a goal, and with images:
+
+        >>> from tensordict.nn import TensorDictModule, TensorDictSequential
+        >>> from torchrl.modules import ConvNet
+        >>> in_keys = ["observation", "goal"]
+        >>> actor = TransportActor(make_transport_net(3 + 2, 2), spec, in_keys=in_keys)
+        >>> actor(observation=torch.zeros(5, 3), goal=torch.zeros(5, 2)).shape
+        torch.Size([5, 2])
+        >>> encoder = TensorDictModule(ConvNet(num_cells=[8], kernel_sizes=4), ["pixels"], ["code"])
+        >>> head = TransportActor(make_transport_net(8 * 5 * 5, 2), spec, in_keys=["code"])
+        >>> actor = TensorDictSequential(encoder, head)
+        >>> actor(pixels=torch.zeros(5, 3, 8, 8))[-1].shape
+        torch.Size([5, 2])
     """
 
     def __init__(
@@ -86,44 +108,77 @@ class TransportActor(TensorDictModule):
         return [*self.in_keys, self.noise_key]
 
     @dispatch(source="_dispatch_keys", auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the action for the observation (and noise) of ``tensordict`` to it.
+    def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
+        """Write the action for the observations (and noise) of ``tensordict`` to it.
 
         Args:
-            tensordict: holds the observation, of shape ``[*B, n]``, and optionally the noise, of
-                shape ``[*B, d]``.
+            tensordict: holds the observations, each of shape ``[*B, n]``, and optionally the noise,
+                of shape ``[*B, d]``.
+            *args: none, as for ``**kwargs``: :func:`torch.export.export` reads from the signature
+                that observations can be passed by position or by name.
+            **kwargs: none.
 
         Returns:
             The same tensordict with the action, of shape ``[*B, d]``.
 
         Raises:
-            KeyError: if the observation is missing.
+            KeyError: if an observation is missing.
+            TypeError: if there is an argument that is neither an observation nor the noise.
             ValueError: if the noise does not have the shape of the action.
         """
-        observation = tensordict.get(self.in_keys[0])
+        _check_no_more(self._dispatch_keys, args, kwargs)
+        observations = [tensordict.get(key) for key in self.in_keys]
         noise = tensordict.get(self.noise_key, None)
-        if observation is None:
-            raise KeyError(
-                f"TransportActor needs the key {self.in_keys[0]!r}, but the tensordict has "
-                f"{list(tensordict.keys())}: add it, or pass in_keys to TransportActor."
-            )
+        for key, observation in zip(self.in_keys, observations):
+            if observation is None:
+                raise KeyError(
+                    f"TransportActor needs the key {key!r}, but the tensordict has "
+                    f"{list(tensordict.keys())}: add it, or pass in_keys to TransportActor."
+                )
+        shape = (*observations[0].shape[:-1], self.noise_dim)
         if noise is None:
-            noise = self._draw(observation)
-        elif noise.shape != (*observation.shape[:-1], self.noise_dim):
+            noise = self._draw(shape, observations)
+        elif noise.shape != shape:
             raise ValueError(
-                f"{self.noise_key!r} has shape {tuple(noise.shape)}, but must be "
-                f"{(*observation.shape[:-1], self.noise_dim)}: one z of the action's size per "
-                "observation."
+                f"{self.noise_key!r} has shape {tuple(noise.shape)}, but must be {shape}: one z of "
+                "the action's size per observation."
             )
-        action = self.action_loc + self.action_scale * self.module(observation, noise).tanh()
+        action = self.action_loc + self.action_scale * self.module(*observations, noise).tanh()
         return tensordict.set(self.out_keys[0], action)
 
-    def _draw(self, observation: Tensor) -> Tensor:
-        shape = (*observation.shape[:-1], self.noise_dim)
-        dtype = observation.dtype if observation.is_floating_point() else self.action_loc.dtype
+    def _draw(self, shape: tuple[int, ...], observations: Sequence[Tensor]) -> Tensor:
+        floats = [x.dtype for x in observations if x.is_floating_point()]
+        dtype, device = (*floats, self.action_loc.dtype)[0], observations[0].device
         if exploration_type() == InteractionType.RANDOM:
-            return torch.randn(shape, dtype=dtype, device=observation.device)
-        return torch.zeros(shape, dtype=dtype, device=observation.device)
+            return torch.randn(shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _check_no_more(keys: Sequence[NestedKey], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Reject arguments that are none of a module's inputs, such as misspelt ones."""
+    if args or kwargs:
+        raise TypeError(
+            f"unexpected argument(s) {list(kwargs) or len(args)}: the inputs are {list(keys)}, as "
+            "tensors or in a tensordict."
+        )
+
+
+def noise_reader(policy: nn.Module) -> TensorDictModuleBase | None:
+    """Return the part of a policy that reads its noise z from the tensordict, under ``noise_key``.
+
+    Args:
+        policy: a :class:`TransportActor`, or a sequence of modules with one in it (behind an
+            encoder, for example).
+
+    Returns:
+        The policy itself or the only such module in it; ``None`` if there is none, or several,
+        which cannot share one z.
+    """
+    if hasattr(policy, "noise_key"):
+        return policy
+    parts = [part for part in policy.modules() if isinstance(part, TensorDictModuleBase)]
+    readers = [part for part in parts if hasattr(part, "noise_key")]
+    return readers[0] if len(readers) == 1 else None
 
 
 class QValueOperator(ValueOperator):
@@ -134,8 +189,9 @@ class QValueOperator(ValueOperator):
     """
 
     @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         """Write the value, of shape ``[*B, 1]``, of the state and action to ``tensordict``."""
+        _check_no_more(self.in_keys, args, kwargs)
         inputs = [tensordict.get(key) for key in self.in_keys]
         return tensordict.set(self.out_keys[0], self.module(*inputs))
 
@@ -145,7 +201,8 @@ class TransportNet(nn.Module):
 
     Args:
         mlp: network from ``[*B, n + d]`` to ``[*B, d]``.
-        observation_dim: n, used to validate observations. Defaults to ``None`` (no validation).
+        observation_dim: n, the size of all observations together, used to validate them. Defaults
+            to ``None`` (no validation).
     """
 
     def __init__(self, mlp: nn.Module, observation_dim: int | None = None) -> None:
@@ -153,40 +210,45 @@ class TransportNet(nn.Module):
         self.mlp = mlp
         self.observation_dim = observation_dim
 
-    def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         """Compute ``f(s, z)``.
 
         Args:
-            observation: s, of shape ``[*B, n]``.
-            noise: z, of shape ``[*B, d]``.
+            *inputs: one or several observations, of shape ``[*B, n_i]``, which make up s in this
+                order, then z, of shape ``[*B, d]``.
 
         Returns:
             A tensor of shape ``[*B, d]``.
 
         Raises:
-            ValueError: if the observations do not have size n, are integers, or are float64 while
-                the network is not.
+            ValueError: if the observations do not have size n in total, are integers, or are
+                float64 while the network is not.
         """
         if self.observation_dim is not None:
-            self._check(observation)
-        return self.mlp(torch.cat([observation, noise], -1))
+            self._check(inputs[:-1])
+        return self.mlp(torch.cat(inputs, -1))
 
-    def _check(self, observation: Tensor) -> None:
-        if observation.shape[-1:] != (self.observation_dim,):
+    def _check(self, observations: Sequence[Tensor]) -> None:
+        size = sum(x.shape[-1] if x.dim() else 0 for x in observations)
+        leading = observations[0].shape[:-1]
+        if size != self.observation_dim or any(x.shape[:-1] != leading for x in observations[1:]):
+            shapes = " and ".join(str(tuple(x.shape)) for x in observations)
             raise ValueError(
-                f"observations have shape {tuple(observation.shape)}, but this network expects "
-                f"[*B, {self.observation_dim}]: pass observations of its environment."
+                f"observations have shape {shapes}, but this network expects "
+                f"[*B, {self.observation_dim}]{' in total' if len(observations) > 1 else ''}: pass "
+                "observations of its environment."
             )
         # None while a loss calls the network with its own parameters; losses validate batches.
         parameter = next(self.mlp.parameters(), None)
         if parameter is None:
             return
-        wide = observation.dtype == torch.float64 != parameter.dtype
-        if wide or not observation.is_floating_point():
-            raise ValueError(
-                f"observations are {observation.dtype}, but this network expects "
-                f"{parameter.dtype}: convert them with .to({parameter.dtype})."
-            )
+        for observation in observations:
+            wide = observation.dtype == torch.float64 != parameter.dtype
+            if wide or not observation.is_floating_point():
+                raise ValueError(
+                    f"observations are {observation.dtype}, but this network expects "
+                    f"{parameter.dtype}: convert them with .to({parameter.dtype})."
+                )
 
 
 class Normalized(nn.Module):
@@ -196,7 +258,8 @@ class Normalized(nn.Module):
 
     Args:
         module: the network f on normalised observations.
-        mean: mean of the observations, of shape ``[n]``.
+        mean: mean of the observations, of shape ``[n]``; several observations are one after the
+            other, as in ``in_keys``.
         std: standard deviation of the observations, of shape ``[n]``.
     """
 
@@ -209,9 +272,12 @@ class Normalized(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
-    def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
-        """Compute ``f`` on the normalised observation."""
-        return self.module((observation - self.mean) / self.std, noise)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Compute ``f`` on the normalised observations, which come before z."""
+        *observations, noise = inputs
+        sizes = [observation.shape[-1] for observation in observations]
+        normalised = (torch.cat(observations, -1) - self.mean) / self.std
+        return self.module(*normalised.split(sizes, -1), noise)
 
 
 def make_transport_net(
@@ -220,7 +286,7 @@ def make_transport_net(
     """Create the default network f(s, z): an MLP on ``[s, z]`` with ReLU activations.
 
     Args:
-        observation_dim: n, the size of the observation.
+        observation_dim: n, the size of the observation, or of all observations together.
         action_dim: d, the size of the action and of z.
         hidden_sizes: widths of the hidden layers. Defaults to ``(256, 256)``.
 

@@ -200,3 +200,23 @@ def test_saving_again_replaces_the_file(path, chain):
     save_actors(path, chain[:1], hidden_sizes=HIDDEN)
     assert len(load_actors(path)) == 1
     assert [p.name for p in path.parent.iterdir()] == ["policy.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float16, torch.bfloat16])
+def test_narrower_observations_are_converted(path, dtype):
+    actor, raw = load_actors(path)[-1], torch.arange(6).reshape(2, 3).to(dtype)
+    action = actor(observation=raw)
+    assert action.dtype == torch.float32
+    torch.testing.assert_close(action, actor(observation=raw.float()))
+
+
+def test_float64_observations_are_rejected(path):
+    with pytest.raises(ValueError, match=r"float64, but this network expects torch\.float32"):
+        load_actors(path)[-1](observation=torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_a_loaded_chain_can_be_cast(path):
+    raw = torch.randn(2, 3, dtype=torch.float64)
+    action = load_actors(path)[-1].double()(observation=raw)
+    assert action.dtype == torch.float64
+    torch.testing.assert_close(action.float(), load_actors(path)[-1](observation=raw.float()))

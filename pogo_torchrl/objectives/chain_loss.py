@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torchrl.envs.utils import ExplorationType
 
 from pogo_torchrl import functional
-from pogo_torchrl.modules import redraw_parameters
+from pogo_torchrl.modules import noise_reader, redraw_parameters
 from pogo_torchrl.objectives.checks import check_batch
 from pogo_torchrl.objectives.keyed_loss import KeyedLoss
 
@@ -48,6 +48,7 @@ class ChainLoss(KeyedLoss):
 
     actor_network: TensorDictModule  # shared by all actors; see actor_network_{i}_params
     actor_network_0_params: TensorDictParams
+    noise_reader: Any  # the part of actor_network that reads z; None if it draws its own
     qvalue_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
 
@@ -86,7 +87,8 @@ class ChainLoss(KeyedLoss):
                 params = getattr(self, f"actor_network_{i}_params")
                 average = TensorDictParams(params.data.clone(), no_convert=True)  # buffers
                 setattr(self, f"average_actor_network_{i}_params", average)
-        self.__dict__["actor_network"] = actors[0]  # not a submodule: its parameters are above
+        # Not submodules: the parameters are above.
+        self.__dict__.update(actor_network=actors[0], noise_reader=noise_reader(actors[0]))
         # TorchRL registers no parameters for a list of one, and reinitialises a single module.
         several = len(qvalues) > 1
         self.convert_to_functional(
@@ -114,7 +116,7 @@ class ChainLoss(KeyedLoss):
         """Actions of an actor for the given z; if ``noise`` is ``None``, the actor draws it."""
         inputs = state.select(*self.actor_network.in_keys, strict=False)
         if noise is not None:
-            inputs.set(self.actor_network.noise_key, noise)
+            inputs.set(self.noise_reader.noise_key, noise)
         out = functional_call(self.actor_network, actor, (inputs,), tie_weights=False)
         return out.get(self.tensor_keys.action)
 
@@ -230,14 +232,13 @@ class ChainLoss(KeyedLoss):
             {'actor_0': [8, 2], 'actor_1': [8, 4, 2], 'reference_1': [8, 4, 2]}
         """
         action = tensordict.get(self.tensor_keys.action)
-        actor = self.actor_network
-        reads_noise = hasattr(actor, "noise_key")
+        reader = self.noise_reader
         if action is None:  # only actor 0 and the critics need the actions of the dataset
-            batch_size, dim = tensordict.batch_size, actor.noise_dim if reads_noise else 0
+            batch_size, dim = tensordict.batch_size, 0 if reader is None else reader.noise_dim
         else:
             *batch_size, dim = action.shape
         shapes: dict[str, tuple[int, ...]] = {"smoothing": ()} if critic else {}
-        if reads_noise:
+        if reader is not None:
             if critic:
                 shapes["target"] = ()
             for i in range(self.num_actors) if actors is None else actors:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
 from pogo_torchrl.functional import Q_NORMALIZATIONS
-from pogo_torchrl.modules import bounded_action_spec, fresh_copies
+from pogo_torchrl.modules import bounded_action_spec, fresh_copies, noise_reader
 from pogo_torchrl.ot import BACKENDS, MAX_POINTS
 
 
@@ -141,7 +141,7 @@ def check_settings(loss: Any) -> None:
 
 def check_reads_noise(actor: nn.Module) -> None:
     """Check that an actor can share its noise, raising ``ValueError`` otherwise."""
-    if not hasattr(actor, "noise_key"):
+    if noise_reader(actor) is None:
         raise ValueError(
             "shared_noise=True requires actors that read their noise z from the tensordict, "
             f"but {type(actor).__name__} has no noise_key: use TransportActor, or set "
@@ -215,7 +215,7 @@ def action_bounds(
             )
     else:
         if action_spec is None:
-            action_spec = getattr(actor, "action_spec", None)
+            action_spec = getattr(noise_reader(actor) or actor, "action_spec", None)
         if action_spec is None:
             raise ValueError(
                 "POGOLoss needs action bounds: pass action_spec=Bounded(...) or bounds=(low, high)."

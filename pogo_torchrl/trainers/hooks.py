@@ -14,7 +14,7 @@ from torchrl.trainers import TrainerHookBase
 from tqdm import tqdm
 
 from pogo_torchrl import functional
-from pogo_torchrl.modules import TransportActor
+from pogo_torchrl.modules import noise_reader
 from pogo_torchrl.trainers.stepper import RunningMean
 
 
@@ -138,15 +138,16 @@ class LogMetrics(TrainerHookBase):
         to_unit_box = partial(functional.to_unit_box, low=loss.min_action, high=loss.max_action)
         data, previous = to_unit_box(batch.get(loss.tensor_keys.action)), None
         for i in range(loss.num_actors):
-            actor = loss.actor(i)
-            if not isinstance(actor, TransportActor):
+            actor, key = loss.actor(i), loss.tensor_keys.action
+            reader = noise_reader(actor)
+            if reader is None:
                 continue
-            observation = batch.get(actor.in_keys[0])
-            states = observation.expand(self.num_spread_samples, *observation.shape)
-            noise = torch.randn((*states.shape[:-1], actor.noise_dim), generator=generator)
-            actions = actor(states, noise.to(states))
+            state = batch.select(*actor.in_keys).set(reader.noise_key, torch.zeros_like(data))
+            states = state.expand(self.num_spread_samples, *state.shape)
+            noise = torch.randn((self.num_spread_samples, *data.shape), generator=generator)
+            actions = actor(states.set(reader.noise_key, noise.to(data))).get(key)
             found[f"std_{i}"] = actions.std(0).mean().item()
-            action = to_unit_box(actor(observation, torch.zeros_like(noise[0]).to(observation)))
+            action = to_unit_box(actor(state).get(key))
             found[f"data_mse_{i}"] = functional.l2_distance(action, data).mean().item()
             if previous is not None:
                 found[f"step_mse_{i}"] = functional.l2_distance(action, previous).mean().item()
