@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -153,8 +157,27 @@ def _type_error(name: str, text: str, hint: Any, default: Any) -> str:
     return f"{name}={text} must be {_describe_type(hint)}{example}."
 
 
+_HYDRA_LOCK = threading.Lock()
+
+
+@contextmanager
+def _outside_hydra() -> Iterator[None]:
+    """Set Hydra's global state, if any, aside: the caller may be a Hydra application itself."""
+    with _HYDRA_LOCK:
+        outer, version = GlobalHydra.instance(), VersionBase.instance()
+        state = outer.hydra, version.version_base
+        outer.clear()
+        try:
+            yield
+        finally:
+            GlobalHydra.set_instance(outer)
+            outer.hydra, version.version_base = state
+
+
 def compose(overrides: Sequence[str]) -> DictConfig:
     """Compose the configuration of a run as the command line does.
+
+    It may be called within a Hydra application and from any thread.
 
     Args:
         overrides: options as ``option=value``.
@@ -170,7 +193,10 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         0.0001
     """
     check_overrides(overrides)
-    with initialize_config_module("pogo_torchrl.experiments.conf", version_base="1.3"):
+    with (
+        _outside_hydra(),
+        initialize_config_module("pogo_torchrl.experiments.conf", version_base="1.3"),
+    ):
         return hydra_compose("config", overrides=list(overrides))
 
 

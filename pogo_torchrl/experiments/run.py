@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ from pogo_torchrl.trainers.hooks import Evaluate, LogMetrics, StopOnDivergence
 def run(cfg: DictConfig) -> list[Evaluation]:
     """Train and evaluate one chain, and write the files of the run; this is ``pogo train``.
 
+    If it fails before the first update, it leaves no files. In the main thread, SIGINT, SIGTERM and
+    SIGUSR1 save a checkpoint and stop the run; in other threads signals are left alone.
+
     Args:
         cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
 
@@ -61,7 +65,12 @@ def run(cfg: DictConfig) -> list[Evaluation]:
         FileExistsError: if the run folder already contains a run and ``resume`` is ``False``.
     """
     one = RunInProgress(cfg)
-    with lock_run_folder(one.folder), deterministic(cfg.deterministic), log_to(ConsoleHandler()):
+    with (
+        lock_run_folder(one.folder),
+        closing(one),
+        deterministic(cfg.deterministic),
+        log_to(ConsoleHandler()),
+    ):
         one.read_data()
         with one.opened():
             if one.settings["compile"]:
@@ -103,6 +112,7 @@ def run_stack(cfgs: Sequence[DictConfig]) -> list[Exception | None]:
             with guarded(index):
                 one = RunInProgress(cfg, stacked=True)
                 locks.enter_context(lock_run_folder(one.folder))
+                locks.enter_context(closing(one))
                 one.read_data(replay_buffer)
                 replay_buffer = one.replay_buffer
                 with one.opened():
@@ -164,7 +174,7 @@ class RunInProgress:
 
     The constructor checks all settings before data are generated or files written. Then
     :meth:`read_data`, :meth:`opened` (training happens within this context) and :meth:`finish`
-    are called in this order.
+    are called in this order, and :meth:`close` at the end.
 
     Args:
         cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
@@ -208,6 +218,7 @@ class RunInProgress:
         self.metrics = LogMetrics([], cfg.log_interval, columns)
         self.evaluate = Evaluate(self._evaluations, report=self._report, interval=cfg.eval_interval)
         self.last: list[Evaluation] = []
+        self._files: set[Path] | None = None  # before this start wrote any
 
     def read_data(self, replay_buffer: OfflineReplayBuffer | None = None) -> None:
         """Load the data and create the trainer, resuming from a checkpoint if requested.
@@ -258,6 +269,7 @@ class RunInProgress:
     def opened(self) -> Iterator[None]:
         """Write the configuration and open the run's logs for the duration of the context."""
         cfg, training = self.cfg, self.folder.training
+        self._files = self._list_files()
         training.mkdir(parents=True, exist_ok=True)
         with self.logged():
             with atomic_write(training / "config.yaml", "x") as file:
@@ -280,6 +292,18 @@ class RunInProgress:
                 if hook is self.evaluate:
                     self.evaluate.last_step = sink.last_step
             yield
+
+    def close(self) -> None:
+        """Remove what a start that failed before the first update has written."""
+        if self._files is None or self.trainer.optimization_stepper.steps:
+            return
+        for path in sorted(self._list_files() - self._files, reverse=True):
+            with suppress(OSError):  # the reason of the failure is more useful
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _list_files(self) -> set[Path]:
+        training = self.folder.training
+        return {training, *training.rglob("*")} if training.exists() else set()
 
     def logged(self) -> AbstractContextManager[None]:
         """Context manager that logs to the run's ``train.log``."""

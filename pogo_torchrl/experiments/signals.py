@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,15 +36,20 @@ class Stopped(Exception):
 def on_signals(handler: Callable[[int], None]) -> Iterator[dict[int, Any]]:
     """Handle SIGINT, SIGTERM and SIGUSR1 within a ``with`` block.
 
+    Outside the main thread, where Python cannot handle signals, they are left alone.
+
     Args:
         handler: called with the signal number.
 
     Returns:
         Context manager that yields the previous handlers by signal number, and restores them.
     """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
     previous = {
         int(number): signal.signal(number, lambda number, frame: handler(number))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        for number in numbers
     }
     try:
         yield previous

@@ -73,6 +73,8 @@ class POGOTrainerConfig(TrainerConfig):
     fingerprint: Any = None
     progress_bar: bool = True
     hooks: list[Any] = field(default_factory=list)
+    logger: Any = None
+    log_interval: int = 10_000
     _target_: str = "pogo_torchrl.POGOTrainer"
 
     def __post_init__(self) -> None:

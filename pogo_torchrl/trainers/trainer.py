@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch.optim import Optimizer
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
-from torchrl.trainers import Trainer, TrainerHookBase
+from torchrl.record.loggers import Logger
+from torchrl.trainers import EarlyStopping, Trainer, TrainerHookBase
 
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.trainers.checkpoints import (
@@ -32,19 +33,13 @@ from pogo_torchrl.trainers.hooks import DivergenceError, ProgressBar
 from pogo_torchrl.trainers.optimizers import MakeOptimizer, MakeScheduler
 from pogo_torchrl.trainers.stepper import POGOOptimizationStepper
 from pogo_torchrl.trainers.ticks import OfflineStepIterator
+from pogo_torchrl.trainers.torchrl_hooks import BATCH_STAGES, check_hook, rows_for_hooks
 
 _LOGGER = logging.getLogger(__name__)
 
 # Stages that TorchRL's loop runs at each update. With a hook in any of them, updates run one by
 # one.
 _PER_UPDATE_STAGES = {"process_optim_batch", "post_loss", "post_optim", "post_optim_log"}
-
-# Stages between the loss and the optimizer step, which are fused here. With an
-# OptimizationStepper, TorchRL's own trainer silently skips them.
-_UNSUPPORTED_STAGES = {
-    "process_loss": "change the loss itself (subclass POGOLoss)",
-    "optimizer": "give POGOTrainer the optimizers (qvalue_optimizer, actor_optimizer)",
-}
 
 
 class POGOTrainer(Trainer):
@@ -54,11 +49,12 @@ class POGOTrainer(Trainer):
     (:class:`POGOOptimizationStepper`), and updates the targets. The global random state of torch is
     the only source of randomness. Checkpoints contain it, but not the dataset.
 
-    All of TorchRL's hooks can be registered (``register_op``), except for the stages
-    ``process_loss`` and ``optimizer``, which run between the loss and the optimizer step. The
-    command line uses :class:`LogMetrics` and :class:`Evaluate`. TorchRL's "batch" is a tick here:
-    up to 25 updates, ending at the next multiple of an interval. ``collected_frames`` counts
-    updates.
+    TorchRL's hooks run as with its own trainers, or are refused when they are registered with a
+    message that says what to use instead (docs/running.md lists them); the stages ``process_loss``
+    and ``optimizer``, between the loss and the optimizer step, do not exist. The command line uses
+    :class:`LogMetrics` and :class:`Evaluate`. TorchRL's collected "batch" is a tick here: up to 25
+    updates, ending at the next multiple of an interval. Hooks that look at it see as many rows of
+    the dataset, drawn without affecting the training. ``collected_frames`` counts updates.
 
     As in TorchRL's own trainers, a prioritised replay buffer receives the squared TD error of each
     sample as its priority after each update.
@@ -105,6 +101,10 @@ class POGOTrainer(Trainer):
             Defaults to an empty one.
         progress_bar: show a progress bar with speed and remaining time. Defaults to ``True``.
         hooks: TorchRL trainer hooks to register. Defaults to none.
+        logger: TorchRL logger for the losses and for the values that hooks return. Defaults to
+            ``None``.
+        log_interval: number of updates between two values of a quantity in ``logger``. Defaults to
+            ``10_000``.
 
     Raises:
         ValueError: if a setting is out of range (see :meth:`check_settings`), if the replay buffer
@@ -154,6 +154,8 @@ class POGOTrainer(Trainer):
         fingerprint: Mapping[str, Any] | None = None,
         progress_bar: bool = True,
         hooks: Sequence[TrainerHookBase] = (),
+        logger: Logger | None = None,
+        log_interval: int = 10_000,
     ) -> None:
         self.check_settings(
             total_steps,
@@ -163,6 +165,7 @@ class POGOTrainer(Trainer):
             tau=tau,
             checkpoint_interval=checkpoint_interval,
             keep_checkpoints=keep_checkpoints,
+            log_interval=log_interval,
         )
         if len(replay_buffer) == 0:
             raise ValueError("The replay buffer is empty: fill it before training.")
@@ -173,7 +176,7 @@ class POGOTrainer(Trainer):
         soft = target_net_updater if type(target_net_updater) is SoftUpdate else None
         self.fingerprint = dict(fingerprint or {})
         self.stages: dict[str, list[tuple[Callable, dict[str, Any]]]] = {}  # hooks, arguments
-        self._has_per_update_hooks = False
+        self._has_per_update_hooks = self._has_batch_hooks = False
         self.stopping = False
         self.stop_reason: str | None = None
         self._tick: TensorDictBase | None = None  # set if the stepper runs the whole tick at once
@@ -206,6 +209,8 @@ class POGOTrainer(Trainer):
             checkpoint=DurableCheckpoint(),
             checkpoint_rotation=rotation,
             checkpoint_metadata=self._checkpoint_metadata if rotation else None,
+            logger=logger,
+            log_interval=log_interval - 1,  # as for save_trainer_interval
             auto_log_optim_steps=False,  # it would keep all metrics of every step in memory
         )
         # Set after super().__init__(), which would add the dataset to every checkpoint.
@@ -215,6 +220,9 @@ class POGOTrainer(Trainer):
         if target_net_updater is not None and soft is None:
             self.register_op("post_optim", target_net_updater.step)
         self._register_priority_updates(replay_buffer)
+        if logger is not None:
+            self.add_interval(log_interval)
+            self.register_op("post_optim_complete_log", self._losses)
         self.bar = ProgressBar() if progress_bar else None
         freeze = None if freeze_critics_at is None else FreezeThenFlow(freeze_critics_at)
         for hook in (freeze, *hooks, self.bar):
@@ -230,19 +238,36 @@ class POGOTrainer(Trainer):
             **kwargs: keyword arguments that the operation is called with.
 
         Raises:
-            ValueError: if ``dest`` is ``"process_loss"`` or ``"optimizer"``, which would run
-                between the loss and the optimizer step.
+            ValueError: if the operation would not affect the training, or cannot run; the message
+                says what to use instead.
         """
-        if dest in _UNSUPPORTED_STAGES:
-            raise ValueError(
-                f"POGOTrainer has no {dest!r} stage, because it fuses losses and optimizer steps: "
-                f"{_UNSUPPORTED_STAGES[dest]}, or write your own loop "
-                "(examples/pogo_in_torchrl.py)."
-            )
+        check_hook(self, op, dest)
+        if dest in BATCH_STAGES and not self._has_batch_hooks:
+            self._has_batch_hooks = True
+            super().register_op("batch_process", self._rows)
         super().register_op(dest, op, **kwargs)
         self.stages.setdefault(dest, []).append((op, kwargs))
         if dest in _PER_UPDATE_STAGES and op != self._sample:
             self._has_per_update_hooks = True
+        if isinstance(op, EarlyStopping) and op.monitor in self.optimization_stepper.names:
+            self.register_op(
+                "post_optim_complete_log", lambda _, losses: {op.monitor: losses[op.monitor]}
+            )
+
+    register_hook = register_op
+
+    def register_module(self, module_name: str, module: Any) -> None:
+        """Register a module to be saved in checkpoints, as in TorchRL's trainer.
+
+        Args:
+            module_name: name of the module.
+            module: the module, e.g. a hook.
+
+        Raises:
+            ValueError: if the module is a hook that would not affect the training, or cannot run.
+        """
+        check_hook(self, module)
+        super().register_module(module_name, module)
 
     def _register_priority_updates(self, replay_buffer: ReplayBuffer) -> None:
         """Write TD errors to a prioritised replay buffer, and checkpoint its priorities."""
@@ -273,6 +298,7 @@ class POGOTrainer(Trainer):
         tau: float = 0.005,
         checkpoint_interval: int = 50_000,
         keep_checkpoints: int = 2,
+        log_interval: int = 10_000,
         **others: Any,
     ) -> None:
         """Validate settings of the constructor without a dataset.
@@ -287,6 +313,7 @@ class POGOTrainer(Trainer):
             tau: in (0, 1].
             checkpoint_interval: at least 1.
             keep_checkpoints: at least 1.
+            log_interval: at least 1.
             **others: ignored.
 
         Raises:
@@ -303,6 +330,7 @@ class POGOTrainer(Trainer):
             "policy_freq": policy_freq,
             "checkpoint_interval": checkpoint_interval,
             "keep_checkpoints": keep_checkpoints,
+            "log_interval": log_interval,
         }.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value} must be an integer >= 1.")
@@ -331,13 +359,20 @@ class POGOTrainer(Trainer):
         """Run the updates of a tick, with TorchRL's stages around them.
 
         Args:
-            batch: tick, a tensordict without entries whose batch size is the number of updates.
+            batch: tick, a tensordict whose batch size is the number of updates.
 
         Raises:
             DivergenceError: if a loss cannot be computed because training has diverged.
+            ValueError: if a hook changed the batch size of the tick.
         """
+        if self.collected_frames != self.collector.step:
+            raise ValueError(
+                f"after {self.collector.step} updates, a hook at 'batch_process' changed the batch "
+                f"size to {list(batch.shape)}, which counts the next updates: keep the number of "
+                "rows, or register it at 'process_optim_batch' to change the sampled batches."
+            )
         # Unless a hook runs at each update, the stepper runs the whole tick in one step.
-        self._tick = None if self._has_per_update_hooks else batch
+        self._tick = None if self._has_per_update_hooks else TensorDict({}, batch.shape)
         self.optim_steps_per_batch = batch.numel() if self._tick is None else 1
         try:
             super().optim_steps(batch)
@@ -352,6 +387,12 @@ class POGOTrainer(Trainer):
 
     def _sample(self, batch: TensorDictBase) -> TensorDictBase:
         return self.sample() if self._tick is None else self._tick
+
+    def _rows(self, tick: TensorDictBase) -> TensorDictBase:
+        return rows_for_hooks(self.dataset, tick.numel(), seed=self.collected_frames)
+
+    def _losses(self, count: int, losses: TensorDictBase) -> dict[str, Any] | None:
+        return losses.to_dict() if self.at_boundary() else None
 
     def resume(self) -> int | None:
         """Load the newest intact checkpoint of ``checkpoint_dir``, skipping damaged ones.
