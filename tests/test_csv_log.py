@@ -113,15 +113,16 @@ def test_row_truncated_by_a_full_disk_is_dropped_on_resume(tmp_path):
 
 
 def test_a_file_of_an_earlier_version_gets_new_columns(path):
-    CSVSink(path).write(10, [{"loss": 1.0, "w2_0": 0.5}])
+    CSVSink(path).write(10, [{"loss_qvalue": 1.0, "w2_0": 0.5, "loss_actor_12": -4.0}])
     sink = CSVSink(path, resume_step=10)
-    sink.write(20, [{"bc_mse": 0.25, "loss": 2.0, "data_mse_0": 0.1}])
-    sink.write(30, [{"bc_mse": 0.5, "loss": 3.0, "data_mse_0": 0.2}])
+    new = {"bc_mse": 0.25, "loss_qvalue": 2.0, "data_mse_0": 0.1, "actor_loss_12": -5.0}
+    sink.write(20, [new])
+    sink.write(30, [{**new, "bc_mse": 0.5, "loss_qvalue": 3.0, "data_mse_0": 0.2}])
     assert path.read_text().splitlines() == [
-        "step,bc_mse,loss,data_mse_0",
-        "10,0.5,1.0,",
-        "20,0.25,2.0,0.1",
-        "30,0.5,3.0,0.2",
+        "step,bc_mse,loss_qvalue,data_mse_0,actor_loss_12",
+        "10,0.5,1.0,,-4.0",
+        "20,0.25,2.0,0.1,-5.0",
+        "30,0.5,3.0,0.2,-5.0",
     ]
     assert CSVSink(path, resume_step=20).last_step == 20
     assert len(path.read_text().splitlines()) == 3

@@ -223,10 +223,10 @@ def test_networks_that_are_not_trained_repeat_their_last_metrics(make):
     trainer = make(log=1)
     trainer.train()
     rows = dict(trainer.rows.rows)
-    for name in ("loss_actor_1", "q_actor_2", "w2_1", "lmbd_2"):
+    for name in ("actor_loss_1", "q_actor_2", "w2_1", "lmbd_2"):
         assert {rows[step][name] for step in range(1, SWITCH + 1)} == {0.0}
         assert len({rows[step][name] for step in range(SWITCH + 1, TOTAL + 1)}) > 1
-    for name in ("loss_qvalue", "pred_value", "loss_actor_0", "bc_mse", "lmbd_0"):
+    for name in ("loss_qvalue", "pred_value", "actor_loss_0", "bc_mse", "lmbd_0"):
         assert len({rows[step][name] for step in range(SWITCH, TOTAL + 1)}) == 1
         assert len({rows[step][name] for step in range(1, SWITCH + 1)}) == SWITCH
     assert rows[SWITCH]["step_mse_1"] == rows[SWITCH]["step_mse_2"] == 0

@@ -542,7 +542,7 @@ class TestChain:
         out = loss(make_batch(*batch_size))
         assert loss.num_actors == length
         assert (out["loss_actor"] + out["loss_qvalue"]).isfinite()
-        losses = sum(out[f"loss_actor_{i}"] for i in range(length))
+        losses = sum(out[f"actor_loss_{i}"] for i in range(length))
         torch.testing.assert_close(out["loss_actor"].detach(), losses)
 
     def test_a_single_actor_computes_no_divergence(self, make_loss, make_batch, monkeypatch):
@@ -1047,7 +1047,7 @@ class TestAdvantageTemperature:
         batch = make_batch()
         first, second = (seeded(loss, batch.clone()) for loss in (plain, weighted))
         changed = {key for key in first.keys() if not torch.equal(first[key], second[key])}  # noqa: SIM118
-        assert changed == {"loss_actor", "loss_actor_0", "bc_mse"}
+        assert changed == {"loss_actor", "actor_loss_0", "bc_mse"}
 
     def test_actors_that_draw_their_own_noise(self, make_batch, unit_spec):
         network = nn.Sequential(MLP(in_features=3, out_features=4), NormalParamExtractor())

@@ -242,7 +242,7 @@ class TestFixedNoise:
         scale = alpha / q.abs().mean() if q_normalization else torch.tensor(alpha).to(q)
         torch.testing.assert_close(metadata["q_actor_2"], q.mean().detach())
         torch.testing.assert_close(metadata["lmbd_2"], scale.detach())
-        torch.testing.assert_close(metadata["loss_actor_2"], value.detach())
+        torch.testing.assert_close(metadata["actor_loss_2"], value.detach())
         distance = (value + scale * q.mean()) / WEIGHTS[2]
         torch.testing.assert_close(metadata["w2_2"], distance.detach())
 
@@ -317,7 +317,7 @@ class TestSequentialUpdate:
                 for k, m in moved.items()
                 if k.startswith("actor") and k.endswith(("weight", "bias"))
             } == {step % policy_freq == 0}
-            assert {"loss_qvalue", "loss_actor_0", "loss_actor_2", "w2_1"} <= set(metrics.keys())
+            assert {"loss_qvalue", "actor_loss_0", "actor_loss_2", "w2_1"} <= set(metrics.keys())
             assert not any(v.requires_grad for v in metrics.values())
 
 

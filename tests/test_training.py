@@ -81,7 +81,7 @@ def test_rows_contain_metrics_of_every_actor(make_trainer):
     trainer = make_trainer(2, log=2)
     trainer.train()
     row = trainer.rows.rows[0][1]
-    for name in ("loss_actor", "q_actor", "lmbd", "std"):
+    for name in ("actor_loss", "q_actor", "lmbd", "std"):
         assert {f"{name}_0", f"{name}_1"} <= set(row)
     assert {"bc_mse", "w2_1"} <= set(row)
     assert list(row)[-2:] == ["updates_per_second", "seconds"]

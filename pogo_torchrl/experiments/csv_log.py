@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ LOGGERS = ("tensorboard", "wandb")
 """Loggers in addition to the CSV files; each is an optional dependency."""
 
 
-# Column names of earlier versions, so that their runs can be resumed.
-_RENAMED = {"w2_0": "bc_mse"}
+def _current_name(column: str) -> str:
+    """Name of a column of an earlier version, so that its runs can be resumed."""
+    if column == "w2_0":
+        return "bc_mse"
+    return re.sub(r"^loss_actor_(\d+)$", r"actor_loss_\1", column)
 
 
 class CSVSink:
@@ -52,8 +56,9 @@ class CSVSink:
     def _drop_rows_after(self, step: int) -> None:
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
-            self._columns = [_RENAMED.get(name, name) for name in reader.fieldnames or []]
-            rows = [{_RENAMED.get(name, name): v for name, v in row.items()} for row in reader]
+            self._columns = list(map(_current_name, reader.fieldnames or []))
+            reader.fieldnames = self._columns
+            rows = list(reader)
         # A row cut short by a crash has no value in its last column.
         complete = [row for row in rows if row["step"].isdigit() and None not in row.values()]
         if not self._columns:

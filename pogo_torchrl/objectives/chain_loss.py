@@ -33,7 +33,7 @@ Terms = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 def actor_scalars(index: int) -> tuple[str, str, str, str]:
     r"""Keys of an actor's metrics: its loss, Q value, :math:`D_i` and :math:`\lambda`."""
     distance = f"w2_{index}" if index else "bc_mse"
-    return f"loss_actor_{index}", f"q_actor_{index}", distance, f"lmbd_{index}"
+    return f"actor_loss_{index}", f"q_actor_{index}", distance, f"lmbd_{index}"
 
 
 class ChainLoss(KeyedLoss):
@@ -338,7 +338,7 @@ class ChainLoss(KeyedLoss):
                 at the current parameters.
 
         Returns:
-            The loss and a dictionary of the detached scalars ``loss_actor_i``, ``q_actor_i``,
+            The loss and a dictionary of the detached scalars ``actor_loss_i``, ``q_actor_i``,
             ``w2_i`` (``bc_mse`` for actor 0) and ``lmbd_i``.
 
         Raises:

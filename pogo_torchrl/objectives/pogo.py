@@ -159,11 +159,11 @@ class POGOLoss(ChainLoss):
     of the networks; ``set_keys`` changes the others.
 
     The output contains ``loss_qvalue`` and ``loss_actor`` (the sum over the chain), which carry
-    gradients. All other entries are detached scalars for logging: for each actor i
-    ``loss_actor_i``, ``q_actor_i``, ``lmbd_i`` (:math:`\lambda`) and :math:`D_i` (``bc_mse`` for
-    actor 0, ``w2_i`` for later actors), and ``pred_value``, ``target_value`` and
-    ``next_state_value``. Summing all entries whose key starts with ``loss``, as TorchRL's trainer
-    does, therefore gives the correct gradient.
+    gradients and follow ``reduction``. They alone have keys that start with ``loss``, so that
+    summing those entries, as TorchRL's trainer does, counts each term once. All other entries are
+    detached scalars for logging: for each actor i its loss (``actor_loss_i``), ``q_actor_i``,
+    ``lmbd_i`` (:math:`\lambda`) and :math:`D_i` (``bc_mse`` for actor 0, ``w2_i`` for later
+    actors), and ``pred_value``, ``target_value`` and ``next_state_value``.
 
     Examples:
         >>> import torch
@@ -186,7 +186,7 @@ class POGOLoss(ChainLoss):
         >>> out = loss(data)
         >>> (out["loss_qvalue"] + out["loss_actor"]).backward()
         >>> loss.out_keys[:6]
-        ['loss_actor', 'loss_qvalue', 'loss_actor_0', 'q_actor_0', 'bc_mse', 'lmbd_0']
+        ['loss_actor', 'loss_qvalue', 'actor_loss_0', 'q_actor_0', 'bc_mse', 'lmbd_0']
         >>> loss.actor(-1)(data.select("observation"))["action"].shape
         torch.Size([8, 4])
 
