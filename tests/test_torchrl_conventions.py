@@ -25,7 +25,7 @@ from torchrl.objectives.utils import ValueEstimators
 from pogo_torchrl import POGOLoss, TransportActor, make_actor, make_qvalue
 from pogo_torchrl.modules import make_transport_net
 
-SUPPORTED = {ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda}
+SUPPORTED = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
