@@ -20,6 +20,8 @@ once and uses a fallback.
   weights. Replaceable by a public function.
 * ``LossModule._has_update_associated``, since 0.2: a wrapper of a loss shares its marks of target
   networks that have an updater. Replaceable by a public method.
+* ``LossModule._loss_mask_keys``, since 0.14: keys of the masks of padded steps. Replaceable by a
+  public list.
 * ``LossModule._clear_weakrefs``, since 0.6: ``torch.compile`` cannot return weak references.
   Replaceable by weak references that can be compiled.
 """
@@ -30,6 +32,7 @@ import warnings
 from functools import cache
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.objectives.common import LossModule
@@ -154,6 +157,12 @@ class ProtectedLossModule(LossModule):
         if self.reduction == "sum":
             return loss.sum()
         return loss.mean() if weights is None else loss.sum() / weights.sum()
+
+    def valid_rows(self, batch: TensorDictBase) -> Tensor | None:
+        """Return the mask with which :meth:`reduce` leaves out padded steps, if there is one."""
+        keys = self._loss_mask_keys() if hasattr(self, "_loss_mask_keys") else ()
+        masks = [mask for key in keys if (mask := batch.get(key, None)) is not None]
+        return torch.stack(masks).all(0) if masks else None
 
     def release(self, *tensordicts: Any) -> None:
         """Clear weak references, which ``torch.compile`` cannot return from a compiled loss."""

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from test_data import qlearning_dataset
-from torchrl.data import Bounded
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs.transforms import DoubleToFloat
 
 from pogo_torchrl import POGOLoss, make_actor, make_qvalue, sinkhorn_divergence
 from pogo_torchrl.cli import main
@@ -550,6 +551,7 @@ BATCHES = [
     ((NEXT, "terminated"), f(8, dtype=torch.bool), "must be (8, 1)"),
     ((NEXT, "terminated"), f(8, 1), "must be torch.bool"),
     ((NEXT, "done"), f(8, 1, dtype=torch.uint8), "must be torch.bool"),
+    ((NEXT, "done"), f(8, 1), "must be torch.bool"),
 ]
 
 
@@ -559,6 +561,51 @@ def test_batches(make_batch, make_loss, key, value, named):
     batch = batch.exclude(key) if value is None else batch.set(key, value)
     with pytest.raises((KeyError, ValueError), match=re.escape(named)):
         make_loss()(batch)
+
+
+def test_a_batch_without_rows(make_batch, make_loss):
+    loss, nothing = make_loss(), make_batch(8)[:0]
+    for function in (loss, loss.qvalue_loss, loss.actor_loss):
+        with pytest.raises(ValueError, match=r"no rows \('action' has shape \(0, 2\)\)"):
+            function(nothing)
+
+
+def test_a_batch_that_knows_no_ends(make_batch, make_loss):
+    batch = make_batch().exclude((NEXT, "done"), (NEXT, "terminated"))
+    loss = make_loss()
+    with pytest.raises(KeyError, match=r"'done'\) or \('next', 'terminated'\).*at least one"):
+        loss(batch)
+    loss.actor_loss(batch)  # does not need them
+
+
+@pytest.mark.parametrize("with_buffer", [False, True])
+def test_the_advice_for_doubles_works(make_batch, make_loss, with_buffer):
+    """`DoubleToFloat` leaves done and terminated as they are; batch.float() would not."""
+    loss, batch = make_loss(), make_batch(8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"DoubleToFloat\(\)\(batch\).*append_transform"):
+        loss(batch)
+    if with_buffer:
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
+        buffer.extend(batch)
+        buffer.append_transform(DoubleToFloat())
+        batch = buffer.sample()
+    else:
+        batch = DoubleToFloat()(batch)
+    assert loss(batch)["loss_actor"].isfinite()
+
+
+@pytest.mark.parametrize("key", ["observation", "action", (NEXT, "reward")])
+def test_padded_rows_are_finite(make_batch, make_loss, key):
+    batch, loss = make_batch(8), make_loss()
+    batch["collector", "mask"] = torch.arange(8) < 5
+    batch[key][5:] = 1e3
+    for p in loss.qvalue_params():  # the loss follows the mask
+        assert torch.autograd.grad(loss(batch)["loss_qvalue"], p)[0].isfinite().all()
+    batch[key][5:] = math.nan
+    with pytest.raises(ValueError, match=re.escape(f"{key!r} is not finite in padded rows")):
+        loss(batch)
+    loss.loss_mask_key = None  # no masks: what is in those rows is data
+    loss.qvalue_loss(batch)
 
 
 CALLS = {

@@ -470,6 +470,25 @@ class TestPriorities:
         assert_close(plain, each.mean())
 
 
+class TestPadding:
+    @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 1)])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_padded_steps_do_not_count(self, guest, make_batch, reduction, shape):
+        loss, each = (seeded(guest.make, reduction=r) for r in (reduction, "none"))
+        batch = make_batch(4, 3)
+        values = seeded(each.qvalue_loss, batch)[0]
+        valid = (torch.arange(12) % 3 < 2).view(4, 3)
+        batch["collector", "mask"] = valid.view(shape)
+        expected = {
+            "mean": values[valid].mean(),
+            "sum": values[valid].sum(),
+            "none": values * valid,
+        }
+        assert_close(seeded(loss.qvalue_loss, batch)[0], expected[reduction])
+        sum_of_losses(loss(batch)).backward()
+        assert all(p.grad.isfinite().all() for p in loss.parameters())
+
+
 class TestDifferences:
     """Where POGOLoss deliberately does not do what TD3BCLoss does."""
 

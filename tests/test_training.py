@@ -339,6 +339,20 @@ def test_out_of_range_settings_are_named(make_trainer, settings):
         make_trainer(**settings)
 
 
+@pytest.mark.parametrize("cast_first", [False, True])
+def test_float16_parameters_are_rejected(make_loss, make_buffer, cast_first):
+    loss, buffer = make_loss(), make_buffer()
+    message = r"torch\.float16, which become infinite or NaN.*loss\.float\(\).*bf16=True"
+    if cast_first:
+        with pytest.raises(ValueError, match=message):
+            POGOTrainer(loss.half(), buffer, 3, progress_bar=False)
+        return
+    trainer = POGOTrainer(loss, buffer, 3, progress_bar=False)
+    loss.half()
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
 def test_zero_updates_are_rejected(make_trainer):
     with pytest.raises(ValueError, match="total_steps=0"):
         make_trainer(0)

@@ -17,7 +17,7 @@ from torchrl.envs.utils import ExplorationType
 
 from pogo_torchrl import functional
 from pogo_torchrl.modules import noise_reader, redraw_parameters
-from pogo_torchrl.objectives.checks import check_batch
+from pogo_torchrl.objectives.checks import check_batch, check_padding
 from pogo_torchrl.objectives.keyed_loss import KeyedLoss
 
 Params = dict[str, Tensor]
@@ -372,7 +372,7 @@ class ChainLoss(KeyedLoss):
     def check_batch(
         self, tensordict: TensorDictBase, keys: Sequence[NestedKey] | None = None
     ) -> None:
-        """Validate the keys, shapes and dtypes of a batch.
+        """Validate the keys, shapes and dtypes of a batch, and the values of padded rows.
 
         Args:
             tensordict: a batch.
@@ -380,16 +380,23 @@ class ChainLoss(KeyedLoss):
 
         Raises:
             KeyError: if a key is missing.
-            ValueError: if a dtype or shape does not match.
+            ValueError: if the batch has no rows, if a dtype or shape does not match, or if padded
+                rows are not finite.
         """
+        keys = self.in_keys if keys is None else keys
         check_batch(
             tensordict,
-            self.in_keys if keys is None else keys,
+            keys,
             action=self.tensor_keys.action,
             reward=("next", self.tensor_keys.reward),
             ends=self._end_keys,
             low=self.min_action,
         )
+        valid = self.valid_rows(tensordict)
+        if valid is not None and not torch.compiler.is_compiling():
+            # Next actions are NaN where there is none.
+            missing_allowed = ("next", self.tensor_keys.action)
+            check_padding(tensordict, [k for k in keys if k != missing_allowed], valid)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

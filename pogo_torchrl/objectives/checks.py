@@ -249,7 +249,7 @@ def check_batch(
 
     Raises:
         KeyError: if a key is missing.
-        ValueError: if a dtype or shape does not match.
+        ValueError: if the batch has no rows, or if a dtype or shape does not match.
     """
     found = {}
     for key in keys:
@@ -270,13 +270,26 @@ def check_batch(
         if values.dtype == torch.float64 != low.dtype:
             raise ValueError(
                 f"{key!r} is {values.dtype}, but the networks are {low.dtype}: convert the data "
-                "(batch.float()) or the loss (loss.double())."
+                "(torchrl.envs.transforms.DoubleToFloat()(batch), or once and for all "
+                "replay_buffer.append_transform(DoubleToFloat())) or the loss (loss.double())."
             )
         if key in ends and values.dtype != torch.bool:
             raise ValueError(
                 f"{key!r} is {values.dtype}, but must be torch.bool: convert it with != 0."
             )
+    if set(ends) <= found.keys() and all(found[key] is None for key in ends):
+        first, second = ends
+        raise KeyError(
+            f"POGOLoss needs the key {first!r} or {second!r}, but the batch has "
+            f"{list(batch.keys(True, True))}: add at least one of them, of dtype torch.bool, or "
+            "set your own keys with set_keys()."
+        )
     shape = found[action].shape
+    if 0 in shape[:-1]:
+        raise ValueError(
+            f"the batch has no rows ({action!r} has shape {tuple(shape)}), and a mean over none "
+            "does not exist: sample at least one transition."
+        )
     if low.dim() and shape[-1] != low.shape[-1]:
         raise ValueError(
             f"{action!r} has shape {tuple(shape)}, but the actors have actions of shape "
@@ -295,4 +308,26 @@ def check_batch(
             raise ValueError(
                 f"{key!r} has shape {tuple(values.shape)}, but must be {scalar}: one value per "
                 "action."
+            )
+
+
+def check_padding(batch: TensorDictBase, keys: Sequence[NestedKey], valid: Tensor) -> None:
+    """Check that padded rows, which the losses leave out, hold finite values.
+
+    Args:
+        batch: transitions ``[*B]``.
+        keys: keys that the loss reads.
+        valid: mask of the rows that are no padding, ``[*B]`` or ``[*B, 1]``.
+
+    Raises:
+        ValueError: if a padded row is not finite.
+    """
+    padded = ~valid.reshape(batch.batch_size)
+    for key in keys:
+        values = batch.get(key)
+        if values is not None and not bool(values[padded].isfinite().all()):
+            raise ValueError(
+                f"{key!r} is not finite in padded rows, and gradients of all rows would become "
+                "NaN: fill them with finite values, such as zeros or copies of other rows "
+                "(SliceSampler(pad_output=True) does)."
             )

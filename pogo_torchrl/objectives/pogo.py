@@ -156,7 +156,8 @@ class POGOLoss(ChainLoss):
     A batch of shape ``[*B]`` contains ``observation`` (``[*B, n]``), ``action`` (``[*B, d]``) and,
     under ``"next"``, ``observation``, ``reward``, ``done`` and ``terminated`` (the last three of
     shape ``[*B, 1]``), and ``action`` if ``critic_bc_weight`` > 0. The observation keys are those
-    of the networks; ``set_keys`` changes the others.
+    of the networks; ``set_keys`` changes the others. Padded steps (``loss_mask_key``) do not count
+    in the losses, but in :math:`\lambda` and the logged means; their values must be finite.
 
     The output contains ``loss_qvalue`` and ``loss_actor`` (the sum over the chain), which carry
     gradients and follow ``reduction``. They alone have keys that start with ``loss``, so that

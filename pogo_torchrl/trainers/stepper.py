@@ -120,9 +120,9 @@ class POGOOptimizationStepper(OptimizationStepper):
             :class:`~pogo_torchrl.trainers.freeze.FreezeThenFlow`. Defaults to ``None``.
 
     Raises:
-        ValueError: if an optimizer is invalid, if there is not one optimizer per actor, or if the
-            divergence cannot be compiled. When training starts: if an optimizer does not hold the
-            parameters of the loss, or cannot be compiled.
+        ValueError: if an optimizer is invalid, if there is not one optimizer per actor, if
+            parameters are float16, or if the divergence cannot be compiled. When training starts:
+            if an optimizer does not hold the parameters of the loss, or cannot be compiled.
 
     Example:
         >>> import torch
@@ -156,6 +156,7 @@ class POGOOptimizationStepper(OptimizationStepper):
     ) -> None:
         if compile:
             check_backend(loss_module)
+        _check_dtype(loss_module)
         self.loss_module = loss_module
         self.clip_grad_norm, self.policy_freq, self.tau = clip_grad_norm, policy_freq, tau
         self.compile, self.bf16 = compile, bf16
@@ -341,6 +342,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         if update is not None and update.is_current():
             return
         if update is None or not update.refresh():
+            _check_dtype(self.loss_module)  # it may have been cast since
             self.synchronize()
             self._match_device()
             self._update = Update(
@@ -424,3 +426,13 @@ class POGOOptimizationStepper(OptimizationStepper):
         for mean, sums in zip(self._means, state_dict["means"]):
             mean.load_state_dict(sums)
         self._optimizers.load_state_dict(state_dict)
+
+
+def _check_dtype(loss: POGOLoss) -> None:
+    """Refuse float16 parameters: small numbers such as Adam's epsilon are 0 in float16."""
+    if any(parameter.dtype == torch.float16 for parameter in loss.parameters()):
+        raise ValueError(
+            "the loss has parameters of dtype torch.float16, which become infinite or NaN in "
+            "training: convert it back with loss.float(), and pass bf16=True to run the networks "
+            "in bfloat16."
+        )
