@@ -1,7 +1,4 @@
-"""Options of runs and sweeps, as dataclasses.
-
-Importing this module also registers ``loss: pogo`` and ``trainer: pogo`` in TorchRL's Hydra groups.
-"""
+"""Options of runs and sweeps, as dataclasses."""
 
 from __future__ import annotations
 
@@ -15,8 +12,6 @@ from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
-
-from pogo_torchrl.experiments.torchrl_configs import POGOLossConfig, POGOTrainerConfig
 
 # ``${local_data:${data.source},x,y}`` in a preset: x, which was tuned on the local data, applies to
 # data.source=local only; y applies to all other sources.
@@ -415,8 +410,6 @@ def _register() -> None:
         name="pogo",
         node={"app_name": "pogo", "header": "", "footer": "", "template": _help()},
     )
-    store.store(group="loss", name="pogo", node=POGOLossConfig)
-    store.store(group="trainer", name="pogo", node=POGOTrainerConfig)
 
 
 _register()

@@ -1,17 +1,105 @@
-"""Entries of TorchRL's Hydra config groups: ``loss: pogo`` and ``trainer: pogo``."""
+"""POGO's entries of TorchRL's Hydra config groups, see ``docs/hydra.md``.
+
+``loss: pogo``, ``trainer: pogo``, ``network: transport``, ``model: transport_actor``,
+``model: pogo_qvalue`` and ``replay_buffer: pogo_data``. Importing this module registers them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from torchrl.trainers.algorithms.configs.common import ConfigBase
+from torchrl.trainers.algorithms.configs.modules import ModelConfig, NetworkConfig
 from torchrl.trainers.algorithms.configs.objectives import LossConfig
 from torchrl.trainers.algorithms.configs.trainers import TrainerConfig
+
+_BUILDERS = "pogo_torchrl.experiments.torchrl_builders"
+
+
+@dataclass
+class TransportNetConfig(NetworkConfig):
+    """Config ``network: transport``: arguments of :func:`~pogo_torchrl.modules.make_transport_net`.
+
+    Sizes that are not given are those of the actor.
+    """
+
+    observation_dim: int | None = None
+    action_dim: int | None = None
+    hidden_sizes: list[int] = field(default_factory=lambda: [256, 256])
+    _target_: str = "pogo_torchrl.modules.make_transport_net"
+    _partial_: bool = True
+
+
+@dataclass
+class TransportActorConfig(ModelConfig):
+    """Config ``model: transport_actor``: a :class:`~pogo_torchrl.TransportActor`.
+
+    ``network`` is a network of two inputs, s and z, by default ``network: transport``. ``trainer:
+    pogo`` supplies sizes and bounds that are not given.
+    """
+
+    network: Any = None
+    observation_dim: int | None = None
+    action_dim: int | None = None
+    low: Any = None
+    high: Any = None
+    action_spec: Any = None
+    noise_key: Any = "noise"
+    _target_: str = f"{_BUILDERS}.make_transport_actor"
+    _partial_: bool = True
+
+
+@dataclass
+class QValueConfig(ConfigBase):
+    """Config ``model: pogo_qvalue``: arguments of :func:`~pogo_torchrl.make_qvalue`.
+
+    ``trainer: pogo`` supplies sizes that are not given.
+    """
+
+    observation_dim: int | None = None
+    action_dim: int | None = None
+    hidden_sizes: list[int] = field(default_factory=lambda: [256, 256])
+    layer_norm: bool = False
+    _target_: str = "pogo_torchrl.make_qvalue"
+    _partial_: bool = True
+
+    def __post_init__(self) -> None:
+        """Do nothing; TorchRL's base class requires this method."""
+
+
+@dataclass
+class POGODataConfig(ConfigBase):
+    """Config ``replay_buffer: pogo_data``.
+
+    All arguments of :func:`~pogo_torchrl.data.make_replay_buffer`.
+    """
+
+    task: str = "hopper-medium-v2"
+    source: str = "local"
+    path: str | None = None
+    mirror: str | None = None
+    batch_size: int = 256
+    normalize: bool = True
+    reward_shift: float = 0.0
+    size: int = 100_000
+    seed: int = 0
+    cache_dir: str | None = None
+    next_action: bool = False
+    device: str = "cpu"
+    _target_: str = "pogo_torchrl.data.make_replay_buffer"
+
+    def __post_init__(self) -> None:
+        """Do nothing; TorchRL's base class requires this method."""
 
 
 @dataclass
 class POGOLossConfig(LossConfig):
-    """Config ``loss: pogo``: all keyword arguments of :class:`~pogo_torchrl.POGOLoss`."""
+    """Config ``loss: pogo``: all keyword arguments of :class:`~pogo_torchrl.POGOLoss`.
+
+    ``gamma`` is the discount factor of the value estimator, as in TorchRL's configs.
+    """
 
     actor_network: Any = None
     qvalue_network: Any = None
@@ -42,7 +130,9 @@ class POGOLossConfig(LossConfig):
     average_actors: float | None = None
     deactivate_vmap: bool = False
     use_prioritized_weights: Any = "auto"
-    _target_: str = "pogo_torchrl.POGOLoss"
+    gamma: float | None = None
+    _target_: str = f"{_BUILDERS}.make_pogo_loss"
+    _convert_: str = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,17 +140,33 @@ class POGOLossConfig(LossConfig):
 
 @dataclass
 class POGOTrainerConfig(TrainerConfig):
-    """Config ``trainer: pogo``: keyword arguments of :class:`~pogo_torchrl.POGOTrainer`."""
+    """Config ``trainer: pogo``: keyword arguments of :class:`~pogo_torchrl.POGOTrainer`.
+
+    In addition, as in TorchRL's trainer configs:
+
+    * ``loss_module`` may be partial (``loss._partial_: true``). The trainer then builds it from
+      ``actor_network`` and ``qvalue_network``, with sizes from the replay buffer and action bounds
+      from ``create_env_fn``, an environment or a function that makes one.
+    * ``optimizer`` applies to the critics and to each actor, unless they have their own.
+    * ``clip_grad_norm: true`` takes the maximum norm from ``clip_norm``.
+    * ``logger`` receives the metrics every ``log_interval`` updates.
+    * ``seed`` seeds training, and the initial parameters of networks that are built here.
+    """
 
     loss_module: Any = None
     replay_buffer: Any = None
     total_steps: int = 1_000_000
+    actor_network: Any = None
+    qvalue_network: Any = None
+    create_env_fn: Any = None
     lr: float = 3e-4
+    optimizer: Any = None
     qvalue_optimizer: Any = None
     actor_optimizer: Any = None
     qvalue_lr_scheduler: Any = None
     actor_lr_scheduler: Any = None
-    clip_grad_norm: float | None = None
+    clip_grad_norm: Any = None
+    clip_norm: float | None = None
     policy_freq: int = 1
     freeze_critics_at: float | None = None
     tau: float = 0.005
@@ -75,7 +181,25 @@ class POGOTrainerConfig(TrainerConfig):
     hooks: list[Any] = field(default_factory=list)
     logger: Any = None
     log_interval: int = 10_000
-    _target_: str = "pogo_torchrl.POGOTrainer"
+    seed: int | None = None
+    _target_: str = f"{_BUILDERS}.make_pogo_trainer"
+    _convert_: str = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    for group, name, node in (
+        ("loss", "pogo", POGOLossConfig),
+        ("trainer", "pogo", POGOTrainerConfig),
+        ("network", "transport", TransportNetConfig),
+        ("model", "transport_actor", TransportActorConfig),
+        ("model", "pogo_qvalue", QValueConfig),
+        ("replay_buffer", "pogo_data", POGODataConfig),
+    ):
+        store.store(group=group, name=name, node=node)
+
+
+_register()

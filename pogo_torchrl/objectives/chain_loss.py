@@ -159,11 +159,6 @@ class ChainLoss(KeyedLoss):
         tensors = getattr(self, f"{name}_params").items(True, True)
         return {".".join(key) if isinstance(key, tuple) else key: value for key, value in tensors}
 
-    @property
-    def actor_network_params(self) -> TensorDictParams:
-        """Parameters of actor 0, under the name that they have in TorchRL's losses."""
-        return self.actor_network_0_params
-
     def actor_params(self, index: int) -> list[nn.Parameter]:
         """Return the trainable parameters of one actor, for its own optimizer.
 
@@ -187,6 +182,21 @@ class ChainLoss(KeyedLoss):
     def qvalue_params(self) -> list[nn.Parameter]:
         """Return the trainable parameters of the critics, stacked ``[C, ...]``."""
         return [p for p in self.qvalue_network_params.parameters() if p.requires_grad]
+
+    @property
+    def actor_network_params(self) -> TensorDict:
+        """Parameters of all actors, for a single optimizer as in TorchRL's loops for TD3.
+
+        Example:
+            >>> import torch
+            >>> from torchrl.data import Bounded
+            >>> from pogo_torchrl import POGOLoss, make_actor, make_qvalue
+            >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
+            >>> loss = POGOLoss(make_actor(3, spec), make_qvalue(3, 2), w2_weights=(0.2, 0.5))
+            >>> optimizer = torch.optim.Adam(loss.actor_network_params.values(True, True), 3e-4)
+        """
+        actors = [f"actor_network_{i}_params" for i in range(self.num_actors)]
+        return TensorDict({name: getattr(self, name) for name in actors})
 
     def _actor_index(self, index: int) -> int:
         if not -self.num_actors <= index < self.num_actors:
@@ -324,6 +334,10 @@ class ChainLoss(KeyedLoss):
         )
         self.release(tensordict, *self._parameter_names)
         return loss, metadata
+
+    def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute :meth:`qvalue_loss`, under the name that TorchRL's ``TD3Trainer`` calls."""
+        return self.qvalue_loss(tensordict)
 
     def actor_loss(
         self, tensordict: TensorDictBase, index: int | None = None

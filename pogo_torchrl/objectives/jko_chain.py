@@ -20,6 +20,7 @@ from torchrl.objectives.utils import ValueEstimators
 
 from pogo_torchrl import functional
 from pogo_torchrl.modules import TransportActor
+from pogo_torchrl.objectives.chain_loss import ChainLoss
 from pogo_torchrl.objectives.checks import (
     action_bounds,
     check_choice,
@@ -161,16 +162,16 @@ class JKOChain(ProtectedLossModule):
         self.reduction = getattr(base_loss, "reduction", "mean")
         self.use_prioritized_weights = getattr(base_loss, "use_prioritized_weights", "auto")
 
-        actor = base_loss.get_stateful_net("actor_network")
+        self.w2_weights: tuple[float, ...] = ()
+        self.__dict__["actor_network"] = base_loss.actor_network  # registered by the base
         if action_spec is None and bounds is None and hasattr(base_loss, "min_action"):
             bounds = base_loss.min_action, base_loss.max_action
-        low, high = action_bounds(action_spec, bounds, actor, self.tensor_keys.action)
+        low, high = action_bounds(action_spec, bounds, self.actor(0), self.tensor_keys.action)
         self.register_buffer("action_low", low)
         self.register_buffer("action_high", high)
         self.w2_weights = self._weights(w2_weights, step_sizes)
         for i in range(1, len(self.w2_weights) + 1):
-            setattr(self, f"chain_actor_{i}_params", copy.deepcopy(base_loss.actor_network_params))
-        self.__dict__["actor_network"] = base_loss.actor_network  # registered by the base
+            setattr(self, f"chain_actor_{i}_params", copy.deepcopy(self._params(0)))
         share_update_marks(self, base_loss)
 
     def _weights(
@@ -311,7 +312,7 @@ class JKOChain(ProtectedLossModule):
 
     def _params(self, index: int) -> TensorDictParams:
         if index == 0:
-            return self.base_loss.actor_network_params
+            return first_actor_params(self.base_loss)
         return getattr(self, f"chain_actor_{index}_params")
 
     def actor_params(self, index: int) -> list[nn.Parameter]:
@@ -355,7 +356,7 @@ class JKOChain(ProtectedLossModule):
     def restart(self) -> None:
         """Reset every added actor to a copy of the base's actor, e.g. after its training."""
         for i in range(1, self.num_actors):
-            self._params(i).data.update_(self.base_loss.actor_network_params.data)
+            self._params(i).data.update_(self._params(0).data)
 
     @property
     def _half_width(self) -> Tensor:
@@ -445,6 +446,12 @@ class JKOChain(ProtectedLossModule):
             return getattr(own["base_loss"], name)
 
 
+def first_actor_params(base: LossModule) -> TensorDictParams:
+    """Parameters of the base's actor, or of the first one of a chain."""
+    name = "actor_network_0_params" if isinstance(base, ChainLoss) else "actor_network_params"
+    return getattr(base, name)
+
+
 def check_base(base: LossModule) -> None:
     """Check that a loss can be the base of a chain.
 
@@ -478,7 +485,7 @@ def check_base(base: LossModule) -> None:
             f"the actor of {name} is recurrent ({', '.join(recurrent)}); a JKOChain needs an actor "
             "that maps a state to an action."
         )
-    values = [*base.actor_network_params.values(True, True)]
+    values = [*first_actor_params(base).values(True, True)]
     if any(is_lazy(value) for value in values):
         raise ValueError(
             f"the actor of {name} has lazy parameters: run it once on a batch before the loss is "
