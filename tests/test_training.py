@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
+from functools import partial
 
 import pytest
 import torch
 from runs import Rows, spoil_at
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.testing import assert_close
 
-from pogo_torchrl import POGOTrainer
+from pogo_torchrl import POGOLoss, POGOTrainer
 from pogo_torchrl.evaluation import Evaluation, EvaluationInterrupted
 from pogo_torchrl.trainers.checkpoints import is_intact
 from pogo_torchrl.trainers.hooks import (
@@ -20,6 +23,7 @@ from pogo_torchrl.trainers.hooks import (
     LogMetrics,
     StopOnDivergence,
 )
+from pogo_torchrl.trainers.step_control import GrowSteps
 from pogo_torchrl.trainers.trainer import OfflineStepIterator
 
 
@@ -205,6 +209,78 @@ def test_a_checkpoint_with_another_fingerprint_is_rejected(make_trainer, tmp_pat
     other = make_trainer(4, checkpoint_dir=tmp_path, fingerprint={"data": "b", "lr": 0.1})
     with pytest.raises(ValueError, match=r"step-000000000002 is .* another run \(data: a -> b\)"):
         other.resume()
+
+
+@pytest.mark.parametrize(
+    ("of_loss", "of_trainer", "change"),
+    [
+        ({"alpha": 2.0}, {}, r"\(alpha: 1.0 -> 2.0\)"),
+        ({"w2_weights": (0.2, 0.3)}, {}, r"\(w2_weights: \[0.2, 0.5\] -> \[0.2, 0.3\]\)"),
+        ({"reduction": "sum"}, {}, r"\(reduction: mean -> sum\)"),
+        ({"shared_noise": True}, {}, r"\(shared_noise: False -> True\)"),
+        ({"gamma": 0.5}, {}, r"\(gamma: 0.9 -> 0.5\)"),
+        ({"dtype": torch.float64}, {}, r"\(dtype: torch.float32 -> torch.float64\)"),
+        ({}, {"policy_freq": 2}, r"\(policy_freq: 1 -> 2\)"),
+        ({}, {"tau": 0.01}, r"\(tau: 0.005 -> 0.01\)"),
+        ({}, {"freeze_critics_at": 3}, r"\(freeze_critics_at: None -> 3\)"),
+        (
+            {},
+            {"qvalue_optimizer": torch.optim.SGD},
+            r"\(qvalue_optimizer: Adam\(lr=0.0003\) -> SGD\(lr=0.001\)\)",
+        ),
+        ({}, {"lr": 0.1}, r"\(actor_0_optimizer: Adam\(lr=0.0003\) -> Adam\(lr=0.1\); actor_1"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_rejected(
+    make_loss, make_buffer, tmp_path, of_loss, of_trainer, change
+):
+    def make(gamma=0.9, dtype=torch.float32, trainer=None, **settings):
+        loss = make_loss(**settings).make_value_estimator(gamma=gamma).to(dtype)
+        saved = {"checkpoint_dir": tmp_path, "progress_bar": False}
+        return POGOTrainer(loss, make_buffer(), 4, **saved, **(trainer or {}))
+
+    make().train()
+    other = make(**of_loss, trainer=of_trainer)
+    before = copy.deepcopy(other.loss_module.state_dict())
+    with pytest.raises(ValueError, match=f"another run {change}.* Use the settings of"):
+        other.resume()
+    assert_close(other.loss_module.state_dict(), before, rtol=0, atol=0)
+    assert make().resume() == 4
+
+
+def test_settings_are_those_at_the_start(make_loss, make_buffer, tmp_path):
+    """Hooks and schedules change some of them; the run can be resumed nevertheless."""
+
+    def make(total):
+        return POGOTrainer(
+            make_loss(), make_buffer(), total, checkpoint_dir=tmp_path, progress_bar=False,
+            hooks=[GrowSteps(4.0, interval=1)], checkpoint_interval=2,
+            qvalue_lr_scheduler=partial(CosineAnnealingLR, T_max=9),
+        )  # fmt: skip
+
+    first = make(3)
+    first.train()
+    assert first.loss_module.alpha == pytest.approx(4.0)
+    assert first.fingerprint["alpha"] == 1.0
+    second = make(6)
+    assert second.resume() == 3
+    second.train()
+    assert make(6).resume() == 6
+
+
+def test_a_checkpoint_that_records_no_settings_is_resumed(make_trainer, tmp_path):
+    """As those of earlier versions."""
+    make_trainer(2, checkpoint_dir=tmp_path, fingerprint={}).train()
+    assert make_trainer(4, checkpoint_dir=tmp_path, lr=0.1).resume() == 2
+
+
+def test_all_options_of_the_loss_are_compared(make_loss):
+    options = set(inspect.signature(POGOLoss.__init__).parameters)
+    initial = {"self", "actor_network", "qvalue_network", "chain_init", "deactivate_vmap"}
+    given_otherwise = {"step_sizes", "action_spec", "bounds"}  # as weights, min_ and max_action
+    settings = make_loss().settings()
+    assert options - initial - given_otherwise <= set(settings)
+    assert {"gamma", "min_action", "max_action", "num_actors"} <= set(settings)
 
 
 def test_a_checkpoint_with_another_format_version_is_rejected(make_trainer, tmp_path, monkeypatch):

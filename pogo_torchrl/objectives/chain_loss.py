@@ -30,6 +30,16 @@ Terms = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """A function of parameters, batch and noise that returns a loss and its logged metrics."""
 
 
+# Settings that affect training. Not among them: the initial parameters of a chain (chain_init) and
+# deactivate_vmap, which changes nothing but the speed.
+_SETTINGS = (
+    "w2_weights", "alpha", "num_qvalue_nets", "num_samples", "blur", "w2_backend", "w2_fraction",
+    "shared_noise", "policy_noise", "noise_clip", "q_normalization", "delay_actor", "delay_qvalue",
+    "loss_function", "reduction", "data_weight", "critic_bc_weight", "target_action", "actor_q",
+    "advantage_temperature", "average_actors", "use_prioritized_weights",
+)  # fmt: skip
+
+
 def actor_scalars(index: int) -> tuple[str, str, str, str]:
     r"""Keys of an actor's metrics: its loss, Q value, :math:`D_i` and :math:`\lambda`."""
     distance = f"w2_{index}" if index else "bc_mse"
@@ -101,6 +111,24 @@ class ChainLoss(KeyedLoss):
             values = TensorDict.from_module(qvalues[0]).data.unsqueeze(0)
             for params in (self.qvalue_network_params, self.target_qvalue_network_params):
                 params.data.update_(values)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that a run must share with a checkpoint that it continues from.
+
+        Returns:
+            The settings by name, including the dtype, the bounds and those of the value estimator.
+            Subclasses add their own.
+        """
+        estimator = self.value_estimator
+        return {
+            **{name: getattr(self, name) for name in _SETTINGS},
+            "num_actors": self.num_actors,
+            "min_action": self.min_action,
+            "max_action": self.max_action,
+            "dtype": str(self.min_action.dtype),
+            "value_estimator": type(estimator).__name__,
+            **dict(estimator.named_buffers(recurse=False)),  # gamma, lmbda
+        }
 
     def _set_out_keys(self) -> None:
         self._out_keys = [

@@ -144,6 +144,26 @@ def metadata(path: Path) -> dict[str, Any]:
     )
 
 
+def plain(value: Any) -> Any:
+    """Return a setting as it is read back from a checkpoint.
+
+    Args:
+        value: number, text, ``None``, tensor, or a sequence of them.
+
+    Returns:
+        The value without tensors and tuples, its numbers with the 7 digits of float32.
+
+    Example:
+        >>> plain((0.2, torch.tensor(0.99), "l2"))
+        [0.2, 0.99, 'l2']
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
 def remove_unfinished(rotation: CheckpointRotation) -> None:
     """Delete leftovers of a process that was killed while writing or removing a checkpoint.
 

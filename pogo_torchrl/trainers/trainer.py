@@ -26,6 +26,7 @@ from pogo_torchrl.trainers.checkpoints import (
     PriorityState,
     is_intact,
     metadata,
+    plain,
     remove_unfinished,
 )
 from pogo_torchrl.trainers.freeze import FreezeThenFlow
@@ -98,7 +99,8 @@ class POGOTrainer(Trainer):
         keep_checkpoints: number of checkpoints to keep; older ones are deleted. Defaults to ``2``.
         fingerprint: JSON-serialisable description of the run (its data and settings). It is stored
             in every checkpoint, and :meth:`resume` rejects checkpoints with another fingerprint.
-            Defaults to an empty one.
+            Defaults to the settings of the loss and the trainer when training starts
+            (:meth:`settings`); settings that a checkpoint does not record are then not compared.
         progress_bar: show a progress bar with speed and remaining time. Defaults to ``True``.
         hooks: TorchRL trainer hooks to register. Defaults to none.
         logger: TorchRL logger for the losses and for the values that hooks return. Defaults to
@@ -174,7 +176,9 @@ class POGOTrainer(Trainer):
             target_net_updater = SoftUpdate(loss_module, tau=tau)
         # A SoftUpdate's step is part of the update; other updaters are called after it.
         soft = target_net_updater if type(target_net_updater) is SoftUpdate else None
-        self.fingerprint = dict(fingerprint or {})
+        self.fingerprint = None if fingerprint is None else dict(fingerprint)
+        self._has_own_fingerprint = fingerprint is not None
+        self.freeze_critics_at = freeze_critics_at
         self.stages: dict[str, list[tuple[Callable, dict[str, Any]]]] = {}  # hooks, arguments
         self._has_per_update_hooks = self._has_batch_hooks = False
         self.stopping = False
@@ -228,6 +232,7 @@ class POGOTrainer(Trainer):
         for hook in (freeze, *hooks, self.bar):
             if hook is not None:
                 hook.register(self)
+        self.register_op("setup", self._record_settings)
 
     def register_op(self, dest: Any, op: Callable, **kwargs: Any) -> None:
         """Register an operation to run at a stage, as in TorchRL's trainer.
@@ -394,6 +399,23 @@ class POGOTrainer(Trainer):
     def _losses(self, count: int, losses: TensorDictBase) -> dict[str, Any] | None:
         return losses.to_dict() if self.at_boundary() else None
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the loss, the optimizers and the updates, by name."""
+        stepper, found = self.optimization_stepper, self.loss_module.settings()
+        for name in ("policy_freq", "clip_grad_norm", "tau", "bf16"):
+            found[name] = getattr(stepper, name)
+        found["freeze_critics_at"] = self.freeze_critics_at
+        for name, optimizer in stepper.optimizers.items():
+            group = optimizer.param_groups[0]
+            lr = plain(float(group.get("initial_lr", group["lr"])))  # the former with a schedule
+            found[f"{name}_optimizer"] = f"{type(optimizer).__name__}(lr={lr})"
+        return {name: plain(value) for name, value in found.items()}
+
+    def _record_settings(self) -> None:
+        """Use the current settings as fingerprint, before hooks such as step control change any."""
+        if self.fingerprint is None:
+            self.fingerprint = self.settings()
+
     def resume(self) -> int | None:
         """Load the newest intact checkpoint of ``checkpoint_dir``, skipping damaged ones.
 
@@ -421,9 +443,11 @@ class POGOTrainer(Trainer):
         return None
 
     def _checkpoint_metadata(self, trainer: Trainer) -> dict[str, Any]:
+        self._record_settings()
         return {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint}
 
     def _check_fingerprint(self, path: Path) -> None:
+        self._record_settings()
         found = metadata(path)
         version, theirs = found.get("format_version"), found.get("fingerprint", {})
         if version != FORMAT_VERSION:
@@ -431,11 +455,13 @@ class POGOTrainer(Trainer):
                 f"{path} has format version {version}, this release reads {FORMAT_VERSION}: "
                 "resume the run with the release that wrote it."
             )
-        keys = self.fingerprint.keys() | theirs.keys()
+        ours = self.fingerprint or {}
+        # Checkpoints of earlier versions do not record all settings of the loss and the trainer.
+        keys = theirs.keys() | (ours.keys() if self._has_own_fingerprint else set())
         changed = [
-            f"{key}: {theirs.get(key)} -> {self.fingerprint.get(key)}"
+            f"{key}: {theirs.get(key)} -> {ours.get(key)}"
             for key in sorted(keys)
-            if theirs.get(key) != self.fingerprint.get(key)
+            if theirs.get(key) != ours.get(key)
         ]
         if changed:
             raise ValueError(
