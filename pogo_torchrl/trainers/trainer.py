@@ -19,6 +19,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.trainers import Trainer, TrainerHookBase
 
 from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.objectives.checks import plain_number
 from pogo_torchrl.trainers.checkpoints import (
     FORMAT_VERSION,
     DurableCheckpoint,
@@ -155,6 +156,12 @@ class POGOTrainer(Trainer):
         progress_bar: bool = True,
         hooks: Sequence[TrainerHookBase] = (),
     ) -> None:
+        total_steps, policy_freq, checkpoint_interval, keep_checkpoints = map(
+            plain_number, (total_steps, policy_freq, checkpoint_interval, keep_checkpoints)
+        )
+        lr, clip_grad_norm, tau, freeze_critics_at = map(
+            plain_number, (lr, clip_grad_norm, tau, freeze_critics_at)
+        )
         self.check_settings(
             total_steps,
             lr=lr,
