@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBase, dispatch
 from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, TensorSpec
@@ -33,8 +33,8 @@ class TransportActor(TensorDictModule):
         module: the network f, which maps ``(observation, z)`` to a tensor of shape ``[*B, d]``.
             With several ``in_keys``, it receives one argument per key, in their order, then z.
         action_spec: a :class:`~torchrl.data.Bounded` spec of shape ``[d]``, or a ``Composite`` that
-            contains it under the action key. Bounds are in the environment's units, may differ
-            between dimensions and need not be symmetric.
+            contains it under the action key or as its only entry. Bounds are in the environment's
+            units, may differ between dimensions and need not be symmetric.
         in_keys: keys of the observations, each of shape ``[*B, n]``, such as
             ``["observation", "goal"]``; the default network concatenates them. Defaults to
             ``["observation"]``.
@@ -316,12 +316,14 @@ def make_actor(
     Args:
         observation_dim: n, the size of ``observation``.
         action_spec: bounded spec of shape ``[d]``, or a ``Composite`` that contains it under
-            ``"action"``, in the environment's units.
+            ``"action"`` or as its only entry, in the environment's units. The spec of a batched
+            environment, or of several agents with the same bounds, is that of each of them.
         hidden_sizes: widths of the hidden layers. Defaults to ``(256, 256)``.
 
     Returns:
         A :class:`TransportActor` that reads ``observation`` of shape ``[*B, n]`` (and optionally
-        ``noise`` of shape ``[*B, d]``) and writes ``action`` of shape ``[*B, d]``.
+        ``noise`` of shape ``[*B, d]``) and writes ``action`` of shape ``[*B, d]``, or the only
+        entry of the ``Composite``.
 
     Raises:
         ValueError: if the action spec is not a ``Bounded`` spec with finite bounds, or a size is
@@ -334,8 +336,12 @@ def make_actor(
         >>> actor(observation=torch.zeros(7, 11)).shape
         torch.Size([7, 3])
     """
-    spec = bounded_action_spec(action_spec, "action")
-    return TransportActor(make_transport_net(observation_dim, spec.shape[-1], hidden_sizes), spec)
+    key: NestedKey = "action"
+    if isinstance(action_spec, Composite):
+        key = action_entry(action_spec, key)
+    spec = bounded_action_spec(action_spec, key)
+    net = make_transport_net(observation_dim, spec.shape[-1], hidden_sizes)
+    return TransportActor(net, spec, out_keys=[key])
 
 
 def make_qvalue(
@@ -401,17 +407,16 @@ def bounded_action_spec(action_spec: TensorSpec, action_key: NestedKey) -> Bound
     """Return the ``Bounded`` spec of a single action, of shape ``[d]``.
 
     Args:
-        action_spec: the spec itself, or a ``Composite`` that contains it.
-        action_key: key of the action in a ``Composite``.
+        action_spec: the spec itself, or a ``Composite`` that contains it. Dimensions of batched
+            environments and of agents may come before ``d``.
+        action_key: key of the action in a ``Composite``, see :func:`action_entry`.
 
     Raises:
-        ValueError: if the spec is not ``Bounded``, or its bounds are not finite and increasing.
+        ValueError: if the spec is not ``Bounded``, its bounds are not finite and increasing, or
+            they differ between environments or agents.
     """
     if isinstance(action_spec, Composite):
-        leading = action_spec.ndim
-        action_spec = action_spec[action_key]
-        # drop the batch dimensions of the environment
-        action_spec = action_spec[(0,) * leading] if leading else action_spec
+        action_spec = action_spec[action_entry(action_spec, action_key)]
     if not isinstance(action_spec, Bounded):
         raise ValueError(
             f"action_spec must be a Bounded spec, got {type(action_spec).__name__}: POGO supports "
@@ -428,7 +433,38 @@ def bounded_action_spec(action_spec: TensorSpec, action_key: NestedKey) -> Bound
             "action_spec has a lower bound that is not below its upper bound: "
             f"low={low.tolist()}, high={high.tolist()}."
         )
-    return action_spec
+    first = action_spec[(0,) * (low.dim() - 1)] if low.dim() > 1 else action_spec
+    if not bool((low == first.space.low).all() & (high == first.space.high).all()):
+        raise ValueError(
+            f"action_spec has shape {list(low.shape)}, and its bounds differ between the batched "
+            f"environments or agents: low={low.tolist()}, high={high.tolist()}. Pass bounds that "
+            "hold for all of them, of shape [action_dim]."
+        )
+    return first
+
+
+def action_entry(action_spec: Composite, action_key: NestedKey) -> NestedKey:
+    """Return the key of the action in a ``Composite``.
+
+    Args:
+        action_spec: the spec.
+        action_key: its usual key.
+
+    Returns:
+        ``action_key`` if the spec has it, otherwise the only key that it has.
+
+    Raises:
+        ValueError: if it has none, or several others.
+    """
+    keys = [key for key in action_spec.keys(True, True) if action_spec[key] is not None]
+    if unravel_key(action_key) in keys:
+        return action_key
+    if len(keys) != 1:
+        raise ValueError(
+            f"action_spec has no entry {action_key!r}, but {keys}: pass the spec of the action "
+            "alone, or the key to which TransportActor writes it (out_keys)."
+        )
+    return keys[0]
 
 
 def fresh_copies(

@@ -166,6 +166,26 @@ class ChainLoss(KeyedLoss):
         critics = range(self.num_qvalue_nets)
         return torch.stack([one({name: v[j] for name, v in qvalue.items()}) for j in critics])
 
+    def _states(self, batch: TensorDictBase) -> TensorDictBase:
+        """Observations of the actors, with the batch dimensions of the actions.
+
+        In a batch of several agents, those of the tensordict are fewer.
+        """
+        state = batch.select(*self.actor_network.in_keys, strict=False)
+        action = batch.get(self.tensor_keys.action)
+        if action is None or action.shape[:-1] == state.batch_size:
+            return state
+        leading = action.shape[:-1]
+        for key, values in state.items(True, True):
+            if values.shape[: len(leading)] != leading:
+                raise ValueError(
+                    f"{key!r} has shape {tuple(values.shape)}, but {self.tensor_keys.action!r} has "
+                    f"{tuple(action.shape)}: the observations of actors need the batch dimensions "
+                    f"of their actions, {tuple(leading)}. Expand it."
+                )
+        state.batch_size = leading
+        return state
+
     def _repeat(self, state: TensorDictBase) -> TensorDictBase:
         """Repeat the states ``num_samples`` times along a new last batch dimension."""
         return state.unsqueeze(-1).expand(*state.batch_size, self.num_samples)

@@ -8,14 +8,25 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
-from torchrl.data import TensorSpec
+from torch.nn.parameter import is_lazy
+from torchrl.data import Composite, TensorSpec
 
 from pogo_torchrl.functional import Q_NORMALIZATIONS
 from pogo_torchrl.modules import bounded_action_spec, fresh_copies, noise_reader
 from pogo_torchrl.ot import BACKENDS, MAX_POINTS
+
+
+def plain_number(value: Any) -> Any:
+    """Return a NumPy scalar or a tensor with no dimensions as a number of Python.
+
+    All other values are returned as they are.
+    """
+    scalar = isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0
+    return value.item() if scalar else value
 
 
 def check_weights(w2_weights: Sequence[float]) -> tuple[float, ...]:
@@ -47,6 +58,7 @@ def check_step_sizes(step_sizes: Sequence[float] | float, num_actors: int) -> tu
         ValueError: if they are not positive finite numbers.
     """
     try:
+        step_sizes = plain_number(step_sizes)
         if isinstance(step_sizes, int | float):
             sizes: tuple[float, ...] = (float(step_sizes),) * num_actors
         else:
@@ -123,9 +135,13 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 def check_settings(loss: Any) -> None:
     """Check the settings of a :class:`~pogo_torchrl.POGOLoss`, given as its attributes.
 
+    Scalars of NumPy and tensors without dimensions become numbers of Python.
+
     Raises:
         ValueError: if a setting is out of range.
     """
+    for name in (*_CHECKS, "average_actors", "advantage_temperature"):
+        setattr(loss, name, plain_number(getattr(loss, name)))
     for name, check in _CHECKS.items():
         check(name, getattr(loss, name))
     if loss.average_actors is not None:
@@ -162,8 +178,10 @@ def as_networks(
         reinitialise: draw new parameters for copies of a single network. Defaults to ``True``.
 
     Raises:
-        ValueError: if a list has another length or its networks differ in architecture.
+        ValueError: if a list has another length, its networks differ in architecture, or have
+            lazy layers that have not been called yet.
     """
+    _check_initialised(network, name)
     if isinstance(network, nn.Module) and not isinstance(network, nn.ModuleList):
         return fresh_copies(network, count, name, reinitialise=reinitialise)
     networks = list(network)
@@ -184,6 +202,18 @@ def as_networks(
                     f"number 0 has {first}: build them identically, or pass a single one."
                 )
     return networks
+
+
+def _check_initialised(network: nn.Module | Sequence[nn.Module], name: str) -> None:
+    """Check that the sizes of lazy layers are known."""
+    for module in [network] if isinstance(network, nn.Module) else network:
+        lazy = [key for key, parameter in module.named_parameters() if is_lazy(parameter)]
+        if lazy:
+            raise ValueError(
+                f"the {name} has lazy layers, whose sizes are not known yet ({lazy[0]}): call it "
+                f"once on a batch, {name}(batch), before it is passed to POGOLoss, or give its "
+                "network in_features."
+            )
 
 
 def _architecture(module: nn.Module) -> list[str]:
@@ -215,7 +245,7 @@ def action_bounds(
             )
     else:
         if action_spec is None:
-            action_spec = getattr(noise_reader(actor) or actor, "action_spec", None)
+            action_spec = _actor_spec(actor)
         if action_spec is None:
             raise ValueError(
                 "POGOLoss needs action bounds: pass action_spec=Bounded(...) or bounds=(low, high)."
@@ -223,6 +253,16 @@ def action_bounds(
         space = bounded_action_spec(action_spec, key).space
         low, high = space.low, space.high
     return low.clone().to(parameter), high.clone().to(parameter)
+
+
+def _actor_spec(actor: nn.Module) -> TensorSpec | None:
+    """Return the action spec of a transport map, or the ``spec`` of one of TorchRL's actors."""
+    spec = getattr(noise_reader(actor) or actor, "action_spec", None)
+    if spec is None:
+        spec = getattr(actor, "spec", None)
+    if isinstance(spec, Composite) and all(spec[key] is None for key in spec.keys(True, True)):
+        return None  # TorchRL's actors without a spec have an entry per out_key
+    return spec if isinstance(spec, TensorSpec) else None
 
 
 def check_batch(

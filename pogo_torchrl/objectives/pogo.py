@@ -88,7 +88,7 @@ class POGOLoss(ChainLoss):
             a single number applies to as many actors as ``w2_weights`` has. Defaults to ``None``:
             ``w2_weights`` as given.
         action_spec (TensorSpec, optional): bounded action spec. Exclusive with ``bounds``. If
-            neither is given, the ``action_spec`` of the actor is used.
+            neither is given, the ``action_spec`` or ``spec`` of the actor is used.
         bounds (tuple of float or of Tensor, optional): lower and upper action bounds.
         num_qvalue_nets (int): number of critics. Defaults to ``2``.
         num_samples (int): K, the number of actions per state and policy in :math:`D_i`. Defaults
@@ -274,6 +274,7 @@ class POGOLoss(ChainLoss):
             "one per entry of w2_weights",
             reinitialise=chain_init == "independent",
         )
+        num_qvalue_nets = self.num_qvalue_nets  # a Python number by now
         qvalues = as_networks(qvalue_network, num_qvalue_nets, "qvalue_network", "num_qvalue_nets")
         if shared_noise:
             check_reads_noise(actors[0])
@@ -284,7 +285,7 @@ class POGOLoss(ChainLoss):
                     "step_sizes depend on the number of action dimensions, which bounds=(low, "
                     "high) of two numbers do not tell: pass action_spec=Bounded(...)."
                 )
-            self.w2_weights = functional.step_sizes_to_weights(sizes, low.shape[-1], alpha)
+            self.w2_weights = functional.step_sizes_to_weights(sizes, low.shape[-1], self.alpha)
         self._register(actors, qvalues)
         self.randomness_changed()
         self.register_buffer("min_action", low)
@@ -436,7 +437,7 @@ class POGOLoss(ChainLoss):
             The loss and the metadata of :meth:`actor_loss`.
         """
         z, z_reference = noise.get(f"actor_{index}"), noise.get(f"reference_{index}")
-        state = batch.select(*self.actor_network.in_keys, strict=False)
+        state = self._states(batch)
         # With w2_fraction < 1 the divergence is evaluated on the first states of the batch only.
         count = math.ceil(self.w2_fraction * state.shape[0])
         repeated = self._repeat(state[:count])

@@ -20,6 +20,7 @@ from torchrl.record.loggers import Logger
 from torchrl.trainers import EarlyStopping, Trainer, TrainerHookBase
 
 from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.objectives.checks import plain_number
 from pogo_torchrl.trainers.checkpoints import (
     FORMAT_VERSION,
     DurableCheckpoint,
@@ -159,6 +160,12 @@ class POGOTrainer(Trainer):
         logger: Logger | None = None,
         log_interval: int = 10_000,
     ) -> None:
+        total_steps, policy_freq, checkpoint_interval, keep_checkpoints = map(
+            plain_number, (total_steps, policy_freq, checkpoint_interval, keep_checkpoints)
+        )
+        lr, clip_grad_norm, tau, freeze_critics_at = map(
+            plain_number, (lr, clip_grad_norm, tau, freeze_critics_at)
+        )
         self.check_settings(
             total_steps,
             lr=lr,
