@@ -144,6 +144,38 @@ def metadata(path: Path) -> dict[str, Any]:
     )
 
 
+def check_fingerprint(path: Path, ours: Mapping[str, Any], *, complete: bool) -> None:
+    """Check that a checkpoint was written by this release and with the same settings.
+
+    Args:
+        path: the checkpoint.
+        ours: fingerprint of the run that continues from it.
+        complete: whether settings that the checkpoint does not record count as different. Those of
+            earlier versions do not record all settings of the loss and the trainer.
+
+    Raises:
+        ValueError: if not; the message names the settings that differ.
+    """
+    found = metadata(path)
+    version, theirs = found.get("format_version"), found.get("fingerprint", {})
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this release reads {FORMAT_VERSION}: "
+            "resume the run with the release that wrote it."
+        )
+    keys = theirs.keys() | (ours.keys() if complete else set())
+    changed = [
+        f"{key}: {theirs.get(key)} -> {ours.get(key)}"
+        for key in sorted(keys)
+        if theirs.get(key) != ours.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} is a checkpoint of another run ({'; '.join(changed)}). Use the settings of "
+            "that run, or another checkpoint_dir."
+        )
+
+
 def plain(value: Any) -> Any:
     """Return a setting as it is read back from a checkpoint.
 

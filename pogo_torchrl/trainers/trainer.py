@@ -25,8 +25,8 @@ from pogo_torchrl.trainers.checkpoints import (
     FORMAT_VERSION,
     DurableCheckpoint,
     PriorityState,
+    check_fingerprint,
     is_intact,
-    metadata,
     plain,
     remove_unfinished,
 )
@@ -441,7 +441,8 @@ class POGOTrainer(Trainer):
             if not is_intact(path):
                 _LOGGER.warning("Skipping damaged or incomplete checkpoint %s.", path)
                 continue
-            self._check_fingerprint(path)
+            self._record_settings()
+            check_fingerprint(path, self.fingerprint or {}, complete=self._has_own_fingerprint)
             try:
                 self.load_from_file(path)
             except CheckpointError as error:
@@ -452,29 +453,6 @@ class POGOTrainer(Trainer):
     def _checkpoint_metadata(self, trainer: Trainer) -> dict[str, Any]:
         self._record_settings()
         return {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint}
-
-    def _check_fingerprint(self, path: Path) -> None:
-        self._record_settings()
-        found = metadata(path)
-        version, theirs = found.get("format_version"), found.get("fingerprint", {})
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {version}, this release reads {FORMAT_VERSION}: "
-                "resume the run with the release that wrote it."
-            )
-        ours = self.fingerprint or {}
-        # Checkpoints of earlier versions do not record all settings of the loss and the trainer.
-        keys = theirs.keys() | (ours.keys() if self._has_own_fingerprint else set())
-        changed = [
-            f"{key}: {theirs.get(key)} -> {ours.get(key)}"
-            for key in sorted(keys)
-            if theirs.get(key) != ours.get(key)
-        ]
-        if changed:
-            raise ValueError(
-                f"{path} is a checkpoint of another run ({'; '.join(changed)}). Use the settings "
-                "of that run, or another checkpoint_dir."
-            )
 
     def request_stop(self, reason: str | None = None) -> None:
         """Stop training after the current tick and write a checkpoint.
