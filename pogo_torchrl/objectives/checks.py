@@ -16,8 +16,9 @@ from torch.nn.parameter import is_lazy
 from torchrl.data import Composite, TensorSpec
 
 from pogo_torchrl.functional import Q_NORMALIZATIONS
-from pogo_torchrl.modules import bounded_action_spec, fresh_copies, noise_reader
+from pogo_torchrl.modules import fresh_copies, noise_reader
 from pogo_torchrl.ot import BACKENDS, MAX_POINTS
+from pogo_torchrl.specs import bounded_action_spec
 
 
 def plain_number(value: Any) -> Any:
