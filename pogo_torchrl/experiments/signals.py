@@ -44,7 +44,7 @@ def on_signals(handler: Callable[[int], None]) -> Iterator[dict[int, Any]]:
     Returns:
         Context manager that yields the previous handlers by signal number, and restores them.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     if threading.current_thread() is not threading.main_thread():
         numbers = ()
     previous = {
