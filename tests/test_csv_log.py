@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import re
 import signal
+import sqlite3
+from pathlib import Path
 
 import pytest
+from torchrl.record.loggers import get_logger
 
-from pogo_torchrl.experiments.csv_log import LOGGERS, CSVSink, LoggerSink, make_logger
+from pogo_torchrl.experiments.csv_log import (
+    LOGGERS,
+    CSVSink,
+    LoggerSink,
+    check_logger,
+    close_logger,
+    make_logger,
+)
 
 
 @pytest.fixture
@@ -80,16 +92,77 @@ def test_names_of_scalars():
     ]
 
 
-@pytest.mark.parametrize("name", LOGGERS)
+@pytest.mark.parametrize("name", set(LOGGERS) - {"csv"})
 def test_missing_package_error_tells_how_to_install_it(monkeypatch, tmp_path, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *args: None)
-    with pytest.raises(ImportError, match=rf'pip install "pogo_torchrl\[{name}\]"'):
+    with pytest.raises(ImportError, match=rf'package {name}, .*"pogo_torchrl\[{name}\]"'):
         make_logger(name, tmp_path, "run")
 
 
+def test_every_logger_of_torchrl_can_be_chosen():
+    names = inspect.signature(get_logger).parameters["logger_type"].annotation
+    assert set(re.findall(r'["\'](\w+)["\']', names)) == set(LOGGERS)
+
+
+def test_extras_install_the_packages_of_the_loggers():
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    extras = re.findall(r"^(\w+) = \[", project.read_text(), re.MULTILINE)
+    assert set(extras) >= set(LOGGERS) - {"csv"}
+
+
 def test_unknown_logger(tmp_path):
-    with pytest.raises(ValueError, match=r"logger\.backend='mlflow'.*tensorboard, wandb or null"):
-        make_logger("mlflow", tmp_path, "run")
+    with pytest.raises(ValueError, match=r"logger\.backend='neptune'.*tensorboard, wandb or null"):
+        make_logger("neptune", tmp_path, "run")
+
+
+def test_mlflow_does_not_log_a_stack():
+    with pytest.raises(ValueError, match=r"logger\.backend=mlflow .* stack=false"):
+        check_logger("mlflow", stacked=True)
+
+
+def written(name, folder):
+    """Value, step and run of each scalar that a logger has written to a folder."""
+    if name == "csv":
+        (path,) = folder.rglob("metrics/loss.csv")
+        return [tuple(map(float, line.split(","))) for line in path.read_text().splitlines()]
+    if name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        files = [EventAccumulator(str(path)) for path in folder.rglob("events*")]
+        return [(e.step, e.value) for f in files for e in f.Reload().Scalars("metrics/loss")]
+    query = {
+        "mlflow": "select step, value from metrics where key = 'metrics/loss'",
+        "trackio": "select step, json_extract(metrics, '$.\"metrics/loss\"') from metrics",
+    }[name]
+    (path,) = folder.rglob("*.db")
+    return sqlite3.connect(path).execute(query).fetchall()
+
+
+@pytest.mark.parametrize("name", sorted({*LOGGERS} - {"wandb"}))
+def test_runs_are_logged_one_after_the_other(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read on import
+    pytest.importorskip(name)
+    for value in (0.5, 1.5):
+        (tmp_path / str(value)).mkdir()
+        logger = make_logger(name, tmp_path / str(value), "run")
+        LoggerSink(logger, "metrics").write(4, [{"loss": value}])
+        close_logger(logger)
+    if name == "trackio":  # it has one folder for all runs
+        assert sorted(written(name, tmp_path)) == [(4, 0.5), (4, 1.5)]
+        return
+    for value in (0.5, 1.5):
+        assert written(name, tmp_path / str(value)) == [(4, value)]
+
+
+def test_wandb_keeps_runs_apart(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    first, second = (make_logger("wandb", tmp_path, name) for name in ("first", "second"))
+    assert first.experiment.id != second.experiment.id
+    for logger in (first, second):
+        LoggerSink(logger, "metrics").write(4, [{"loss": 0.5}])
+        close_logger(logger)
 
 
 def test_row_truncated_by_a_full_disk_is_dropped_on_resume(tmp_path):

@@ -87,7 +87,7 @@ FAILURES = {
 def test_a_start_that_failed_leaves_nothing(make_cfg, tmp_path, monkeypatch, failure):
     with monkeypatch.context() as patch:
         patch.setattr(*FAILURES[failure], fail)
-        patch.setattr(run_module, "check_logger", lambda name: None)
+        patch.setattr(run_module, "check_logger", lambda name, stacked: None)
         with pytest.raises(RuntimeError, match="no start today"):
             run(make_cfg("logger.backend=tensorboard" if failure == "logger" else "seed=0"))
     assert list(tmp_path.iterdir()) == []

@@ -96,7 +96,7 @@ class LoggerConfig:
     """Loggers in addition to the CSV files."""
 
     backend: str | None = option(
-        None, "logger in addition to the CSV files: tensorboard or wandb; null: none"
+        None, "logger besides the CSV files: csv, mlflow, trackio, tensorboard, wandb; null: none"
     )
 
 

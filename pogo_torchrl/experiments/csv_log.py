@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchrl.record.loggers import Logger, MLFlowLogger, get_logger
+
 from pogo_torchrl.files import atomic_write, cannot_write
 
-LOGGERS = ("tensorboard", "wandb")
-"""Loggers in addition to the CSV files; each is an optional dependency."""
+LOGGERS = ("csv", "mlflow", "trackio", "tensorboard", "wandb")
+"""TorchRL's loggers, in addition to the CSV files of a run; all but ``csv`` need a package of the
+same name."""
 
 
 def _current_name(column: str) -> str:
@@ -136,50 +140,84 @@ class LoggerSink:
                     self.logger.log_scalar(f"{prefix}/{name}", value, step=step)
 
 
-def check_logger(name: str) -> None:
+def check_logger(name: str, *, stacked: bool = False) -> None:
     """Check that a logger is available.
 
     Args:
         name: name of the logger, one of :data:`LOGGERS`.
 
+    Keyword Args:
+        stacked: whether several runs log in this process. Defaults to ``False``.
+
     Raises:
-        ValueError: if the logger is unknown.
+        ValueError: if the logger is unknown, or supports only one run per process.
         ImportError: if its package is not installed; the message tells how to install it.
 
     Example:
-        >>> check_logger("tensorbord")
+        >>> check_logger("tensorbord")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        ValueError: logger.backend='tensorbord' is unknown; choose tensorboard, wandb or null.
+        ValueError: logger.backend='tensorbord' is unknown; choose csv, ..., wandb or null.
     """
     if name not in LOGGERS:
         raise ValueError(
             f"logger.backend={name!r} is unknown; choose {', '.join(LOGGERS)} or null."
         )
-    if importlib.util.find_spec(name) is None:
+    if name == "mlflow" and stacked:
+        raise ValueError(
+            "logger.backend=mlflow logs one run per process: choose another logger or stack=false."
+        )
+    if name != "csv" and importlib.util.find_spec(name) is None:
         raise ImportError(
             f"logger.backend={name} needs the package {name}, which is not installed: "
             f'pip install "pogo_torchrl[{name}]", or leave it out (CSV is always written).'
         )
 
 
-def make_logger(name: str, folder: str | Path, experiment: str) -> Any:
-    """Create one of TorchRL's loggers.
+def make_logger(name: str, folder: str | Path, experiment: str) -> Logger:
+    r"""Create one of TorchRL's loggers; each call starts a new run in it.
 
     Args:
-        name: ``"tensorboard"`` or ``"wandb"``.
-        folder: folder for the logger's files.
+        name: name of the logger, one of :data:`LOGGERS`.
+        folder: folder for the logger's files. Trackio has its own (``$TRACKIO_DIR``), and MLflow
+            logs to ``$MLFLOW_TRACKING_URI`` if that is set.
         experiment: display name of the run.
 
     Raises:
         ValueError: if the logger is unknown.
         ImportError: if its package is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     logger = make_logger("csv", folder, "run")
+        ...     logger.log_scalar("score", 1.5, step=10)
+        ...     Path(folder, "run", "scalars", "score.csv").read_text()
+        '10,1.5\n'
     """
     check_logger(name)
-    if name == "tensorboard":
-        from torchrl.record.loggers.tensorboard import TensorboardLogger
+    folder = Path(folder).absolute()
+    if name == "mlflow":  # a database: recent versions of MLflow refuse folders
+        if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+            return MLFlowLogger(experiment, uri)
+        logger = MLFlowLogger(experiment, f"sqlite:///{folder / 'mlflow.db'}")
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow sets it, also for the next run
+        return logger
+    return get_logger(
+        name,
+        str(folder),
+        experiment,
+        wandb_kwargs={"project": "pogo", "reinit": "create_new"},  # by default, runs are merged
+        trackio_kwargs={"project": "pogo", "resume": "never"},
+    )
 
-        return TensorboardLogger(experiment, log_dir=str(folder))
-    from torchrl.record.loggers.wandb import WandbLogger
 
-    return WandbLogger(experiment, save_dir=str(folder), project="pogo")
+def close_logger(logger: Logger) -> None:
+    """Close a logger, so that the next run of this process does not continue its run.
+
+    Args:
+        logger: one of TorchRL's loggers.
+    """
+    if isinstance(logger, MLFlowLogger):  # its run is closed by leaving its context only
+        logger.experiment.__exit__(None, None, None)
+    logger.shutdown()

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.utils import parameters_to_vector
 from torchrl.checkpoint import GlobalRNGState
+from torchrl.record.loggers import Logger
 
 from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
 from pogo_torchrl.envs import score
@@ -30,7 +31,13 @@ from pogo_torchrl.experiments.build import (
     step_control,
 )
 from pogo_torchrl.experiments.console import LOGGER, ConsoleHandler, TrainLogHandler, log_to
-from pogo_torchrl.experiments.csv_log import CSVSink, LoggerSink, check_logger, make_logger
+from pogo_torchrl.experiments.csv_log import (
+    CSVSink,
+    LoggerSink,
+    check_logger,
+    close_logger,
+    make_logger,
+)
 from pogo_torchrl.experiments.overrides import check_options
 from pogo_torchrl.experiments.run_folder import (
     RunFolder,
@@ -67,9 +74,9 @@ def run(cfg: DictConfig) -> list[Evaluation]:
     one = RunInProgress(cfg)
     with (
         lock_run_folder(one.folder),
-        closing(one),
         deterministic(cfg.deterministic),
         log_to(ConsoleHandler()),
+        closing(one),
     ):
         one.read_data()
         with one.opened():
@@ -211,7 +218,7 @@ class RunInProgress:
             FreezeThenFlow(cfg.freeze_critics_at).switch(cfg.total_steps)
         check_memory(cfg, self.evaluator)
         if cfg.logger.backend:
-            check_logger(cfg.logger.backend)
+            check_logger(cfg.logger.backend, stacked=stacked)
         seed_everything(cfg.seed)
         self.loss = make_loss(cfg, self.evaluator, self.device)
         columns = {"alpha": lambda: self.loss.alpha} if self.step_control else {}
@@ -219,6 +226,7 @@ class RunInProgress:
         self.evaluate = Evaluate(self._evaluations, report=self._report, interval=cfg.eval_interval)
         self.last: list[Evaluation] = []
         self._files: set[Path] | None = None  # before this start wrote any
+        self._logger: Logger | None = None
 
     def read_data(self, replay_buffer: OfflineReplayBuffer | None = None) -> None:
         """Load the data and create the trainer, resuming from a checkpoint if requested.
@@ -285,7 +293,7 @@ class RunInProgress:
             elif self.resumed is not None:
                 LOGGER.info("Resumed at update %d.", self.resumed)
             backend = cfg.logger.backend
-            logger = make_logger(backend, training, cfg.task) if backend else None
+            logger = self._logger = make_logger(backend, training, cfg.task) if backend else None
             for hook, name in ((self.metrics, "metrics"), (self.evaluate, "evaluations")):
                 sink = CSVSink(training / f"{name}.csv", resume_step=self.resumed)
                 hook.sinks = [sink, LoggerSink(logger, name)] if logger else [sink]
@@ -294,7 +302,12 @@ class RunInProgress:
             yield
 
     def close(self) -> None:
-        """Remove what a start that failed before the first update has written."""
+        """Close the logger, and remove the files of a start that failed before the first update."""
+        if self._logger is not None:
+            try:
+                close_logger(self._logger)
+            except Exception as error:  # the run's own files are complete
+                LOGGER.warning("Closing %s failed: %s", self.cfg.logger.backend, error)
         if self._files is None or self.trainer.optimization_stepper.steps:
             return
         for path in sorted(self._list_files() - self._files, reverse=True):
