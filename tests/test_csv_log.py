@@ -92,7 +92,7 @@ def test_names_of_scalars():
     ]
 
 
-@pytest.mark.parametrize("name", set(LOGGERS) - {"csv"})
+@pytest.mark.parametrize("name", sorted({*LOGGERS} - {"csv"}))
 def test_missing_package_error_tells_how_to_install_it(monkeypatch, tmp_path, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *args: None)
     with pytest.raises(ImportError, match=rf'package {name}, .*"pogo_torchrl\[{name}\]"'):
