@@ -317,8 +317,8 @@ def test_actors_that_draw_noise_internally_draw_nonzero_noise(unit_spec, make_bu
     drawn = []
 
     class Encoded(TransportActor):
-        def _draw(self, observation):
-            z = super()._draw(observation)
+        def _draw(self, *args):
+            z = super()._draw(*args)
             drawn.append(z.detach().abs().max())
             return z
 
