@@ -1,6 +1,6 @@
 """Speed and memory of training and data, compared with baselines in a single run.
 
-    python benchmarks/training.py [--quick] [--threads N] [--device cuda]
+    python benchmarks/training.py [--quick] [--options] [--threads N] [--device cuda]
 
 Prints Markdown tables. The baseline of the update is the original code's step reimplemented in
 plain PyTorch: host sampling, GeomLoss, separate optimizer steps, and every loss read on the host.
@@ -58,6 +58,14 @@ OURS: dict[str, dict[str, Any]] = {
         "w2_fraction": 0.25,
     },
     "POGO, compiled, bfloat16": {"w2_backend": "fast", "compile": True, "bf16": True},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "average_actors=0.002": {"average_actors": 0.002},
+    "actor_q=mean": {"actor_q": "mean"},
+    "advantage_temperature=0.1": {"advantage_temperature": 0.1},
+    "target_action=min_clean_noisy": {"target_action": "min_clean_noisy"},
+    "data_weight=0.5": {"data_weight": 0.5},
 }
 Updates = Callable[[int], None]  # runs the given number of updates
 
@@ -235,6 +243,25 @@ def print_updates(path: Path, device: torch.device, quick: bool) -> None:
     print(table(["actors", "", "updates/s", "ratio", "GFLOP", "of the float32 rate"], rows))
 
 
+def print_options(path: Path, device: torch.device, rounds: int = 25) -> None:
+    """Print what options add to a compiled update of 3 actors."""
+    compiled = OURS["POGO, compiled"]
+    candidates = {
+        name: ours(path, device, 3, **compiled, **options) for name, options in OPTIONS.items()
+    }
+    for function in candidates.values():
+        function(STRETCH)
+    times, _ = time_alternately(candidates, device, rounds)
+    rows = []
+    for name, series in times.items():
+        ratio = statistics.median(t / b for t, b in zip(series, times["none"]))
+        rows.append(
+            [name, f"{1000 * statistics.median(series):.1f}", f"{100 * (ratio - 1):+.0f} %"]
+        )
+    print("## Options, 3 actors, compiled\n")
+    print(table(["option", "ms per update", "difference"], rows))
+
+
 def names_of(quick: bool, actors: int) -> list[str]:
     if quick:  # compilation takes most of the time
         return [PLAIN, "POGO", "POGO, compiled"]
@@ -286,6 +313,7 @@ def print_data(device: torch.device, quick: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="3 actors, fewer rows and repetitions")
+    parser.add_argument("--options", action="store_true", help="only what the options cost")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--alone", nargs=2, metavar=("ROW", "DATA"), help=argparse.SUPPRESS)
@@ -299,6 +327,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # empty: the first update really compiles
         path = write_rows(Path(folder, "data.hdf5"), ROWS)
+        if arguments.options:
+            return print_options(path, device)
         print_processes(path, device, arguments.quick)
         print_updates(path, device, arguments.quick)
     print_data(device, arguments.quick)
