@@ -149,7 +149,9 @@ def versions() -> str:
     import torch
 
     names = ("pogo_torchrl", "torch", "torchrl", "tensordict", "geomloss", "gymnasium", "mujoco")
-    lines = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    found = {name: importlib.metadata.version(name) for name in names}
+    found["torch"] = str(torch.__version__)  # names the CUDA build, too
+    lines = [f"{name} {version}" for name, version in found.items()]
     lines.append(f"Python {platform.python_version()} on {platform.platform()}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines.append(
