@@ -27,7 +27,7 @@ from torch._inductor import config as inductor
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import pogo_torchrl.objectives.pogo
+import pogo_torchrl.objectives.distances
 from pogo_torchrl import POGOLoss
 from pogo_torchrl.data import OfflineReplayBuffer
 from pogo_torchrl.trainers.fused.adam import FusedAdam
@@ -134,7 +134,7 @@ def named_parts() -> Iterator[None]:
         (training.single_file.SamplesLoss, "forward", TRANSPORT),
         (OfflineReplayBuffer, "sample", SAMPLING),
         (POGOLoss, "draw_noise", SAMPLING),
-        (pogo_torchrl.objectives.pogo, "sinkhorn_divergence", TRANSPORT),
+        (pogo_torchrl.objectives.distances, "sinkhorn_divergence", TRANSPORT),
         (FusedAdam, "step", ADAM),
     ]
     patches = [

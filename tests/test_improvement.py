@@ -41,7 +41,7 @@ from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 
 from pogo_torchrl import POGOLoss, POGOTrainer, functional, make_actor, make_qvalue
 from pogo_torchrl.modules import QValueOperator
-from pogo_torchrl.objectives import pogo
+from pogo_torchrl.objectives import distances
 from pogo_torchrl.trainers import TrainerStack
 
 DIM, NUM_ACTORS = 4, 3
@@ -169,7 +169,7 @@ def test_every_actor_of_twenty_chains_takes_its_step_and_improves():
 
 # ------------------------------------------------------------------ mutants of the objective
 
-JKO_TERMS, DIVERGENCE = POGOLoss.jko_terms, pogo.sinkhorn_divergence
+JKO_TERMS, DIVERGENCE = POGOLoss.jko_terms, distances.sinkhorn_divergence
 
 
 def loss_is(formula):
@@ -218,8 +218,12 @@ MUTANTS = {
     "lambda = alpha / |mean Q|": scale_is(lambda q, alpha: alpha / q.detach().mean().abs()),
     "lambda with a gradient": scale_is(lambda q, alpha: alpha / q.abs().mean()),
     "D_0 is a sum": (functional, "l2_distance", lambda a, b: (a - b).square().sum(-1)),
-    "D_i is not halved": (pogo, "sinkhorn_divergence", lambda *a, **k: 2 * DIVERGENCE(*a, **k)),
-    "D_i is a mean": (pogo, "sinkhorn_divergence", lambda *a, **k: DIVERGENCE(*a, **k) / DIM),
+    "D_i is not halved": (
+        distances,
+        "sinkhorn_divergence",
+        lambda *a, **k: 2 * DIVERGENCE(*a, **k),
+    ),
+    "D_i is a mean": (distances, "sinkhorn_divergence", lambda *a, **k: DIVERGENCE(*a, **k) / DIM),
     "reference: the data": (POGOLoss, "jko_terms", terms_with_the_data_as_reference),
     "reference: the actor itself": reference_is(lambda loss, i, actor, reference: actor),
     "reference: actor i - 2": reference_is(

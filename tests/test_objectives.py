@@ -549,7 +549,7 @@ class TestChain:
         def fail(*args, **kwargs):
             raise AssertionError
 
-        monkeypatch.setattr("pogo_torchrl.objectives.pogo.sinkhorn_divergence", fail)
+        monkeypatch.setattr("pogo_torchrl.objectives.distances.sinkhorn_divergence", fail)
         assert make_loss(w2_weights=(0.2,))(make_batch())["loss_actor"].isfinite()
         with pytest.raises(AssertionError):
             make_loss()(make_batch())

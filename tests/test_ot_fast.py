@@ -391,7 +391,7 @@ class TestInTheLoss:
             diameters.append(kwargs["diameter"])
             return sinkhorn_divergence(*args, **kwargs)
 
-        monkeypatch.setattr("pogo_torchrl.objectives.pogo.sinkhorn_divergence", spy)
+        monkeypatch.setattr("pogo_torchrl.objectives.distances.sinkhorn_divergence", spy)
         for backend in ("fast", "tensorized"):
             make_loss(w2_backend=backend).actor_loss(make_batch(), 1)
         assert diameters == [2 * 2**0.5, None]

@@ -29,7 +29,8 @@ from pogo_torchrl.objectives.checks import (
     check_step_sizes,
     check_weights,
 )
-from pogo_torchrl.ot import BACKENDS, sinkhorn_divergence
+from pogo_torchrl.objectives.distances import unit_box_divergence
+from pogo_torchrl.ot import BACKENDS
 from pogo_torchrl.torchrl_private import ProtectedLossModule, share_update_marks
 
 ACTOR_Q = ("first", "mean", "min", "advantage")
@@ -231,20 +232,20 @@ class JKOChain(ProtectedLossModule):
             gaussian = self._gaussian(index, batch)
             with torch.no_grad():
                 reference = self._gaussian(index - 1, batch)
-            center, half = (self.action_high + self.action_low) / 2, self._half_width
-            (loc, scale), (loc_0, scale_0) = (
-                ((g.mean - center) / half, g.stddev / half) for g in (gaussian, reference)
-            )
+            low, high = self.action_low, self.action_high
+            loc, loc_0 = (functional.to_unit_box(g.mean, low, high) for g in (gaussian, reference))
+            scale, scale_0 = (2 * g.stddev / (high - low) for g in (gaussian, reference))
             return gaussian.rsample(), functional.gaussian_w2(loc, scale, loc_0, scale_0)
         samples = self._samples(index, batch)
         with torch.no_grad():
             references = self._samples(index - 1, batch)
-        distance = sinkhorn_divergence(
-            self._to_unit_box(samples),
-            self._to_unit_box(references),
+        distance = unit_box_divergence(
+            samples,
+            references,
+            self.action_low,
+            self.action_high,
             blur=self.blur,
             backend=self.w2_backend,
-            diameter=2 * samples.shape[-1] ** 0.5 if self.w2_backend == "fast" else None,
         )
         return samples[..., 0, :], distance
 
@@ -357,13 +358,6 @@ class JKOChain(ProtectedLossModule):
         """Reset every added actor to a copy of the base's actor, e.g. after its training."""
         for i in range(1, self.num_actors):
             self._params(i).data.update_(self._params(0).data)
-
-    @property
-    def _half_width(self) -> Tensor:
-        return (self.action_high - self.action_low) / 2
-
-    def _to_unit_box(self, action: Tensor) -> Tensor:
-        return functional.to_unit_box(action, self.action_low, self.action_high)
 
     # ------------------------------------------------------------------ TorchRL
 

@@ -27,7 +27,7 @@ from pogo_torchrl.objectives.checks import (
     check_step_sizes,
     check_weights,
 )
-from pogo_torchrl.ot import sinkhorn_divergence
+from pogo_torchrl.objectives.distances import unit_box_divergence
 
 
 class POGOLoss(ChainLoss):
@@ -445,13 +445,13 @@ class POGOLoss(ChainLoss):
         with torch.no_grad():
             z_reference = z_reference if z_reference is None else z_reference[:count]
             references = self._act(reference, repeated, z_reference)
-        distance = sinkhorn_divergence(
-            self._to_unit_box(samples),
-            self._to_unit_box(references),
+        distance = unit_box_divergence(
+            samples,
+            references,
+            self.min_action,
+            self.max_action,
             blur=self.blur,
             backend=self.w2_backend,
-            # The diagonal of [-1, 1]^d. As published, GeomLoss uses the diameter of the batch.
-            diameter=2 * samples.shape[-1] ** 0.5 if self.w2_backend == "fast" else None,
         )
         action = samples[..., 0, :]
         if count < state.shape[0]:
