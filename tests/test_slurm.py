@@ -72,11 +72,11 @@ def test_preempted_jobs_are_requeued_and_killed_runs_fail(folder, threads, capsy
     arguments = (*longer, "launcher=submitit_local")
     process = start(folder, *arguments)
     saved = [folder / "logs" / run / "checkpoints" for run in RUNS]
-    wait_for(lambda: list(saved[0].glob("step-*")))
+    wait_for(lambda: list(saved[0].glob("step-*/sha256.json")))  # written last
     (worker,) = workers(folder, "seed=0")
     os.kill(worker, signal.SIGUSR1)  # like Slurm, signal every process of the job
     os.kill(parent_process(worker), signal.SIGUSR1)
-    wait_for(lambda: list(saved[1].glob("step-*")))
+    wait_for(lambda: list(saved[1].glob("step-*/sha256.json")))
     os.kill(*workers(folder, "seed=1"), signal.SIGKILL)
     code, out, err = finish(process)
     assert code == 1, err

@@ -39,7 +39,7 @@ say "The sweep as an array, two jobs in parallel"
 . "$here/start.sh" slurm
 on_slurm >out.txt 2>&1 &
 waiting=$!
-await '[ $(find logs -name "step-*" | wc -l) -ge 2 ]'
+await '[ $(find logs -path "*/step-*/sha256.json" | wc -l) -ge 2 ]'
 squeue
 
 say "A job of higher priority takes both cores"
@@ -50,7 +50,7 @@ await '[ -z "$(squeue -h -p high)" ] && [ "$(squeue -h -p low -t R)" ]'
 
 say "kill -9 of one run, and of the job of another"
 run_of() { pgrep -f "pogo_torchrl.experiments.worker .* seed=$1 resume=true"; }
-has_saved() { compgen -G "logs/*/*/seed_$1/checkpoints/step-*" >/dev/null; }
+has_saved() { compgen -G "logs/*/*/seed_$1/checkpoints/step-*/sha256.json" >/dev/null; }
 await 'has_saved 2 && has_saved 3'
 kill -9 "$(run_of 2)"
 kill -9 "$(ps -o ppid= "$(run_of 3)")"
