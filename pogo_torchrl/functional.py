@@ -162,6 +162,29 @@ def advantage_weights(
     return exponents.numel() * exponents.flatten().softmax(0).view_as(exponents)
 
 
+def squared_distance(action: Tensor, other: Tensor) -> Tensor:
+    r"""Squared distance between actions, :math:`|a - b|^2 = \sum_k (a_k - b_k)^2`.
+
+    It is ReBRAC's penalty in the loss of the actor.
+
+    Source: Tarasov et al., *Revisiting the Minimalist Approach to Offline Reinforcement Learning*
+    (ReBRAC), 2023, arXiv:2305.09836.
+
+    Args:
+        action: actions mapped to [-1, 1], of shape ``[*B, d]``.
+        other: other actions mapped to [-1, 1], of shape ``[*B, d]``.
+
+    Returns:
+        One distance per state, of shape ``[*B]``.
+
+    Example:
+        >>> import torch
+        >>> squared_distance(torch.tensor([[1.0, 0.5]]), torch.tensor([[0.0, 1.0]])).tolist()
+        [1.25]
+    """
+    return (action - other).square().sum(-1)
+
+
 def next_action_penalty(action: Tensor, data_action: Tensor) -> Tensor:
     r"""Penalty on the next action in the TD target: :math:`\sum_k (a' - a'_{data})_k^2`.
 
@@ -185,7 +208,7 @@ def next_action_penalty(action: Tensor, data_action: Tensor) -> Tensor:
         [0.5, 0.0]
     """
     unknown = data_action.isnan().any(-1)
-    return (action - data_action).square().sum(-1).masked_fill(unknown, 0.0)
+    return squared_distance(action, data_action).masked_fill(unknown, 0.0)
 
 
 def q_scale(

@@ -32,7 +32,7 @@ from torchrl.objectives import (
     TD3Loss,
 )
 
-from pogo_torchrl import JKOChain, POGOLoss, functional, make_actor, make_qvalue
+from pogo_torchrl import JKOChain, POGOLoss, ReBRACLoss, functional, make_actor, make_qvalue
 from pogo_torchrl.ot import sinkhorn_divergence
 
 OBSERVATION, ACTION, ROWS = 3, 2, 16
@@ -80,6 +80,7 @@ BASES = {
     "cql": lambda: CQLLoss(probabilistic_actor(), critic(), action_spec=SPEC),
     "sac": lambda: SACLoss(probabilistic_actor(), critic(), action_spec=SPEC),
     "redq": lambda: REDQLoss(probabilistic_actor(), critic(), action_spec=SPEC, num_qvalue_nets=4),
+    "rebrac": lambda: ReBRACLoss(deterministic_actor(), critic(), action_spec=SPEC),
     "pogo": lambda: POGOLoss(make_actor(OBSERVATION, SPEC, (8,)), critic(), w2_weights=[0.3]),
 }
 
@@ -97,6 +98,7 @@ def make_batch(rows=ROWS):
                 "reward": torch.randn(rows, 1),
                 "done": done,
                 "terminated": done.clone(),
+                "action": SPEC.rand([rows]),  # an in_key of ReBRACLoss
             },
         },
         [rows],

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import Tensor
 from torch.func import functional_call
 from torchrl.envs.utils import ExplorationType
 
 from pogo_torchrl import functional
-from pogo_torchrl.objectives.checks import check_batch, check_padding
 from pogo_torchrl.objectives.networks import ChainNetworks, Params
 
 Noise = dict[str, Tensor]
@@ -278,35 +277,6 @@ class ChainLoss(ChainNetworks):
             metadata.update(found)
         self.release(tensordict, *self._parameter_names)
         return sum(losses[1:], losses[0]), metadata
-
-    def check_batch(
-        self, tensordict: TensorDictBase, keys: Sequence[NestedKey] | None = None
-    ) -> None:
-        """Validate the keys, shapes and dtypes of a batch, and the values of padded rows.
-
-        Args:
-            tensordict: a batch.
-            keys: keys that it must contain. Defaults to :attr:`in_keys`.
-
-        Raises:
-            KeyError: if a key is missing.
-            ValueError: if the batch has no rows, if a dtype or shape does not match, or if padded
-                rows are not finite.
-        """
-        keys = self.in_keys if keys is None else keys
-        check_batch(
-            tensordict,
-            keys,
-            action=self.tensor_keys.action,
-            reward=("next", self.tensor_keys.reward),
-            ends=self._end_keys,
-            low=self.min_action,
-        )
-        valid = self.valid_rows(tensordict)
-        if valid is not None and not torch.compiler.is_compiling():
-            # Next actions are NaN where there is none.
-            missing_allowed = ("next", self.tensor_keys.action)
-            check_padding(tensordict, [k for k in keys if k != missing_allowed], valid)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -167,7 +167,13 @@ def check_reads_noise(actor: nn.Module) -> None:
 
 
 def as_networks(
-    network, count: int, name: str, meaning: str, *, reinitialise: bool = True
+    network,
+    count: int,
+    name: str,
+    meaning: str,
+    *,
+    reinitialise: bool = True,
+    owner: str = "POGOLoss",
 ) -> list[nn.Module]:
     """Return ``count`` distinct networks with the same architecture.
 
@@ -177,18 +183,19 @@ def as_networks(
         name: name of the networks, for messages.
         meaning: where ``count`` comes from, for messages.
         reinitialise: draw new parameters for copies of a single network. Defaults to ``True``.
+        owner: name of the loss, for messages. Defaults to ``"POGOLoss"``.
 
     Raises:
         ValueError: if a list has another length, its networks differ in architecture, or have
             lazy layers that have not been called yet.
     """
-    _check_initialised(network, name)
+    _check_initialised(network, name, owner)
     if isinstance(network, nn.Module) and not isinstance(network, nn.ModuleList):
         return fresh_copies(network, count, name, reinitialise=reinitialise)
     networks = list(network)
     if len(networks) != count:
         raise ValueError(
-            f"POGOLoss got {len(networks)} {name}s but needs {count} ({meaning}): pass a list of "
+            f"{owner} got {len(networks)} {name}s but needs {count} ({meaning}): pass a list of "
             f"{count}, or a single one, which is then copied."
         )
     for i, module in enumerate(networks):
@@ -205,14 +212,14 @@ def as_networks(
     return networks
 
 
-def _check_initialised(network: nn.Module | Sequence[nn.Module], name: str) -> None:
+def _check_initialised(network: nn.Module | Sequence[nn.Module], name: str, owner: str) -> None:
     """Check that the sizes of lazy layers are known."""
     for module in [network] if isinstance(network, nn.Module) else network:
         lazy = [key for key, parameter in module.named_parameters() if is_lazy(parameter)]
         if lazy:
             raise ValueError(
                 f"the {name} has lazy layers, whose sizes are not known yet ({lazy[0]}): call it "
-                f"once on a batch, {name}(batch), before it is passed to POGOLoss, or give its "
+                f"once on a batch, {name}(batch), before it is passed to {owner}, or give its "
                 "network in_features."
             )
 
@@ -226,7 +233,12 @@ def _architecture(module: nn.Module) -> list[str]:
 
 
 def action_bounds(
-    action_spec: TensorSpec | None, bounds: tuple | None, actor: nn.Module, key: NestedKey
+    action_spec: TensorSpec | None,
+    bounds: tuple | None,
+    actor: nn.Module,
+    key: NestedKey,
+    *,
+    owner: str = "POGOLoss",
 ) -> tuple[Tensor, Tensor]:
     """Return the lower and upper action bounds from a spec, explicit bounds or the actor's spec.
 
@@ -236,7 +248,7 @@ def action_bounds(
     """
     parameter = next(actor.parameters())
     if action_spec is not None and bounds is not None:
-        raise ValueError("POGOLoss accepts either action_spec or bounds, not both.")
+        raise ValueError(f"{owner} accepts either action_spec or bounds, not both.")
     if bounds is not None:
         low, high = (torch.as_tensor(b, dtype=parameter.dtype) for b in bounds)
         if not bool(((low < high) & torch.isfinite(high - low)).all()):
@@ -249,7 +261,7 @@ def action_bounds(
             action_spec = _actor_spec(actor)
         if action_spec is None:
             raise ValueError(
-                "POGOLoss needs action bounds: pass action_spec=Bounded(...) or bounds=(low, high)."
+                f"{owner} needs action bounds: pass action_spec=Bounded(...) or bounds=(low, high)."
             )
         space = bounded_action_spec(action_spec, key).space
         low, high = space.low, space.high
@@ -274,6 +286,7 @@ def check_batch(
     reward: NestedKey,
     ends: Sequence[NestedKey],
     low: Tensor,
+    owner: str = "POGOLoss",
 ) -> None:
     """Validate a batch, so that broadcasting cannot hide a wrong shape.
 
@@ -287,6 +300,7 @@ def check_batch(
         reward: key of the reward, of shape ``[*B, 1]``.
         ends: keys of ``done`` and ``terminated``; one of them is enough, as in TorchRL.
         low: lower action bound, which gives the expected action dimension and dtype.
+        owner: name of the loss, for messages. Defaults to ``"POGOLoss"``.
 
     Raises:
         KeyError: if a key is missing.
@@ -305,7 +319,7 @@ def check_batch(
                     "there is none (make_replay_buffer(..., next_action=True) does)."
                 )
             raise KeyError(
-                f"POGOLoss needs the key {key!r}, but the batch has "
+                f"{owner} needs the key {key!r}, but the batch has "
                 f"{list(batch.keys(True, True))}: add it, or set your own key with set_keys()."
             )
         if values.dtype == torch.float64 != low.dtype:
@@ -321,7 +335,7 @@ def check_batch(
     if set(ends) <= found.keys() and all(found[key] is None for key in ends):
         first, second = ends
         raise KeyError(
-            f"POGOLoss needs the key {first!r} or {second!r}, but the batch has "
+            f"{owner} needs the key {first!r} or {second!r}, but the batch has "
             f"{list(batch.keys(True, True))}: add at least one of them, of dtype torch.bool, or "
             "set your own keys with set_keys()."
         )

@@ -167,7 +167,8 @@ class JKOChain(ProtectedLossModule):
         self.__dict__["actor_network"] = base_loss.actor_network  # registered by the base
         if action_spec is None and bounds is None and hasattr(base_loss, "min_action"):
             bounds = base_loss.min_action, base_loss.max_action
-        low, high = action_bounds(action_spec, bounds, self.actor(0), self.tensor_keys.action)
+        key = self.tensor_keys.action
+        low, high = action_bounds(action_spec, bounds, self.actor(0), key, owner="JKOChain")
         self.register_buffer("action_low", low)
         self.register_buffer("action_high", high)
         self.w2_weights = self._weights(w2_weights, step_sizes)

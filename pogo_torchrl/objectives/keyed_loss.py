@@ -1,17 +1,19 @@
-"""Keys and value estimator of an actor-critic loss."""
+"""Keys, value estimator and batches of an actor-critic loss."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tensordict import NestedKey
+import torch
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
-from pogo_torchrl.objectives.checks import check_gamma
+from pogo_torchrl.objectives.checks import check_batch, check_gamma, check_padding
 from pogo_torchrl.torchrl_private import ProtectedLossModule
 
 
@@ -133,6 +135,36 @@ class KeyedLoss(ProtectedLossModule):
             keys.append(("next", self.tensor_keys.action))
         self._in_keys: list[NestedKey] = list(dict.fromkeys(keys))
         self._end_keys = [("next", self.tensor_keys.done), ("next", self.tensor_keys.terminated)]
+
+    def check_batch(
+        self, tensordict: TensorDictBase, keys: Sequence[NestedKey] | None = None
+    ) -> None:
+        """Validate the keys, shapes and dtypes of a batch, and the values of padded rows.
+
+        Args:
+            tensordict: a batch.
+            keys: keys that it must contain. Defaults to :attr:`in_keys`.
+
+        Raises:
+            KeyError: if a key is missing.
+            ValueError: if the batch has no rows, if a dtype or shape does not match, or if padded
+                rows are not finite.
+        """
+        keys = self.in_keys if keys is None else keys
+        check_batch(
+            tensordict,
+            keys,
+            action=self.tensor_keys.action,
+            reward=("next", self.tensor_keys.reward),
+            ends=self._end_keys,
+            low=self.min_action,
+            owner=type(self).__name__,
+        )
+        valid = self.valid_rows(tensordict)
+        if valid is not None and not torch.compiler.is_compiling():
+            # Next actions are NaN where there is none.
+            missing_allowed = ("next", self.tensor_keys.action)
+            check_padding(tensordict, [k for k in keys if k != missing_allowed], valid)
 
     @property
     def in_keys(self) -> list[NestedKey]:
