@@ -1,10 +1,19 @@
-"""POGO (policy optimization as a gradient flow in offline RL) as a TorchRL plugin."""
+"""POGO (policy optimization as a gradient flow in offline RL) as a TorchRL plugin.
 
-from pogo_torchrl.export import load_actors
-from pogo_torchrl.modules import TransportActor, make_actor, make_qvalue
-from pogo_torchrl.objectives import JKOChain, POGOLoss, ReBRACLoss
-from pogo_torchrl.ot import sinkhorn_divergence
-from pogo_torchrl.trainers import POGOTrainer
+Names are imported when first used: a trained chain is loaded without the training stack, and the
+command line starts without torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pogo_torchrl.actors import TransportActor
+    from pogo_torchrl.export import load_actors
+    from pogo_torchrl.modules import make_actor, make_qvalue
+    from pogo_torchrl.objectives import JKOChain, POGOLoss, ReBRACLoss
+    from pogo_torchrl.ot import sinkhorn_divergence
+    from pogo_torchrl.trainers import POGOTrainer
 
 __all__ = [
     "JKOChain",
@@ -17,3 +26,27 @@ __all__ = [
     "make_qvalue",
     "sinkhorn_divergence",
 ]
+
+_MODULES = {
+    "JKOChain": "objectives",
+    "POGOLoss": "objectives",
+    "POGOTrainer": "trainers",
+    "ReBRACLoss": "objectives",
+    "TransportActor": "actors",
+    "load_actors": "export",
+    "make_actor": "modules",
+    "make_qvalue": "modules",
+    "sinkhorn_divergence": "ot",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if name in {"export", "functional", *_MODULES.values()}:  # pogo_torchrl.ot without an import
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -149,7 +149,7 @@ def versions() -> str:
     import torch
 
     names = ("pogo_torchrl", "torch", "torchrl", "tensordict", "geomloss", "gymnasium", "mujoco")
-    found = {name: importlib.metadata.version(name) for name in names}
+    found = {name: _version(name) for name in names}
     found["torch"] = str(torch.__version__)  # names the CUDA build, too
     lines = [f"{name} {version}" for name, version in found.items()]
     lines.append(f"Python {platform.python_version()} on {platform.platform()}")
@@ -158,3 +158,10 @@ def versions() -> str:
         f"Devices: cpu ({torch.get_num_threads()} threads)" + "".join(f", {g}" for g in gpus)
     )
     return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # trained actors need torch and tensordict only
+        return "is not installed"

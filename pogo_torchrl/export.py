@@ -14,10 +14,10 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
-from torchrl.data import Bounded
 
+from pogo_torchrl.actors import Normalized, TransportActor, make_transport_net
 from pogo_torchrl.files import atomic_write
-from pogo_torchrl.modules import Normalized, TransportActor, make_transport_net
+from pogo_torchrl.specs import make_bounds
 
 _FORMAT = "pogo_torchrl.actors"
 _VERSION = 2  # version 1 used torch.save
@@ -258,7 +258,7 @@ def _make_actor(
     state: dict[str, Tensor], bounds: dict[str, Tensor], hidden_sizes: Sequence[int]
 ) -> TransportActor:
     """Build an actor from its tensors, whose sizes are checked before memory is allocated."""
-    spec = Bounded(low=bounds["low"], high=bounds["high"])
+    spec = make_bounds(low=bounds["low"], high=bounds["high"])
     size = len(state["mean"])
     if len(state) != 2 * len(hidden_sizes) + 4:
         raise ValueError(f"{len(state)} tensors do not match {len(hidden_sizes)} hidden layers")

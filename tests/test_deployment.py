@@ -1,19 +1,25 @@
-"""Deployment without this package: torch.export and ONNX."""
+"""Deployment without this package (torch.export and ONNX), and without the training stack."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 import subprocess
 import sys
+import venv
+from pathlib import Path
 
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ConvNet
 
-from pogo_torchrl import TransportActor, make_actor, make_qvalue
-from pogo_torchrl.export import on_raw_observations
+import pogo_torchrl
+from pogo_torchrl import TransportActor, load_actors, make_actor, make_qvalue
+from pogo_torchrl.export import on_raw_observations, save_actors
 from pogo_torchrl.modules import make_transport_net
 
 BATCH = torch.export.Dim("batch", min=1, max=1024)
@@ -132,3 +138,82 @@ def test_other_arguments_are_still_rejected(actor):
             module(s, a, a)
         with pytest.raises(TypeError, match=r"unexpected argument\(s\) \['typo'\]"):
             module(s, a, typo=a)
+
+
+TRAINING_STACK = (
+    "torchrl", "gymnasium", "geomloss", "mujoco", "hydra", "omegaconf", "matplotlib", "h5py",
+    "filelock", "tqdm",
+)  # fmt: skip
+
+ACT = """
+import torch
+from tensordict import TensorDict
+from tensordict.nn import InteractionType, set_interaction_type
+from pogo_torchrl import TransportActor, load_actors
+
+expected = torch.load("expected.pt")
+actor = load_actors("policy.safetensors")[-1]
+assert isinstance(actor, TransportActor)
+assert torch.equal(actor(observation=expected["s"]), expected["a"])
+assert torch.equal(actor(TensorDict(observation=expected["s"]))["action"], expected["a"])
+torch.manual_seed(0)
+with set_interaction_type(InteractionType.RANDOM):
+    assert torch.equal(actor(expected["s"]), expected["random"])
+assert torch.equal(actor.action_spec.space.low, expected["low"])
+assert actor.noise_dim == 2
+"""
+
+
+@pytest.fixture
+def saved(actor, tmp_path):
+    """Folder with a policy file, and what its actor does."""
+    save_actors(tmp_path / "policy.safetensors", [actor], hidden_sizes=(8, 8))
+    loaded = load_actors(tmp_path / "policy.safetensors")[-1]
+    (s,) = inputs(3, rows=4)
+    torch.manual_seed(0)
+    with set_exploration_type(ExplorationType.RANDOM):
+        drawn = loaded(s)
+    found = {"s": s, "a": loaded(s), "random": drawn, "low": actor.action_spec.space.low}
+    torch.save(found, tmp_path / "expected.pt")
+    return tmp_path
+
+
+def test_loaded_actors_act_equally_without_the_training_stack(saved):
+    code = f"import sys\nfor name in {TRAINING_STACK}:\n    sys.modules[name] = None\n{ACT}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=saved, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def distributions(*names):
+    """Installed distributions and all that they require."""
+    found, todo = {}, list(names)
+    while todo:
+        name = re.split(r"[^\w.-]", todo.pop(), maxsplit=1)[0].lower().replace("_", "-")
+        if name in found:
+            continue
+        try:
+            found[name] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:  # for another system or Python
+            continue
+        todo += [line for line in found[name].requires or () if "extra ==" not in line]
+    return found
+
+
+@pytest.mark.slow
+def test_loaded_actors_act_equally_in_an_environment_with_torch_and_tensordict_only(saved):
+    venv.create(saved / "venv", symlinks=True)
+    (site,) = (saved / "venv").glob("lib/python*/site-packages")
+    found = distributions("torch", "tensordict", "safetensors", "numpy")
+    assert found.keys().isdisjoint({"torchrl", "gymnasium", "geomloss", "mujoco", "hydra-core"})
+    for distribution in found.values():
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(distribution.locate_file(top)).resolve())
+    (site / "pogo_torchrl").symlink_to(Path(pogo_torchrl.__file__).parent)
+    done = subprocess.run(
+        [saved / "venv" / "bin" / "python", "-I", "-c", ACT + "import torchrl"],
+        cwd=saved,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'torchrl'"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+import pogo_torchrl
 from pogo_torchrl import torchrl_private
 
 PACKAGE = Path(torchrl_private.__file__).parent
@@ -32,6 +33,27 @@ def test_the_loss_needs_no_simulator_no_hydra_and_no_files():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_package_and_its_help_load_nothing():
+    code = (
+        "import sys\n"
+        "import pogo_torchrl, pogo_torchrl.cli\n"
+        "assert 'POGOLoss' in dir(pogo_torchrl)\n"
+        "pogo_torchrl.cli.main(['--help'])\n"
+        "assert sys.modules.keys().isdisjoint({'torch', 'numpy', 'hydra'})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_and_modules_of_the_package():
+    assert set(pogo_torchrl.__all__) <= set(dir(pogo_torchrl))
+    for name in pogo_torchrl.__all__:
+        assert getattr(pogo_torchrl, name).__name__ == name
+    assert pogo_torchrl.modules.TransportActor is pogo_torchrl.TransportActor
+    with pytest.raises(AttributeError, match="no attribute 'POGOLos'"):
+        pogo_torchrl.POGOLos  # noqa: B018
 
 
 def test_module_names_are_unique_and_do_not_shadow_the_standard_library():
