@@ -294,6 +294,96 @@ def gaussian_w2(loc: Tensor, scale: Tensor, other_loc: Tensor, other_scale: Tens
     return ((loc - other_loc).square() + (scale - other_scale).square()).sum(-1) / 2
 
 
+def gaussian_kl(loc: Tensor, scale: Tensor, other_loc: Tensor, other_scale: Tensor) -> Tensor:
+    r"""Kullback-Leibler divergence between diagonal Gaussians.
+
+    .. math::
+        \mathrm{KL}(N(\mu, \sigma^2) \,\|\, N(\mu', \sigma'^2)) = \sum_k
+        \log \frac{\sigma'_k}{\sigma_k}
+        + \frac{\sigma_k^2 + (\mu_k - \mu'_k)^2}{2 \sigma_k'^2} - \frac12
+
+    For equal standard deviations, it is :func:`gaussian_w2` divided by :math:`\sigma^2`: half the
+    squared displacement in units of the standard deviation. It is the same before and after an
+    invertible map of both Gaussians, such as a tanh.
+
+    Source: Kullback & Leibler, *On Information and Sufficiency*, 1951; the closed form is e.g. in
+    Kingma & Welling, *Auto-Encoding Variational Bayes*, 2013, arXiv:1312.6114, appendix B.
+
+    Args:
+        loc: means :math:`\mu`, of shape ``[*B, d]``.
+        scale: standard deviations :math:`\sigma`, of shape ``[*B, d]``.
+        other_loc: means :math:`\mu'` of the reference.
+        other_scale: standard deviations :math:`\sigma'` of the reference.
+
+    Returns:
+        The divergence per state, of shape ``[*B]``.
+
+    Example:
+        >>> import torch
+        >>> one = torch.ones(1, 2)
+        >>> gaussian_kl(0 * one, 0.5 * one, one, 0.5 * one)
+        tensor([4.])
+    """
+    variance = 2 * other_scale.square()
+    moved = (scale.square() + (loc - other_loc).square()) / variance
+    return ((other_scale / scale).log() + moved - 0.5).sum(-1)
+
+
+def fisher_rao(loc: Tensor, scale: Tensor, other_loc: Tensor, other_scale: Tensor) -> Tensor:
+    r"""Half the squared Fisher-Rao distance between diagonal Gaussians.
+
+    .. math::
+        \tfrac12 d_F^2 = \sum_k \mathrm{arcosh}^2 \Big(1 +
+        \frac{(\mu_k - \mu'_k)^2 / 2 + (\sigma_k - \sigma'_k)^2}{2 \sigma_k \sigma'_k}\Big)
+
+    Normal distributions of one dimension are a hyperbolic half-plane under the Fisher information
+    :math:`(d\mu^2 + 2 d\sigma^2) / \sigma^2`, with geodesic distance :math:`\sqrt 2` times the
+    arcosh, and diagonal Gaussians are their product. Close Gaussians are as far apart as in
+    :func:`gaussian_kl`, to second order. The distance is symmetric, and the same before and after
+    an invertible map of both Gaussians.
+
+    Source: Costa, Santos & Strapasson, *Fisher information distance: a geometrical reading*, 2015,
+    arXiv:1210.2354, sections 2 and 3.
+
+    Args:
+        loc: means :math:`\mu`, of shape ``[*B, d]``.
+        scale: standard deviations :math:`\sigma`, of shape ``[*B, d]``.
+        other_loc: means :math:`\mu'`.
+        other_scale: standard deviations :math:`\sigma'`.
+
+    Returns:
+        The distance per state, of shape ``[*B]``.
+
+    Example:
+        >>> import torch
+        >>> one = torch.ones(1, 1)
+        >>> fisher_rao(one, one, one, math.e * one)
+        tensor([1.0000])
+    """
+    gap = (loc - other_loc).square() / 2 + (scale - other_scale).square()
+    # arcosh(1 + x) = 2 arsinh(sqrt(x / 2)). The root has no slope at 0, where that of the distance
+    # is 0, as that of a clamped argument.
+    root = (gap / (4 * scale * other_scale)).clamp_min(1e-12).sqrt()
+    return (2 * root.asinh()).square().sum(-1)
+
+
+def gaussian_entropy(scale: Tensor) -> Tensor:
+    r"""Entropy of a diagonal Gaussian, :math:`\sum_k \tfrac12 \log(2 \pi e\, \sigma_k^2)`.
+
+    Args:
+        scale: standard deviations :math:`\sigma`, of shape ``[*B, d]``.
+
+    Returns:
+        The entropy per state, of shape ``[*B]``.
+
+    Example:
+        >>> import torch
+        >>> gaussian_entropy(torch.ones(1, 2))
+        tensor([2.8379])
+    """
+    return (scale.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
 def step_sizes_to_weights(
     step_sizes: Sequence[float], action_dim: int, alpha: float = 1.0
 ) -> tuple[float, ...]:

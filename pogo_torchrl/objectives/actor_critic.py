@@ -20,6 +20,7 @@ from pogo_torchrl.objectives.checks import (
     check_integer,
     check_positive,
 )
+from pogo_torchrl.objectives.critics import critic_values
 from pogo_torchrl.objectives.keyed_loss import KeyedLoss
 
 
@@ -170,14 +171,14 @@ class ActorCriticLoss(KeyedLoss):
         Returns:
             The values ``[C, *B]``.
         """
-        values = []
-        for critic in critics.unbind(0):
-            inputs = state.select(*self.qvalue_network.in_keys, strict=False)
-            inputs.set(self.tensor_keys.action, action)
-            with critic.to_module(self.qvalue_network):
-                out = self.qvalue_network(inputs)
-            values.append(out.get(self.tensor_keys.state_action_value).squeeze(-1))
-        return torch.stack(values)
+        return critic_values(
+            self.qvalue_network,
+            critics,
+            state,
+            action,
+            action_key=self.tensor_keys.action,
+            value_key=self.tensor_keys.state_action_value,
+        )
 
     def to_unit_box(self, action: Tensor) -> Tensor:
         """Map actions from their bounds to [-1, 1]."""

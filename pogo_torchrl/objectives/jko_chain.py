@@ -10,17 +10,21 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
-from torch.nn.parameter import is_lazy
+from torch.distributions import Distribution
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType
-from torchrl.modules import Delta, GRUModule, LSTMModule, TanhDelta
+from torchrl.modules import Delta, IndependentNormal
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators
 
 from pogo_torchrl import functional
-from pogo_torchrl.modules import TransportActor
-from pogo_torchrl.objectives.chain_loss import ChainLoss
+from pogo_torchrl.objectives.chain_base import (
+    check_base,
+    distribution_class,
+    first_actor_params,
+    is_deterministic,
+    value_key,
+)
 from pogo_torchrl.objectives.checks import (
     action_bounds,
     check_choice,
@@ -29,12 +33,19 @@ from pogo_torchrl.objectives.checks import (
     check_step_sizes,
     check_weights,
 )
-from pogo_torchrl.objectives.distances import unit_box_divergence
+from pogo_torchrl.objectives.critics import critic_values
+from pogo_torchrl.objectives.distances import (
+    DISTANCES,
+    OF_GAUSSIANS,
+    check_distance,
+    gaussian_distance,
+    moments,
+    sample_distance,
+)
 from pogo_torchrl.ot import BACKENDS
 from pogo_torchrl.torchrl_private import ProtectedLossModule, share_update_marks
 
 ACTOR_Q = ("first", "mean", "min", "advantage")
-DISTANCES = ("sinkhorn", "gaussian_w2")
 
 
 class JKOChain(ProtectedLossModule):
@@ -48,14 +59,24 @@ class JKOChain(ProtectedLossModule):
               D(\pi_i(\cdot|s), \pi_{i-1}(\cdot|s)), \qquad a_i \sim \pi_i(\cdot|s),
 
     with :math:`\lambda = \alpha / \mathrm{mean}\,|Q(s, a_i)|`. Neither the critics nor actor i - 1
-    receive a gradient of it. Distances are computed on actions mapped to [-1, 1], and all of them
-    are about half the squared 2-Wasserstein distance:
+    receive a gradient of it. Distances are computed on actions mapped to [-1, 1]:
 
     * ``"sinkhorn"``: the debiased Sinkhorn divergence between K actions of each actor, for any
-      actor whose actions are reparametrised samples. For deterministic actors, with one action of
-      each, it is half the squared distance.
-    * ``"gaussian_w2"``: the closed form for diagonal Gaussians,
+      actor whose actions are reparametrised samples; about half the squared 2-Wasserstein distance,
+      and exactly that for deterministic actors, with one action of each.
+    * ``"exact"``: half the squared 2-Wasserstein distance between K actions of each.
+    * ``"l2"``: half the squared distance between the actions of deterministic actors.
+    * ``"gaussian_w2"``: half the squared 2-Wasserstein distance between diagonal Gaussians,
       :func:`~pogo_torchrl.functional.gaussian_w2`, for actors with an ``IndependentNormal``.
+    * ``"kl"``: the Kullback-Leibler divergence :func:`~pogo_torchrl.functional.gaussian_kl`, and
+      ``"fisher_rao"``: half the squared Fisher-Rao distance
+      :func:`~pogo_torchrl.functional.fisher_rao`, for actors with an ``IndependentNormal`` or a
+      ``TanhNormal``. Both are in units of the standard deviation :math:`\sigma`: the same step size
+      displaces the mean by :math:`\sigma^2` times as much as with the other distances.
+
+    With ``entropy_weight`` :math:`\eta`, :math:`L_i` has the term
+    :math:`-\eta\, \mathrm{mean}_s\, H(\pi_i(\cdot|s))`, the entropy of the Gaussian over mapped
+    actions.
 
     Source: the objective of :class:`~pogo_torchrl.POGOLoss`, with another base than its own.
 
@@ -74,7 +95,8 @@ class JKOChain(ProtectedLossModule):
         actor_q: Q in the objective: ``"first"``, the first critic; ``"mean"`` or ``"min"`` over
             the critics; ``"advantage"``, the minimum minus the base's V(s). Defaults to
             ``"first"``.
-        distance: ``"sinkhorn"`` or ``"gaussian_w2"``. Defaults to ``"sinkhorn"``.
+        distance: ``"sinkhorn"``, ``"exact"``, ``"l2"``, ``"gaussian_w2"``, ``"kl"`` or
+            ``"fisher_rao"``. Defaults to ``"sinkhorn"``.
         num_samples: K, actions per state and actor. Defaults to ``4``; deterministic actors take
             one.
         blur: regularisation of the Sinkhorn divergence. Defaults to ``0.05``.
@@ -82,11 +104,14 @@ class JKOChain(ProtectedLossModule):
         q_normalization: ``"mean_abs"``, or ``None`` for :math:`\lambda = \alpha`. Defaults to
             ``"mean_abs"``.
         alpha: weight of the Q term. Defaults to ``1.0``.
+        entropy_weight: :math:`\eta \ge 0`, for actors with an ``IndependentNormal``. Defaults to
+            ``0.0``.
 
     The output of :meth:`forward` is that of the base loss and ``loss_chain``, the sum of the
-    :math:`L_i`, as well as, without gradient, ``chain_loss_i``, ``q_actor_i``, ``w2_i`` and
-    ``lmbd_i``. ``set_keys``, ``make_value_estimator`` and target updates pass through to the base,
-    and so do all attributes that the chain does not have.
+    :math:`L_i`, as well as, without gradient, ``chain_loss_i``, ``q_actor_i``, ``w2_i`` (the
+    distance), ``lmbd_i`` and, with ``entropy_weight``, ``entropy_i``. ``set_keys``,
+    ``make_value_estimator`` and target updates pass through to the base, and so do all attributes
+    that the chain does not have.
 
     Raises:
         ValueError: if the base loss lacks a network, or its actor or actions are not supported.
@@ -131,12 +156,15 @@ class JKOChain(ProtectedLossModule):
         action_spec: TensorSpec | None = None,
         bounds: tuple | None = None,
         actor_q: Literal["first", "mean", "min", "advantage"] = "first",
-        distance: Literal["sinkhorn", "gaussian_w2"] = "sinkhorn",
+        distance: Literal[
+            "sinkhorn", "exact", "l2", "gaussian_w2", "kl", "fisher_rao"
+        ] = "sinkhorn",
         num_samples: int = 4,
         blur: float = 0.05,
         w2_backend: Literal["tensorized", "online", "auto", "fast", "exact"] = "tensorized",
         q_normalization: Literal["mean_abs"] | None = "mean_abs",
         alpha: float = 1.0,
+        entropy_weight: float = 0.0,
     ) -> None:
         check_base(base_loss)
         super().__init__()
@@ -148,6 +176,14 @@ class JKOChain(ProtectedLossModule):
         check_integer("num_samples", num_samples)
         check_positive("blur", blur)
         check_positive("alpha", alpha)
+        check_positive("entropy_weight", entropy_weight, or_zero=True)
+        check_distance(distance, base_loss.actor_network, num_samples, w2_backend)
+        kind = distribution_class(base_loss.actor_network)
+        if entropy_weight and (kind is None or not issubclass(kind, IndependentNormal)):
+            raise ValueError(
+                f"entropy_weight={entropy_weight} needs an actor with an IndependentNormal, whose "
+                "entropy has a closed form: set it to 0."
+            )
         if actor_q == "advantage" and not hasattr(base_loss, "value_network_params"):
             raise ValueError(
                 f"actor_q='advantage' needs a value network, which {type(base_loss).__name__} does "
@@ -160,6 +196,7 @@ class JKOChain(ProtectedLossModule):
         self.w2_backend = w2_backend
         self.q_normalization = q_normalization
         self.alpha = alpha
+        self.entropy_weight = entropy_weight
         self.reduction = getattr(base_loss, "reduction", "mean")
         self.use_prioritized_weights = getattr(base_loss, "use_prioritized_weights", "auto")
 
@@ -215,11 +252,14 @@ class JKOChain(ProtectedLossModule):
             )
         losses, metadata = [], {}
         for i in range(1, self.num_actors) if index is None else (index,):
-            action, distance = self._proximal_term(tensordict, i)
+            action, distance, entropy = self._proximal_terms(tensordict, i)
             q = self._q(tensordict, action)
             scale = functional.q_scale(q, self.alpha, self.q_normalization)
             weight = self.w2_weights[i - 1]
             loss = functional.jko_loss(q, distance, scale=scale, weight=weight)
+            if entropy is not None:
+                loss = loss - self.entropy_weight * entropy
+                metadata[f"entropy_{i}"] = entropy.detach().mean()
             losses.append(self.reduce(loss, tensordict))
             metadata[f"chain_loss_{i}"] = loss.detach().mean()
             metadata[f"q_actor_{i}"] = q.detach().mean()
@@ -227,67 +267,59 @@ class JKOChain(ProtectedLossModule):
             metadata[f"lmbd_{i}"] = scale
         return sum(losses[1:], losses[0]), metadata
 
-    def _proximal_term(self, batch: TensorDictBase, index: int) -> tuple[Tensor, Tensor]:
-        """An action of actor i for every state ``[*B, d]``, and its distance to i - 1 ``[*B]``."""
-        if self.distance == "gaussian_w2":
-            gaussian = self._gaussian(index, batch)
-            with torch.no_grad():
-                reference = self._gaussian(index - 1, batch)
-            low, high = self.action_low, self.action_high
-            loc, loc_0 = (functional.to_unit_box(g.mean, low, high) for g in (gaussian, reference))
-            scale, scale_0 = (2 * g.stddev / (high - low) for g in (gaussian, reference))
-            return gaussian.rsample(), functional.gaussian_w2(loc, scale, loc_0, scale_0)
-        samples = self._samples(index, batch)
-        with torch.no_grad():
-            references = self._samples(index - 1, batch)
-        distance = unit_box_divergence(
-            samples,
-            references,
-            self.action_low,
-            self.action_high,
-            blur=self.blur,
-            backend=self.w2_backend,
-        )
-        return samples[..., 0, :], distance
+    def _proximal_terms(
+        self, batch: TensorDictBase, index: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Action of actor i for every state ``[*B, d]``, its distance to i - 1, and its entropy.
 
-    def _samples(self, index: int, batch: TensorDictBase) -> Tensor:
-        """Reparametrised actions ``[*B, K, d]`` of an actor, on the graph of its parameters."""
-        state = batch.select(*self.actor_network.in_keys, strict=False)
-        count = 1 if self.deterministic else self.num_samples
-        state = state.unsqueeze(-1).expand(*state.batch_size, count)
+        The entropy is ``None`` without ``entropy_weight``; the others have shape ``[*B]``.
+        """
+        of_gaussians = self.distance in OF_GAUSSIANS
+        count = 1 if of_gaussians or self.deterministic else self.num_samples
+        # Actors that draw their own noise may list it among their keys; the base does not read it.
+        keys = [key for key in self.actor_network.in_keys if key in self.in_keys]
+        state = batch.select(*keys, strict=False)
+        if not of_gaussians:
+            state = state.unsqueeze(-1).expand(*state.batch_size, count)
+        policy = self._policy(index, state)
+        samples = policy.rsample()
+        with torch.no_grad():
+            reference = self._policy(index - 1, state)
+        box = self.action_low, self.action_high
+        entropy = None
+        if self.entropy_weight:
+            entropy = functional.gaussian_entropy(moments(policy, *box)[1])
+        if of_gaussians:
+            return samples, gaussian_distance(self.distance, policy, reference, *box), entropy
+        with torch.no_grad():
+            references = reference.rsample()
+        distance = sample_distance(
+            self.distance, samples, references, *box, blur=self.blur, backend=self.w2_backend
+        )
+        return samples[..., 0, :], distance, entropy if entropy is None else entropy[..., 0]
+
+    def _policy(self, index: int, state: TensorDictBase) -> Distribution:
+        """Distribution of an actor's actions; without one, that of a single action or draw."""
         network = self.actor_network
         with self._params(index).to_module(network):
-            if hasattr(network, "get_dist"):
-                return network.get_dist(state).rsample()
-            return network(state).get(self.tensor_keys.action)
-
-    def _gaussian(self, index: int, batch: TensorDictBase) -> Independent:
-        state = batch.select(*self.actor_network.in_keys, strict=False)
-        found = None
-        if hasattr(self.actor_network, "get_dist"):
-            with self._params(index).to_module(self.actor_network):
-                found = self.actor_network.get_dist(state)
-        if isinstance(found, Independent) and isinstance(found.base_dist, Normal):
-            return found
-        raise ValueError(
-            f"distance='gaussian_w2' needs an actor with an IndependentNormal, not "
-            f"{type(found if found is not None else self.actor_network).__name__}: use "
-            "distance='sinkhorn'."
-        )
+            if distribution_class(network) is not None:
+                return network.get_dist(state)
+            return Delta(network(state).get(self.tensor_keys.action))
 
     def _q(self, batch: TensorDictBase, action: Tensor) -> Tensor:
         """Q of the base's critics ``[*B]``, at parameters without gradient."""
         base = self.base_loss
         critics = base.qvalue_network_params.data
-        critics = critics.unbind(0) if critics.ndim else (critics,)
-        values = []
-        for critic in critics[:1] if self.actor_q == "first" else critics:
-            state = batch.select(*base.qvalue_network.in_keys, strict=False)
-            state.set(self.tensor_keys.action, action)
-            with critic.to_module(base.qvalue_network):
-                out = base.qvalue_network(state)
-            values.append(out.get(self.tensor_keys.state_action_value).squeeze(-1))
-        q = torch.stack(values)
+        if self.actor_q == "first" and critics.ndim:
+            critics = critics[0]
+        q = critic_values(
+            base.qvalue_network,
+            critics,
+            batch,
+            action,
+            action_key=self.tensor_keys.action,
+            value_key=value_key(base),
+        )
         if self.actor_q in ("first", "mean"):
             return q.mean(0)
         q = q.min(0)[0]
@@ -307,10 +339,7 @@ class JKOChain(ProtectedLossModule):
     @property
     def deterministic(self) -> bool:
         """Whether the base's actor is deterministic; one action per state is then enough."""
-        if not hasattr(self.actor_network, "get_dist"):
-            return not any(isinstance(m, TransportActor) for m in self.actor_network.modules())
-        kind = getattr(self.actor_network[-1], "distribution_class", None)
-        return isinstance(kind, type) and issubclass(kind, Delta | TanhDelta)
+        return is_deterministic(self.actor_network)
 
     def _params(self, index: int) -> TensorDictParams:
         if index == 0:
@@ -355,10 +384,19 @@ class JKOChain(ProtectedLossModule):
             )
         return index % self.num_actors
 
-    def restart(self) -> None:
-        """Reset every added actor to a copy of the base's actor, e.g. after its training."""
-        for i in range(1, self.num_actors):
-            self._params(i).data.update_(self._params(0).data)
+    def restart(self, index: int | None = None) -> None:
+        """Reset an added actor to a copy of its predecessor, e.g. when that has been trained.
+
+        Args:
+            index: index of the actor, in 1..n. Defaults to ``None``: all, as copies of the base's.
+
+        Raises:
+            IndexError: if ``index`` is out of range, or 0.
+        """
+        if index is not None and not self._actor_index(index):
+            raise IndexError("actor 0 belongs to the base loss, and has no predecessor.")
+        for i in range(1, self.num_actors) if index is None else (self._actor_index(index),):
+            self._params(i).data.update_(self._params(i - 1).data)
 
     # ------------------------------------------------------------------ TorchRL
 
@@ -408,7 +446,7 @@ class JKOChain(ProtectedLossModule):
     @property
     def out_keys(self) -> list[NestedKey]:
         """Keys of the output of :meth:`forward`."""
-        names = ("chain_loss", "q_actor", "w2", "lmbd")
+        names = ("chain_loss", "q_actor", "w2", "lmbd", *["entropy"] * bool(self.entropy_weight))
         indices = range(1, self.num_actors)
         return [
             *self.base_loss.out_keys,
@@ -439,55 +477,3 @@ class JKOChain(ProtectedLossModule):
             if "base_loss" not in own:
                 raise
             return getattr(own["base_loss"], name)
-
-
-def first_actor_params(base: LossModule) -> TensorDictParams:
-    """Parameters of the base's actor, or of the first one of a chain."""
-    name = "actor_network_0_params" if isinstance(base, ChainLoss) else "actor_network_params"
-    return getattr(base, name)
-
-
-def check_base(base: LossModule) -> None:
-    """Check that a loss can be the base of a chain.
-
-    Raises:
-        TypeError: if it is not a loss module.
-        ValueError: if it lacks a network, or its actor or actions are not supported; the message
-            names what is missing.
-    """
-    name = type(base).__name__
-    if not isinstance(base, LossModule):
-        raise TypeError(f"base_loss must be a TorchRL LossModule, not {name}.")
-    missing = [
-        attribute
-        for attribute in ("actor_network", "qvalue_network")
-        if getattr(base, f"{attribute}_params", None) is None
-    ]
-    if missing:
-        raise ValueError(
-            f"{name} cannot be the base of a JKOChain: it has no {' and no '.join(missing)}. "
-            "Losses with both are TD3BCLoss, IQLLoss, CQLLoss, TD3Loss, SACLoss and REDQLoss."
-        )
-    if getattr(base, "action_space", None) is not None:
-        raise ValueError(
-            f"{name} has discrete actions (action_space={base.action_space}); a JKOChain moves "
-            "continuous actions."
-        )
-    actor = base.actor_network
-    recurrent = [type(m).__name__ for m in actor.modules() if isinstance(m, LSTMModule | GRUModule)]
-    if recurrent:
-        raise ValueError(
-            f"the actor of {name} is recurrent ({', '.join(recurrent)}); a JKOChain needs an actor "
-            "that maps a state to an action."
-        )
-    values = [*first_actor_params(base).values(True, True)]
-    if any(is_lazy(value) for value in values):
-        raise ValueError(
-            f"the actor of {name} has lazy parameters: run it once on a batch before the loss is "
-            "created, so that the chain can copy them."
-        )
-    storages = {value.data_ptr() for value in base.qvalue_network_params.values(True, True)}
-    if any(value.numel() and value.data_ptr() in storages for value in values):
-        raise ValueError(
-            f"the actor and the critics of {name} share parameters; a JKOChain needs them apart."
-        )

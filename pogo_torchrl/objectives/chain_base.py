@@ -1,0 +1,96 @@
+"""What a chain needs to know of the loss at its base: its actor and critics, and their checks."""
+
+from __future__ import annotations
+
+import torchrl.modules
+from tensordict import NestedKey, TensorDictParams
+from tensordict.nn import ProbabilisticTensorDictModule
+from tensordict.nn.distributions import Delta as TensorDictDelta
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torchrl.modules import Delta, GRUModule, LSTMModule, TanhDelta
+from torchrl.objectives.common import LossModule
+
+from pogo_torchrl.modules import TransportActor
+from pogo_torchrl.objectives.chain_loss import ChainLoss
+
+# Actors of TorchRL that draw noise without a distribution; the installed version may lack some.
+_NOISY = tuple(
+    getattr(torchrl.modules, name)
+    for name in ("DiffusionActor", "FlowMatchingPolicy", "OneStepPolicy")
+    if hasattr(torchrl.modules, name)
+)
+
+
+def distribution_class(actor: nn.Module) -> type | None:
+    """Class of the distribution that an actor draws its actions from, or ``None``."""
+    parts = [m for m in actor.modules() if isinstance(m, ProbabilisticTensorDictModule)]
+    kind = parts[-1].distribution_class if parts else None
+    return kind if isinstance(kind, type) else None
+
+
+def is_deterministic(actor: nn.Module) -> bool:
+    """Whether an actor maps a state to a single action."""
+    parts = [m for m in actor.modules() if isinstance(m, ProbabilisticTensorDictModule)]
+    if parts:
+        kind = distribution_class(actor)
+        return kind is not None and issubclass(kind, Delta | TanhDelta | TensorDictDelta)
+    return not any(isinstance(m, (TransportActor, *_NOISY)) for m in actor.modules())
+
+
+def value_key(base: LossModule) -> NestedKey:
+    """Key that the critics write; ``FQLLoss`` calls it ``value``."""
+    keys = base.tensor_keys
+    return getattr(keys, "state_action_value", None) or keys.value
+
+
+def first_actor_params(base: LossModule) -> TensorDictParams:
+    """Parameters of the base's actor, or of the first one of a chain."""
+    name = "actor_network_0_params" if isinstance(base, ChainLoss) else "actor_network_params"
+    return getattr(base, name)
+
+
+def check_base(base: LossModule) -> None:
+    """Check that a loss can be the base of a chain.
+
+    Raises:
+        TypeError: if it is not a loss module.
+        ValueError: if it lacks a network, or its actor or actions are not supported; the message
+            names what is missing.
+    """
+    name = type(base).__name__
+    if not isinstance(base, LossModule):
+        raise TypeError(f"base_loss must be a TorchRL LossModule, not {name}.")
+    missing = [
+        attribute
+        for attribute in ("actor_network", "qvalue_network")
+        if getattr(base, f"{attribute}_params", None) is None
+    ]
+    if missing:
+        raise ValueError(
+            f"{name} cannot be the base of a JKOChain: it has no {' and no '.join(missing)}. "
+            "Losses with both are TD3BCLoss, IQLLoss, CQLLoss, TD3Loss, SACLoss and REDQLoss."
+        )
+    if getattr(base, "action_space", None) is not None:
+        raise ValueError(
+            f"{name} has discrete actions (action_space={base.action_space}); a JKOChain moves "
+            "continuous actions."
+        )
+    actor = base.actor_network
+    recurrent = [type(m).__name__ for m in actor.modules() if isinstance(m, LSTMModule | GRUModule)]
+    if recurrent:
+        raise ValueError(
+            f"the actor of {name} is recurrent ({', '.join(recurrent)}); a JKOChain needs an actor "
+            "that maps a state to an action."
+        )
+    values = [*first_actor_params(base).values(True, True)]
+    if any(is_lazy(value) for value in values):
+        raise ValueError(
+            f"the actor of {name} has lazy parameters: run it once on a batch before the loss is "
+            "created, so that the chain can copy them."
+        )
+    storages = {value.data_ptr() for value in base.qvalue_network_params.values(True, True)}
+    if any(value.numel() and value.data_ptr() in storages for value in values):
+        raise ValueError(
+            f"the actor and the critics of {name} share parameters; a JKOChain needs them apart."
+        )
