@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from pogo_torchrl.actors import TransportActor
     from pogo_torchrl.export import load_actors
     from pogo_torchrl.modules import make_actor, make_qvalue
-    from pogo_torchrl.objectives import JKOChain, POGOLoss, ReBRACLoss
+    from pogo_torchrl.objectives import GaussianPOGOLoss, JKOChain, POGOLoss, ReBRACLoss
     from pogo_torchrl.ot import sinkhorn_divergence
     from pogo_torchrl.trainers import POGOTrainer
 
 __all__ = [
+    "GaussianPOGOLoss",
     "JKOChain",
     "POGOLoss",
     "POGOTrainer",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "GaussianPOGOLoss": "objectives",
     "JKOChain": "objectives",
     "POGOLoss": "objectives",
     "POGOTrainer": "trainers",

@@ -33,7 +33,15 @@ from torchrl.objectives import (
     TD3Loss,
 )
 
-from pogo_torchrl import JKOChain, POGOLoss, ReBRACLoss, functional, make_actor, make_qvalue
+from pogo_torchrl import (
+    GaussianPOGOLoss,
+    JKOChain,
+    POGOLoss,
+    ReBRACLoss,
+    functional,
+    make_actor,
+    make_qvalue,
+)
 from pogo_torchrl.ot import sinkhorn_divergence
 
 OBSERVATION, ACTION, ROWS = 3, 2, 16
@@ -82,6 +90,9 @@ BASES = {
     "sac": lambda: SACLoss(probabilistic_actor(), critic(), action_spec=SPEC),
     "redq": lambda: REDQLoss(probabilistic_actor(), critic(), action_spec=SPEC, num_qvalue_nets=4),
     "rebrac": lambda: ReBRACLoss(deterministic_actor(), critic(), action_spec=SPEC),
+    "paper": lambda: GaussianPOGOLoss(
+        probabilistic_actor(IndependentNormal), critic(), action_spec=SPEC
+    ),
     "pogo": lambda: POGOLoss(make_actor(OBSERVATION, SPEC, (8,)), critic(), w2_weights=[0.3]),
 }
 
@@ -128,7 +139,7 @@ def base(request):
 
 
 def losses(out):
-    return {k: v for k, v in out.items() if k in ("loss_actor", "loss_qvalue", "loss_value")}
+    return {k: v for k, v in out.items() if k.startswith("loss_") and k != "loss_chain"}
 
 
 def gradients(module, total):
