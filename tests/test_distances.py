@@ -7,12 +7,21 @@ import math
 
 import pytest
 import torch
+import torchrl.modules
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 from torchrl.data import Bounded
-from torchrl.modules import Actor, IndependentNormal, ProbabilisticActor, TanhDelta, TanhNormal
+from torchrl.modules import (
+    Actor,
+    DiffusionActor,
+    IndependentNormal,
+    ProbabilisticActor,
+    TanhDelta,
+    TanhNormal,
+    ValueOperator,
+)
 from torchrl.objectives import TD3BCLoss
 
 from pogo_torchrl import JKOChain, functional, make_actor, make_qvalue
@@ -37,6 +46,17 @@ class Constant(nn.Module):
         shape = observation.shape[:-1]
         found = tuple(one.expand(*shape, ACTION) for one in self.numbers)
         return found if len(found) > 1 else found[0]
+
+
+class Affine(nn.Module):
+    """The sum of the action and of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(1))
+
+    def forward(self, observation, action):
+        return action.sum(-1, keepdim=True) + self.bias
 
 
 def make_chain(distribution, spread=None, **settings):
@@ -238,7 +258,30 @@ def test_torchrls_actor_is_deterministic():
     chain = JKOChain(base, w2_weights=[1.0], distance="l2")
     assert chain.deterministic
     assert chain.actor_loss(BATCH)[0].requires_grad
+
+
+def test_actors_that_draw_noise_are_not_deterministic():
     assert not is_deterministic(make_actor(OBSERVATION, SPEC, (4,)))
+    assert not is_deterministic(DiffusionActor(ACTION, OBSERVATION, num_steps=2))
+    if hasattr(torchrl.modules, "OneStepPolicy"):  # TorchRL 0.15
+        net = nn.Linear(OBSERVATION + ACTION, ACTION)
+        assert not is_deterministic(torchrl.modules.OneStepPolicy(net, ACTION))
+
+
+def test_actors_within_a_sequence_are_sampled():
+    actor = make_chain(IndependentNormal, SIGMA).actor_network
+    encoder = TensorDictModule(nn.Linear(OBSERVATION, OBSERVATION), ["pixels"], ["observation"])
+    sequence = TensorDictSequential(encoder, actor)
+    qvalue = ValueOperator(Affine(), in_keys=["pixels", "action"])
+    base = TD3BCLoss(sequence, qvalue, action_spec=SPEC)
+    chain = JKOChain(base, w2_weights=[1.0])
+    assert not chain.deterministic
+    batch = BATCH.copy().rename_key_("observation", "pixels")
+    torch.manual_seed(0)
+    _, metadata = chain.actor_loss(batch)
+    assert metadata["w2_1"] > 0  # of independent draws of equal actors
+    with pytest.raises(ValueError, match="a TanhNormal, not TensorDictSequential"):
+        JKOChain(base, w2_weights=[1.0], distance="kl")
 
 
 @pytest.mark.parametrize(

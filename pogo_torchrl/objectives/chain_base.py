@@ -22,20 +22,28 @@ _NOISY = tuple(
 )
 
 
+def distribution_of(actor: nn.Module) -> ProbabilisticTensorDictModule | None:
+    """Part of an actor that makes the distribution which its ``get_dist`` returns, or ``None``."""
+    if not hasattr(actor, "get_dist"):  # of TorchRL's Actor, it is one of a single action
+        return None
+    parts = [m for m in actor.modules() if isinstance(m, ProbabilisticTensorDictModule)]
+    return parts[-1] if parts else None
+
+
 def distribution_class(actor: nn.Module) -> type | None:
     """Class of the distribution that an actor draws its actions from, or ``None``."""
-    parts = [m for m in actor.modules() if isinstance(m, ProbabilisticTensorDictModule)]
-    kind = parts[-1].distribution_class if parts else None
+    part = distribution_of(actor)
+    kind = None if part is None else part.distribution_class
     return kind if isinstance(kind, type) else None
 
 
 def is_deterministic(actor: nn.Module) -> bool:
     """Whether an actor maps a state to a single action."""
-    parts = [m for m in actor.modules() if isinstance(m, ProbabilisticTensorDictModule)]
-    if parts:
-        kind = distribution_class(actor)
-        return kind is not None and issubclass(kind, Delta | TanhDelta | TensorDictDelta)
-    return not any(isinstance(m, (TransportActor, *_NOISY)) for m in actor.modules())
+    kind = distribution_class(actor)
+    if kind is not None:
+        return issubclass(kind, Delta | TanhDelta | TensorDictDelta)
+    random = (TransportActor, ProbabilisticTensorDictModule, *_NOISY)
+    return not any(isinstance(m, random) for m in actor.modules())
 
 
 def value_key(base: LossModule) -> NestedKey:

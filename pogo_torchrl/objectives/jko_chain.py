@@ -21,6 +21,7 @@ from pogo_torchrl import functional
 from pogo_torchrl.objectives.chain_base import (
     check_base,
     distribution_class,
+    distribution_of,
     first_actor_params,
     is_deterministic,
     value_key,
@@ -302,7 +303,7 @@ class JKOChain(ProtectedLossModule):
         """Distribution of an actor's actions; without one, that of a single action or draw."""
         network = self.actor_network
         with self._params(index).to_module(network):
-            if distribution_class(network) is not None:
+            if distribution_of(network) is not None:
                 return network.get_dist(state)
             return Delta(network(state).get(self.tensor_keys.action))
 
