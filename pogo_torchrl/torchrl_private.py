@@ -110,6 +110,34 @@ def share_update_marks(wrapper: LossModule, loss: LossModule) -> None:
         wrapper._has_update_associated = loss._has_update_associated
 
 
+def reduce_loss(owner: LossModule, loss: Tensor, batch: TensorDictBase) -> Tensor:
+    """Reduce a loss as a loss module does, with the priority weights and masks of the batch.
+
+    Args:
+        owner: the module, whose ``reduction``, ``use_prioritized_weights`` and ``loss_mask_key``
+            are used.
+        loss: loss of each sample, ``[*B]``.
+        batch: batch of transitions, which may contain priority weights and masks.
+
+    Returns:
+        A scalar, or ``[*B]`` if ``reduction`` is ``"none"``.
+    """
+    weights = None
+    if owner.use_prioritized_weights in (True, "auto"):
+        weights = batch.get(getattr(owner.tensor_keys, "priority_weight", "priority_weight"), None)
+    reduction = getattr(owner, "reduction", "mean")
+    if hasattr(owner, "_reduce_loss"):
+        return owner._reduce_loss(loss, tensordict=batch, reduction=reduction, weights=weights)
+    _warn_once("LossModule._reduce_loss", "masks of padded steps are ignored")
+    if weights is not None:
+        loss = loss * weights
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.mean() if weights is None else loss.sum() / weights.sum()
+
+
 class ProtectedLossModule(LossModule):
     """Loss module with public names for private methods that TorchRL's losses call or override."""
 
@@ -133,30 +161,8 @@ class ProtectedLossModule(LossModule):
         return getattr(self, "_value_estimator", None) is not None
 
     def reduce(self, loss: Tensor, batch: TensorDictBase) -> Tensor:
-        """Reduce a loss by ``reduction``, with the priority weights and masks of the batch.
-
-        Args:
-            loss: loss of each sample, ``[*B]``.
-            batch: batch of transitions, which may contain priority weights and masks.
-
-        Returns:
-            A scalar, or ``[*B]`` if ``reduction`` is ``"none"``.
-        """
-        weights = None
-        if self.use_prioritized_weights in (True, "auto"):
-            weights = batch.get(
-                getattr(self.tensor_keys, "priority_weight", "priority_weight"), None
-            )
-        if hasattr(self, "_reduce_loss"):
-            return self._reduce_loss(loss, tensordict=batch, weights=weights)
-        _warn_once("LossModule._reduce_loss", "masks of padded steps are ignored")
-        if weights is not None:
-            loss = loss * weights
-        if self.reduction == "none":
-            return loss
-        if self.reduction == "sum":
-            return loss.sum()
-        return loss.mean() if weights is None else loss.sum() / weights.sum()
+        """Reduce a loss by ``reduction``; see :func:`reduce_loss`."""
+        return reduce_loss(self, loss, batch)
 
     def valid_rows(self, batch: TensorDictBase) -> Tensor | None:
         """Return the mask with which :meth:`reduce` leaves out padded steps, if there is one."""

@@ -393,6 +393,20 @@ def test_weights_of_prioritised_samples_scale_the_losses_of_the_chain():
     torch.testing.assert_close(loss, (rows[0] + 3 * rows[1]) / 4)
 
 
+def test_masks_of_padded_steps_are_those_of_the_base():
+    torch.manual_seed(0)
+    base = TD3BCLoss(deterministic_actor(), critic(), action_spec=SPEC)
+    chain = JKOChain(base, w2_weights=[0.0], q_normalization=None)
+    batch = make_batch(4)
+    expected = chain.actor_loss(batch[:3])[0]
+    batch["valid"] = torch.tensor([True, True, True, False])
+    chain.loss_mask_key = "valid"
+    assert base.loss_mask_key == "valid"
+    torch.testing.assert_close(chain.actor_loss(batch)[0], expected)
+    base.reduction = "sum"
+    torch.testing.assert_close(chain.actor_loss(batch)[0], 3 * expected)
+
+
 def test_restart_copies_the_actor_of_the_base():
     base = TD3BCLoss(deterministic_actor(), critic(), action_spec=SPEC)
     chain = JKOChain(base, w2_weights=[0.5, 0.5])

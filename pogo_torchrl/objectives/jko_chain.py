@@ -44,7 +44,7 @@ from pogo_torchrl.objectives.distances import (
     sample_distance,
 )
 from pogo_torchrl.ot import BACKENDS
-from pogo_torchrl.torchrl_private import ProtectedLossModule, share_update_marks
+from pogo_torchrl.torchrl_private import ProtectedLossModule, reduce_loss, share_update_marks
 
 ACTOR_Q = ("first", "mean", "min", "advantage")
 
@@ -198,8 +198,6 @@ class JKOChain(ProtectedLossModule):
         self.q_normalization = q_normalization
         self.alpha = alpha
         self.entropy_weight = entropy_weight
-        self.reduction = getattr(base_loss, "reduction", "mean")
-        self.use_prioritized_weights = getattr(base_loss, "use_prioritized_weights", "auto")
 
         self.w2_weights: tuple[float, ...] = ()
         self.__dict__["actor_network"] = base_loss.actor_network  # registered by the base
@@ -414,6 +412,19 @@ class JKOChain(ProtectedLossModule):
         out = self.base_loss(tensordict)  # first: its random draws are those without the chain
         loss, metadata = self.actor_loss(tensordict)
         return TensorDict({**dict(out.items()), "loss_chain": loss, **metadata}, out.batch_size)
+
+    def reduce(self, loss: Tensor, batch: TensorDictBase) -> Tensor:
+        """Reduce a loss as the base does, with its reduction, weights and masks of padded steps."""
+        return reduce_loss(self.base_loss, loss, batch)
+
+    @property
+    def loss_mask_key(self) -> NestedKey | None:
+        """Key of the mask of padded steps: that of the base loss."""
+        return self.base_loss.loss_mask_key
+
+    @loss_mask_key.setter
+    def loss_mask_key(self, value: NestedKey | None) -> None:
+        self.base_loss.loss_mask_key = value
 
     @property
     def tensor_keys(self) -> Any:
