@@ -84,7 +84,7 @@ def test_a_saved_program_needs_torch_only(actor, tmp_path):
 
 
 class Policy(nn.Module):
-    """The pattern of docs/running.md for actors with further inputs."""
+    """The pattern of docs/howto/deployment.md for actors with further inputs."""
 
     def __init__(self, actor):
         super().__init__()
