@@ -155,8 +155,12 @@ class TransportActor(TensorDictModule):
                 f"{self.noise_key!r} has shape {tuple(noise.shape)}, but must be {shape}: one z of "
                 "the action's size per observation."
             )
-        action = self.action_loc + self.action_scale * self.module(*observations, noise).tanh()
-        return tensordict.set(self.out_keys[0], action)
+        action = self.squash(self.module(*observations, noise))
+        return tensordict.set(self.out_keys[0], self.action_loc + self.action_scale * action)
+
+    def squash(self, output: Tensor) -> Tensor:
+        """Map the output of the network to [-1, 1]."""
+        return output.tanh()
 
     def _draw(self, shape: tuple[int, ...], observations: Sequence[Tensor]) -> Tensor:
         floats = [x.dtype for x in observations if x.is_floating_point()]
@@ -221,11 +225,13 @@ class TransportNet(nn.Module):
             ValueError: if the observations do not have size n in total, are integers, or are
                 float64 while the network is not.
         """
-        if self.observation_dim is not None:
-            self._check(inputs[:-1])
+        self.check(inputs[:-1])
         return self.mlp(torch.cat(inputs, -1))
 
-    def _check(self, observations: Sequence[Tensor]) -> None:
+    def check(self, observations: Sequence[Tensor]) -> None:
+        """Check the sizes and dtypes of observations; :meth:`forward` says what is raised."""
+        if self.observation_dim is None:
+            return
         size = sum(x.shape[-1] if x.dim() else 0 for x in observations)
         leading = observations[0].shape[:-1]
         if size != self.observation_dim or any(x.shape[:-1] != leading for x in observations[1:]):
@@ -291,12 +297,17 @@ def make_transport_net(
         ValueError: if a size is not an integer >= 1.
     """
     check_sizes(observation_dim, action_dim, hidden_sizes)
-    widths = [observation_dim + action_dim, *hidden_sizes]
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    mlp = nn.Sequential(*layers, nn.Linear(widths[-1], action_dim))
+    mlp = make_mlp(observation_dim + action_dim, action_dim, hidden_sizes)
     return TransportNet(mlp, observation_dim)
+
+
+def make_mlp(inputs: int, outputs: int, hidden_sizes: Sequence[int]) -> nn.Sequential:
+    """Create an MLP with ReLU activations."""
+    widths = [inputs, *hidden_sizes]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
 
 
 def check_sizes(observation_dim: int, action_dim: int, hidden_sizes: Sequence[int]) -> None:

@@ -7,20 +7,43 @@ a file executes no code and allocates no more memory than the size of the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pogo_torchrl.actors import Normalized, TransportActor, make_transport_net
 from pogo_torchrl.files import atomic_write
+from pogo_torchrl.policy_nets import (
+    ClippedActor,
+    DeterministicNet,
+    GaussianNet,
+    make_deterministic_net,
+    make_gaussian_net,
+)
 from pogo_torchrl.specs import make_bounds
 
 _FORMAT = "pogo_torchrl.actors"
 _VERSION = 2  # version 1 used torch.save
+_VERSION_OF_KINDS = 3  # files with another kind of actor, which earlier releases cannot read
+
+
+class _Kind(NamedTuple):
+    """How to build the actors of one kind."""
+
+    make_net: Callable[[int, int, Sequence[int]], nn.Module]
+    policy: type[TransportActor] = TransportActor
+
+
+_KINDS = {
+    "transport": _Kind(make_transport_net),
+    "deterministic": _Kind(make_deterministic_net),
+    "gaussian": _Kind(make_gaussian_net, ClippedActor),
+}
+_KIND_OF_NET: dict[type, str] = {DeterministicNet: "deterministic", GaussianNet: "gaussian"}
 
 
 def on_raw_observations(
@@ -46,7 +69,7 @@ def on_raw_observations(
         >>> torch.equal(raw(observation=torch.full((3,), 3.0)), actor(observation=torch.ones(3)))
         True
     """
-    raw = TransportActor(
+    raw = type(actor)(
         Normalized(actor.module, mean, std),
         actor.action_spec,
         in_keys=actor.in_keys,
@@ -96,9 +119,10 @@ def save_actors(
     space = actors[0].action_spec.space
     bounds = {"low": space.low, "high": space.high}
     states = {f"actor_{i}": actor.module.state_dict() for i, actor in enumerate(actors)}
+    kind = _KIND_OF_NET.get(type(actors[0].module.module), "transport")
     try:
         for state in states.values():
-            _make_actor(state, bounds, hidden_sizes)
+            _make_actor(state, bounds, hidden_sizes, kind)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"hidden_sizes={list(hidden_sizes)} does not match the actors ({_one_line(error)}): "
@@ -116,6 +140,8 @@ def save_actors(
         "num_actors": str(len(actors)),
         "weights": "averaged" if averaged else "raw",
     }
+    if kind != "transport":
+        header |= {"version": str(_VERSION_OF_KINDS), "kind": kind}
     if environment is not None:
         header["environment"] = json.dumps(dict(environment), sort_keys=True)
     content = safetensors.torch.save(tensors, header)
@@ -174,15 +200,16 @@ def load_actors(path: str | Path, *, device: torch.device | str = "cpu") -> list
             f"{path} is not a policy written by pogo_torchrl: pass the "
             "checkpoints/policy.safetensors of a run."
         )
-    if header.get("version") != str(_VERSION):
+    if header.get("version") not in (str(_VERSION), str(_VERSION_OF_KINDS)):
         raise ValueError(
-            f"{path} has format version {header.get('version')}, but this release reads version "
-            f"{_VERSION}: update pogo_torchrl, or load it with the release that wrote it."
+            f"{path} has format version {header.get('version')}, but this release reads versions "
+            f"{_VERSION} and {_VERSION_OF_KINDS}: update pogo_torchrl, or load it with the release that wrote it."
         )
     try:
         bounds, *states = _by_owner(tensors, int(header["num_actors"]))
         sizes = json.loads(header["hidden_sizes"])
-        actors = [_make_actor(state, bounds, sizes) for state in states]
+        kind = header.get("kind", "transport")
+        actors = [_make_actor(state, bounds, sizes, kind) for state in states]
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged ({_one_line(error)}): export the policy again."
@@ -255,18 +282,19 @@ def _by_owner(tensors: dict[str, Tensor], num_actors: int) -> list[dict[str, Ten
 
 
 def _make_actor(
-    state: dict[str, Tensor], bounds: dict[str, Tensor], hidden_sizes: Sequence[int]
+    state: dict[str, Tensor], bounds: dict[str, Tensor], hidden_sizes: Sequence[int], kind: str
 ) -> TransportActor:
     """Build an actor from its tensors, whose sizes are checked before memory is allocated."""
+    make_net, policy = _KINDS[kind]
     spec = make_bounds(low=bounds["low"], high=bounds["high"])
     size = len(state["mean"])
-    if len(state) != 2 * len(hidden_sizes) + 4:
+    if abs(len(state) - 2 * len(hidden_sizes) - 4) > 1:  # a Gaussian also has its deviation
         raise ValueError(f"{len(state)} tensors do not match {len(hidden_sizes)} hidden layers")
     with torch.device("meta"):
-        net = make_transport_net(size, spec.shape[-1], hidden_sizes)
+        net = make_net(size, spec.shape[-1], hidden_sizes)
         module = Normalized(net, torch.empty(size), torch.empty(size))
     module.load_state_dict(state, assign=True)
-    return TransportActor(module, spec)
+    return policy(module, spec)
 
 
 def _one_line(error: Exception) -> str:

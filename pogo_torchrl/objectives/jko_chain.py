@@ -87,7 +87,7 @@ class JKOChain(ProtectedLossModule):
             :class:`~pogo_torchrl.POGOLoss`, whose actor 0 is then the base's actor.
 
     Keyword Args:
-        w2_weights: :math:`w_i \ge 0`, one per added actor.
+        w2_weights: :math:`w_i \ge 0`, one per added actor; none: the base alone.
         step_sizes: :math:`h_i = \alpha / (w_i d)` instead of ``w2_weights``, where d is the number
             of action dimensions.
         action_spec: bounds of the actions. Defaults to the bounds of the base loss, if it has any,
@@ -216,7 +216,7 @@ class JKOChain(ProtectedLossModule):
         self, weights: Sequence[float] | None, sizes: Sequence[float] | None
     ) -> tuple[float, ...]:
         if weights is not None and sizes is None:
-            return check_weights(weights)
+            return check_weights(weights) if len(weights) else ()
         if sizes is None or weights is not None:
             raise ValueError("JKOChain needs either w2_weights or step_sizes, one per added actor.")
         if not self.action_low.dim():
@@ -264,7 +264,7 @@ class JKOChain(ProtectedLossModule):
             metadata[f"q_actor_{i}"] = q.detach().mean()
             metadata[f"w2_{i}"] = distance.detach().mean()
             metadata[f"lmbd_{i}"] = scale
-        return sum(losses[1:], losses[0]), metadata
+        return sum(losses, self.action_low.new_zeros(())), metadata
 
     def _proximal_terms(
         self, batch: TensorDictBase, index: int

@@ -9,7 +9,7 @@ import torch
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from torchrl.trainers import TrainerHookBase
 
-from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.objectives import JKOChain, POGOLoss
 
 
 class FreezeThenFlow(TrainerHookBase):
@@ -92,6 +92,10 @@ class FreezeThenFlow(TrainerHookBase):
         trainer.register_op("post_steps", self._run)
 
     def _run(self) -> None:
+        if isinstance(self.loss, JKOChain):
+            if self.trainer.collected_frames <= self.step:
+                self.loss.restart()
+            return
         step, has_averages = self.trainer.collected_frames, self.loss.average_actors is not None
         if step == self.step and has_averages:
             copy_weights(self.loss, "average_actor_network_0", "actor_network_0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -134,14 +134,7 @@ class ChainOptimizers:
 
     def step_schedulers(self) -> None:
         """Advance all learning-rate schedules by one update."""
-        for scheduler in self._schedulers.values():
-            if scheduler.last_epoch > 0:
-                scheduler.step()
-                continue
-            with warnings.catch_warnings():
-                # It expects a call of optimizer.step(), which a compiled update does not make.
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-                scheduler.step()
+        step_schedulers(self._schedulers.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments, step counts, learning rates and schedules."""
@@ -155,6 +148,19 @@ class ChainOptimizers:
             optimizer.load_state_dict(state_dict["optimizers"][name])
         for name, scheduler in self._schedulers.items():
             scheduler.load_state_dict(state_dict["schedulers"][name])
+
+
+def step_schedulers(schedulers: Iterable[LRScheduler]) -> None:
+    """Advance learning-rate schedules by one update."""
+    for scheduler in schedulers:
+        if scheduler.last_epoch > 0:
+            scheduler.step()
+            continue
+        with warnings.catch_warnings():
+            # It expects a call of optimizer.step(), which a compiled update does not make, and
+            # neither does an update without the actors.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            scheduler.step()
 
 
 _INVALID_OPTIMIZER = (

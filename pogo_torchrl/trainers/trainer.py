@@ -18,6 +18,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 from torchrl.trainers import EarlyStopping, Trainer, TrainerHookBase
+from torchrl.trainers.trainers import OptimizationStepper
 
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.objectives.checks import plain_number
@@ -179,7 +180,8 @@ class POGOTrainer(Trainer):
         if len(replay_buffer) == 0:
             raise ValueError("The replay buffer is empty: fill it before training.")
 
-        if target_net_updater is None and (loss_module.delay_qvalue or loss_module.delay_actor):
+        delays = (getattr(loss_module, f"delay_{name}", False) for name in ("qvalue", "actor"))
+        if target_net_updater is None and any(delays):
             target_net_updater = SoftUpdate(loss_module, tau=tau)
         # A SoftUpdate's step is part of the update; other updaters are called after it.
         soft = target_net_updater if type(target_net_updater) is SoftUpdate else None
@@ -201,7 +203,7 @@ class POGOTrainer(Trainer):
             frame_skip=1,
             optim_steps_per_batch=1,  # set for each tick by optim_steps()
             loss_module=loss_module,
-            optimization_stepper=POGOOptimizationStepper(
+            optimization_stepper=self.make_stepper(
                 loss_module,
                 lr=lr,
                 qvalue_optimizer=qvalue_optimizer,
@@ -240,6 +242,10 @@ class POGOTrainer(Trainer):
             if hook is not None:
                 hook.register(self)
         self.register_op("setup", self._record_settings)
+
+    def make_stepper(self, loss_module: POGOLoss, **settings: Any) -> OptimizationStepper:
+        """Create the optimization stepper."""
+        return POGOOptimizationStepper(loss_module, **settings)
 
     def register_op(self, dest: Any, op: Callable, **kwargs: Any) -> None:
         """Register an operation to run at a stage, as in TorchRL's trainer.
@@ -408,7 +414,7 @@ class POGOTrainer(Trainer):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of the loss, the optimizers and the updates, by name."""
-        stepper, found = self.optimization_stepper, self.loss_module.settings()
+        stepper, found = self.optimization_stepper, self.loss_settings()
         for name in ("policy_freq", "clip_grad_norm", "tau", "bf16"):
             found[name] = getattr(stepper, name)
         found["freeze_critics_at"] = self.freeze_critics_at
@@ -417,6 +423,10 @@ class POGOTrainer(Trainer):
             lr = plain(float(group.get("initial_lr", group["lr"])))  # the former with a schedule
             found[f"{name}_optimizer"] = f"{type(optimizer).__name__}(lr={lr})"
         return {name: plain(value) for name, value in found.items()}
+
+    def loss_settings(self) -> dict[str, Any]:
+        """Return the settings of the loss, by name."""
+        return self.loss_module.settings()
 
     def _record_settings(self) -> None:
         """Use the current settings as fingerprint, before hooks such as step control change any."""
