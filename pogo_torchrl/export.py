@@ -203,7 +203,8 @@ def load_actors(path: str | Path, *, device: torch.device | str = "cpu") -> list
     if header.get("version") not in (str(_VERSION), str(_VERSION_OF_KINDS)):
         raise ValueError(
             f"{path} has format version {header.get('version')}, but this release reads versions "
-            f"{_VERSION} and {_VERSION_OF_KINDS}: update pogo_torchrl, or load it with the release that wrote it."
+            f"{_VERSION} and {_VERSION_OF_KINDS}: update pogo_torchrl, or load it with the release "
+            "that wrote it."
         )
     try:
         bounds, *states = _by_owner(tensors, int(header["num_actors"]))

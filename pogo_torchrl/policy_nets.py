@@ -68,7 +68,7 @@ class _Moments(nn.Module):
 
     def __init__(self, net: GaussianNet, spec: Bounded) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.spec = net, spec
         low, high = spec.space.low, spec.space.high
         self.register_buffer("action_loc", (high + low) / 2)
         self.register_buffer("action_scale", (high - low) / 2)
@@ -125,7 +125,7 @@ def gaussian_actor(net: GaussianNet, spec: Bounded) -> ProbabilisticActor:
         >>> import torch
         >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
         >>> actor = gaussian_actor(make_gaussian_net(3, 2, [8]), spec)
-        >>> same = as_transport_actor(actor, spec)
+        >>> same = as_transport_actor(actor)
         >>> state = torch.randn(5, 3)
         >>> torch.equal(same(observation=state), actor[0](observation=state)[0])
         True
@@ -139,14 +139,13 @@ def gaussian_actor(net: GaussianNet, spec: Bounded) -> ProbabilisticActor:
     )
 
 
-def as_transport_actor(actor: nn.Module, spec: Bounded) -> TransportActor:
-    """Return an actor of the functions above as a transport map that shares its parameters.
+def as_transport_actor(actor: nn.Module) -> TransportActor:
+    """Return an actor as a transport map that shares its parameters.
 
     Args:
         actor: a :class:`~pogo_torchrl.TransportActor` or the result of :func:`gaussian_actor`.
-        spec: bounds of the actions, of shape ``[d]``.
     """
     if isinstance(actor, TransportActor):
         return actor
     moments = actor[0].module
-    return ClippedActor(moments.net, spec).to(moments.action_loc.device)
+    return ClippedActor(moments.net, moments.spec).to(moments.action_loc.device)

@@ -173,13 +173,13 @@ def resolve_step_sizes(cfg: DictConfig) -> DictConfig:
     if cfg.step_sizes is None:
         return cfg
     sizes = check_step_sizes(list(cfg.step_sizes), len(cfg.step_sizes))
-    weights = step_sizes_to_weights(sizes, _action_dim(cfg), cfg.alpha)
+    weights = step_sizes_to_weights(sizes, action_dim(cfg), cfg.alpha)
     resolved = copy.deepcopy(cfg)
     resolved.w2_weights, resolved.step_sizes = list(weights), None
     return resolved
 
 
-def _action_dim(cfg: DictConfig) -> int:
+def action_dim(cfg: DictConfig) -> int:
     """Number of action dimensions of the evaluation environment."""
     env = env_fn(cfg.task, cfg.env)()
     try:
@@ -201,16 +201,17 @@ def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
     """
     inputs = evaluator.observation_dim + evaluator.action_dim
     widths = [inputs, *cfg.hidden_sizes, evaluator.action_dim]
-    critic_widths = [inputs, *_critic_sizes(cfg), 1]
+    critic_widths = [inputs, *critic_sizes(cfg), 1]
     # Actors, critics and their targets, each counted with gradient and Adam's two moments in
     # float32: 4 x 4 bytes per weight.
-    actors = 16 * len(cfg.w2_weights) * sum(n * m for n, m in pairwise(widths))
+    count = len(cfg.w2_weights) + (cfg.algorithm != "pogo")  # the base's actor has no weight
+    actors = 16 * count * sum(n * m for n, m in pairwise(widths))
     critics = 16 * 2 * cfg.num_critics * sum(n * m for n, m in pairwise(critic_widths))
     costs = cfg.num_samples if cfg.w2_backend in ("tensorized", "fast") else 1
     batch = 4 * cfg.batch_size * (1 + cfg.num_samples) * (sum(widths) + costs)
     for needed, what in (
-        (actors, f"hidden_sizes={cfg.hidden_sizes} with {len(cfg.w2_weights)} actors"),
-        (critics, f"critic_hidden_sizes={_critic_sizes(cfg)} with num_critics={cfg.num_critics}"),
+        (actors, f"hidden_sizes={cfg.hidden_sizes} with {count} actors"),
+        (critics, f"critic_hidden_sizes={critic_sizes(cfg)} with num_critics={cfg.num_critics}"),
         (batch, f"num_samples={cfg.num_samples} with batch_size={cfg.batch_size}"),
     ):
         if needed > physical_memory():
@@ -220,7 +221,7 @@ def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
             )
 
 
-def _critic_sizes(cfg: DictConfig) -> list[int]:
+def critic_sizes(cfg: DictConfig) -> list[int]:
     """Widths of the hidden layers of the critics."""
     return list(cfg.hidden_sizes if cfg.critic_hidden_sizes is None else cfg.critic_hidden_sizes)
 
@@ -237,7 +238,7 @@ def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> PO
     qvalue = make_qvalue(
         evaluator.observation_dim,
         evaluator.action_dim,
-        _critic_sizes(cfg),
+        critic_sizes(cfg),
         cfg.critic_layer_norm,
     )
     loss = POGOLoss(

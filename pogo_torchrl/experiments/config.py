@@ -108,8 +108,21 @@ class RunConfig:
     seed: int = option(
         0, "seed of initialisation, sampling, noise and evaluation", lowest=0, highest=2**32 - 1
     )
+    algorithm: str = option(
+        "pogo",
+        "pogo, or a chain on top of td3_bc, iql or rebrac, whose presets replace the task's",
+    )
+    chain: int | None = option(
+        None,
+        "number of actors on top of td3_bc, iql or rebrac (0: that algorithm alone), with "
+        "step_sizes of 0.1 if none are given; null: one per step size, for pogo one less",
+        lowest=0,
+        highest=31,
+    )
     w2_weights: list[float] = option(
-        [0.2, 0.2, 0.2], "weight w_i of each actor's distance term; one per actor of the chain"
+        [0.2, 0.2, 0.2],
+        "weight w_i of each actor's distance term; one per actor of the chain (other algorithms "
+        "than pogo: one per actor on top)",
     )
     step_sizes: list[float] | None = option(
         None, "step size h_i of each actor, > 0; sets w2_weights for the given alpha"
@@ -214,11 +227,18 @@ class RunConfig:
     num_critics: int = option(
         2, "number of critics; the TD target uses their minimum, the actors actor_q", highest=100
     )
-    actor_q: str = option("first", "Q in the losses of the actors: first, or mean over the critics")
+    actor_q: str = option(
+        "first",
+        "Q in the losses of the actors: first, or mean over the critics; of the actors on top of "
+        "another algorithm also min, or advantage (iql)",
+    )
     target_action: str = option(
         "noisy",
         "action of actor 0 in the TD target: noisy, or min_clean_noisy (the smaller value of the "
         "actions with and without noise)",
+    )
+    actor_bc_weight: float | None = option(
+        None, "weight of the actor's squared distance from the data, >= 0 (algorithm=rebrac)"
     )
     critic_bc_weight: float = option(
         0.0,
@@ -382,6 +402,17 @@ def tasks() -> list[str]:
         True
     """
     folder = resources.files("pogo_torchrl.experiments") / "conf" / "task"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith("yaml"))
+
+
+def algorithms() -> list[str]:
+    """Names of all algorithms, which have presets of their own.
+
+    Example:
+        >>> algorithms()
+        ['iql', 'pogo', 'rebrac', 'td3_bc']
+    """
+    folder = resources.files("pogo_torchrl.experiments") / "conf" / "algorithm"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith("yaml"))
 
 

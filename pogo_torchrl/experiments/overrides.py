@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pogo_torchrl.experiments.config import (
     RunConfig,
     SweepConfig,
+    algorithms,
     iter_options,
     tasks,
     to_text,
@@ -261,7 +262,9 @@ def check_options(cfg: DictConfig, schema: type = RunConfig) -> None:
         elements = [value]
         if OmegaConf.is_list(value):
             elements = list(value)
-            if not 1 <= len(elements) <= _MAX_LIST_LENGTH:
+            # A chain on top of another algorithm may be empty.
+            empty = name == "w2_weights" and cfg.algorithm != "pogo"
+            if not (1 - empty) <= len(elements) <= _MAX_LIST_LENGTH:
                 raise ValueError(
                     f"{name}={value} has {len(elements)} values; give 1 to {_MAX_LIST_LENGTH}, "
                     f"e.g. {default}."
@@ -346,6 +349,10 @@ def _check_override(override: Override, schema: type, multirun: bool) -> None:
         if key == "task":
             _check_task(text.strip("'\" "))
             continue
+        if key == "algorithm" and text.strip("'\" ") not in algorithms():
+            raise ValueError(
+                f"algorithm={text} is unknown; choose one of {', '.join(algorithms())}."
+            )
         try:
             OmegaConf.update(OmegaConf.structured(schema), key, value)
             # OmegaConf converts every integer to a boolean.

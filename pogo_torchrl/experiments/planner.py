@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -19,11 +19,11 @@ from tensordict import TensorDict
 from pogo_torchrl.data.replay_buffer import Normalization, OfflineReplayBuffer
 from pogo_torchrl.envs import max_episode_steps, split_task
 from pogo_torchrl.evaluation import Evaluator
+from pogo_torchrl.experiments import algorithms
 from pogo_torchrl.experiments.build import (
     check_memory,
     choose_device,
     env_fn,
-    make_loss,
     optimizer_settings,
 )
 from pogo_torchrl.experiments.jobs import (
@@ -32,9 +32,7 @@ from pogo_torchrl.experiments.jobs import (
 )
 from pogo_torchrl.experiments.local import process_environments
 from pogo_torchrl.experiments.sweep_file import Run
-from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.objectives.chain_loss import Params
-from pogo_torchrl.trainers import POGOTrainer
+from pogo_torchrl.objectives import JKOChain, POGOLoss
 from pogo_torchrl.trainers.hooks import LogMetrics
 
 # Number of checkpoints that a trainer keeps.
@@ -96,10 +94,10 @@ def measure_cost(cfg: DictConfig, seconds: float = 0.5) -> Cost:
         env_fn=lambda: gymnasium.wrappers.TimeLimit(make_env(), _TIMED_STEPS),
     )
     check_memory(cfg, evaluator)
-    loss = make_loss(cfg, evaluator, choose_device(cfg.device))
+    loss = algorithms.make_loss(cfg, evaluator, choose_device(cfg.device))
     update = _time_updates(loss, cfg, evaluator, seconds)
 
-    chain = [loss.actor(i) for i in range(loss.num_actors)]
+    chain = [algorithms.policy(loss, i) for i in range(loss.num_actors)]
     evaluator(chain)  # creates the environments
     start = time.perf_counter()
     steps = max(int(e.lengths.max()) for e in evaluator(chain))
@@ -107,17 +105,17 @@ def measure_cost(cfg: DictConfig, seconds: float = 0.5) -> Cost:
     horizon = cfg.env.max_episode_steps or max_episode_steps(cfg.task)
     evaluation = elapsed * horizon / steps * cfg.eval_episodes / evaluator.episodes
 
-    first = _num_bytes(loss.params("actor_network_0"))
-    policy = loss.num_actors * first
-    trained = policy + _num_bytes(loss.params("qvalue_network"))
-    # TorchRL's checkpoints contain the loss's actor_network a second time, as the policy.
-    others = _num_bytes(loss.params("target_qvalue_network")) + first
-    others += first if cfg.delay_actor else 0
-    others += policy if cfg.average_actors is not None else 0
-    return Cost(update, evaluation, 3 * trained + others, policy)  # Adam stores two moments
+    first = _num_bytes(chain[0].parameters())
+    trained = _num_bytes(value for value in loss.parameters() if value.requires_grad)
+    # Adam stores two moments, and TorchRL's checkpoints contain the loss's actor_network a second
+    # time, as the policy.
+    stored = _num_bytes(loss.state_dict().values()) + 2 * trained + first
+    return Cost(update, evaluation, stored, loss.num_actors * first)
 
 
-def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds: float) -> float:
+def _time_updates(
+    loss: POGOLoss | JKOChain, cfg: DictConfig, evaluator: Evaluator, seconds: float
+) -> float:
     rows, spec = 4 * cfg.batch_size, evaluator.action_spec
     observation = torch.randn(rows, evaluator.observation_dim)
     flags = torch.zeros(rows, 1, dtype=torch.bool)
@@ -132,7 +130,7 @@ def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds
         [rows],
     )
     train = partial(
-        POGOTrainer,
+        algorithms.make_trainer(cfg),
         loss,
         OfflineReplayBuffer(
             data.to(next(loss.parameters()).device),
@@ -149,15 +147,17 @@ def _time_updates(loss: POGOLoss, cfg: DictConfig, evaluator: Evaluator, seconds
     steps, elapsed = 2, 0.0
     while elapsed < seconds / 2:  # long enough to make the start-up negligible
         steps = min(2 * steps, int(steps * seconds / elapsed) + 1) if elapsed else steps
-        trainer = train(total_steps=steps, hooks=[LogMetrics([], steps)])
+        metrics = LogMetrics([], steps, policy=partial(algorithms.policy, loss))
+        trainer = train(total_steps=steps, hooks=[metrics])
         start = time.perf_counter()
         trainer.train()  # reads metrics at the end, which waits for the GPU
         elapsed = time.perf_counter() - start
     return elapsed / steps
 
 
-def _num_bytes(parameters: Params) -> int:
-    return sum(value.numel() * value.element_size() for value in parameters.values())
+def _num_bytes(tensors: Iterable[Any]) -> int:
+    """Size of tensors in bytes; a state dict also holds other values."""
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 class Plan:
@@ -264,6 +264,7 @@ def remaining_updates(run: Run) -> int:
 def _cost_key(cfg: DictConfig) -> tuple:
     """Key under which runs share a cost estimate."""
     shapes = (
+        "algorithm",
         "hidden_sizes",
         "critic_hidden_sizes",
         "num_critics",

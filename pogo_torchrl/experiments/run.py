@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchrl.record.loggers import Logger
 from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
 from pogo_torchrl.envs import score
 from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
+from pogo_torchrl.experiments import algorithms
 from pogo_torchrl.experiments.build import (
     check_data,
     check_memory,
@@ -24,9 +26,7 @@ from pogo_torchrl.experiments.build import (
     choose_device,
     deterministic,
     env_fn,
-    make_loss,
     optimizer_settings,
-    resolve_step_sizes,
     seed_everything,
     step_control,
 )
@@ -52,7 +52,7 @@ from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.report import plot_curves, score_table
 from pogo_torchrl.trainers import POGOTrainer, TrainerStack
 from pogo_torchrl.trainers.freeze import FreezeThenFlow
-from pogo_torchrl.trainers.hooks import Evaluate, LogMetrics, StopOnDivergence
+from pogo_torchrl.trainers.hooks import POGO_HINT, Evaluate, LogMetrics, StopOnDivergence
 
 
 def run(cfg: DictConfig) -> list[Evaluation]:
@@ -194,7 +194,8 @@ class RunInProgress:
 
     def __init__(self, cfg: DictConfig, *, stacked: bool = False) -> None:
         check_options(cfg)
-        self.cfg = cfg = resolve_step_sizes(cfg)
+        self.cfg = cfg = algorithms.resolve(cfg)
+        self.is_pogo = cfg.algorithm == algorithms.POGO
         self.folder = RunFolder.of(cfg)
         self.averaged = cfg.average_actors is not None
         self.evaluator = Evaluator(
@@ -206,7 +207,9 @@ class RunInProgress:
             "policy_freq": cfg.policy_freq,
             "freeze_critics_at": cfg.freeze_critics_at,
             "tau": cfg.tau,
-            "compile": not stacked and choose_compile(cfg.compile, cfg.total_steps, cfg.w2_backend),
+            "compile": self.is_pogo
+            and not stacked
+            and choose_compile(cfg.compile, cfg.total_steps, cfg.w2_backend),
             "bf16": cfg.bf16,
             "checkpoint_dir": self.folder.checkpoints,
             "checkpoint_interval": cfg.checkpoint_interval,
@@ -220,9 +223,12 @@ class RunInProgress:
         if cfg.logger.backend:
             check_logger(cfg.logger.backend, stacked=stacked)
         seed_everything(cfg.seed)
-        self.loss = make_loss(cfg, self.evaluator, self.device)
+        self.loss = algorithms.make_loss(cfg, self.evaluator, self.device)
         columns = {"alpha": lambda: self.loss.alpha} if self.step_control else {}
-        self.metrics = LogMetrics([], cfg.log_interval, columns)
+        if cfg.algorithm == "iql":  # its losses do not tell Q
+            columns["pred_value"] = self._mean_q
+        self.policy = partial(algorithms.policy, self.loss)
+        self.metrics = LogMetrics([], cfg.log_interval, columns, self.policy)
         self.evaluate = Evaluate(self._evaluations, report=self._report, interval=cfg.eval_interval)
         self.last: list[Evaluation] = []
         self._files: set[Path] | None = None  # before this start wrote any
@@ -241,7 +247,11 @@ class RunInProgress:
         cfg = self.cfg
         check_run_folder(self.folder, cfg)
         LOGGER.info(
-            "POGO on %s, %d updates; run folder %s", cfg.task, cfg.total_steps, self.folder.root
+            "%s on %s, %d updates; run folder %s",
+            "POGO" if self.is_pogo else f"{cfg.algorithm} with chain={cfg.chain}",
+            cfg.task,
+            cfg.total_steps,
+            self.folder.root,
         )
         if replay_buffer is None:
             replay_buffer = make_replay_buffer(
@@ -253,6 +263,7 @@ class RunInProgress:
             )
             check_data(replay_buffer, self.evaluator, cfg.data)
         self.replay_buffer = replay_buffer
+        self.reward_scale = algorithms.scale_rewards(cfg, replay_buffer)
         self.behaviour = score(cfg.task, float(replay_buffer.episode_returns.mean()))
         rewards = replay_buffer[:]["next", "reward"]
         # The penalty on the next action is part of the values: at most 4 per action dimension.
@@ -261,9 +272,10 @@ class RunInProgress:
             self.metrics,
             (float(rewards.abs().max()) + penalty) / (1 - cfg.gamma) if cfg.gamma < 1 else None,
             warn=LOGGER.warning,
+            hint=POGO_HINT if self.is_pogo else "Try critic_layer_norm=true or a smaller lr.",
         )
         hooks = [guard, self.metrics, self.step_control, self.evaluate]
-        self.trainer = POGOTrainer(
+        self.trainer = algorithms.make_trainer(cfg)(
             self.loss,
             replay_buffer,
             cfg.total_steps,
@@ -345,8 +357,13 @@ class RunInProgress:
 
     def _chain(self, *, averaged: bool) -> list[TransportActor]:
         """The current chain, acting on raw observations."""
-        actors = [self.loss.actor(i, averaged=averaged) for i in range(self.loss.num_actors)]
+        actors = [self.policy(i, averaged=averaged) for i in range(self.loss.num_actors)]
         return [on_raw_observations(actor, *self.replay_buffer.normalization) for actor in actors]
+
+    def _mean_q(self) -> float:
+        """Mean Q on the last batch, in units of the data's rewards."""
+        batch = self.trainer.optimization_stepper.last_batch
+        return algorithms.mean_q(self.loss, batch) / self.reward_scale
 
     def _evaluations(self) -> list[Evaluation]:
         """Evaluate the chain to be deployed: its averages, if any, beside the raw weights."""

@@ -30,7 +30,7 @@ _MAY_CHANGE_ON_RESUME = {
 _ADDED_LATER = {
     "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
     "average_actors", "actor_q", "target_action", "critic_bc_weight", "advantage_temperature",
-    "displacement", "alpha_growth", "freeze_critics_at",
+    "displacement", "alpha_growth", "freeze_critics_at", "algorithm", "chain", "actor_bc_weight",
 }  # fmt: skip
 
 
@@ -56,11 +56,18 @@ class RunFolder(NamedTuple):
     def of(cls, cfg: DictConfig) -> RunFolder:
         """Folders ``log_dir/task/w2_.../seed_.../{training,checkpoints}`` of a run.
 
+        Those of other algorithms than POGO are in ``log_dir/task/ALGORITHM_chain_N_w2_.../...``.
+
         Args:
-            cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
+            cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig` with its chain in numbers,
+                see :func:`pogo_torchrl.experiments.algorithms.resolve`.
         """
         weights = "_".join(f"{w:g}" for w in cfg.w2_weights)
-        root = Path(cfg.log_dir) / cfg.task / f"w2_{weights}" / f"seed_{cfg.seed}"
+        name = f"w2_{weights}" if weights else ""
+        if cfg.algorithm != "pogo":
+            chain = f"{cfg.algorithm}_chain_{len(cfg.w2_weights)}"
+            name = f"{chain}_{name}" if name else chain
+        root = Path(cfg.log_dir) / cfg.task / name / f"seed_{cfg.seed}"
         checkpoints = cfg.checkpoint_dir or root / "checkpoints"
         return cls(root / "training", Path(checkpoints))
 

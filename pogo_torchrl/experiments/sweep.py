@@ -108,11 +108,16 @@ def make_jobs(runs: Sequence[Run], *, stack: bool = False) -> list[Job]:
         The jobs.
 
     Raises:
-        ValueError: if the ``w2_backend`` of a run cannot be used in a stack.
+        ValueError: if the ``algorithm`` or ``w2_backend`` of a run cannot be used in a stack.
     """
     if not stack:
         return [Job.of(run) for run in runs]
     for run in runs:
+        if run.cfg.algorithm != "pogo":
+            raise ValueError(
+                f"stack=true trains algorithm=pogo only, but {run.name} has algorithm="
+                f"{run.cfg.algorithm}: leave stack out, or sweep the two apart."
+            )
         if run.cfg.w2_backend not in STACKABLE:
             raise ValueError(
                 f"stack=true needs w2_backend={' or '.join(STACKABLE)}, but {run.name} has "
@@ -193,9 +198,7 @@ class Progress:
 def _table(states: dict[Run, str]) -> str:
     """Table of the runs by task and weights, with the states of their seeds."""
     rows = []
-    for (task, weights), runs in groupby(
-        states, lambda run: (run.cfg.task, ", ".join(f"{w:g}" for w in run.cfg.w2_weights))
-    ):
+    for (task, weights), runs in groupby(states, lambda run: (run.cfg.task, run.label)):
         seeds: dict[str, list[str]] = {}
         for run in runs:
             seeds.setdefault(states[run], []).append(str(run.cfg.seed))

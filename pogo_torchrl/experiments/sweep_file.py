@@ -14,7 +14,8 @@ A sweep file is YAML::
           w2_weights_third: [0.1, 0.2, 0.3]
           learning_rate: 3e-4
 
-Options of a task take precedence over ``common``, and the command line over both.
+Options of a task take precedence over ``common``, and the command line over both. ``algorithm``
+and ``chain`` may be lists, such as ``algorithm: [td3_bc, iql]``: each combination is a setting.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pogo_torchrl.experiments import config
-from pogo_torchrl.experiments.build import resolve_step_sizes
+from pogo_torchrl.experiments import algorithms, config
 from pogo_torchrl.experiments.overrides import check_options, check_overrides, compose
 from pogo_torchrl.experiments.run_folder import RunFolder
 
 # Option names of the original code, and of the section sinkhorn.
 _ALIASES = {"max_timesteps": "total_steps", "eval_freq": "eval_interval", "learning_rate": "lr"}
 _SINKHORN = {"K": "num_samples", "blur": "blur", "backend": "w2_backend"}
+_CHOICES = ("algorithm", "chain")  # options that may list several values
 _WEIGHTS = ("w2_weights", "w2_weights_base", "w2_weights_third", "w2_weights_grid")
 
 # Options that distinguish the runs or separate their files are set by the sweep.
@@ -75,6 +76,15 @@ class Run:
     def folder(self) -> RunFolder:
         """Folders of the run."""
         return RunFolder.of(self.cfg)
+
+    @property
+    def label(self) -> str:
+        """The weights and, except for POGO, the algorithm: ``td3_bc + 2 (3.33, 3.33)``."""
+        weights = ", ".join(f"{w:g}" for w in self.cfg.w2_weights)
+        if self.cfg.algorithm == algorithms.POGO:
+            return weights
+        added = f" + {self.cfg.chain} ({weights})" if self.cfg.chain else ""
+        return f"{self.cfg.algorithm}{added}"
 
     @property
     def name(self) -> str:
@@ -242,8 +252,11 @@ def _options(section: Any, where: str) -> dict[str, Any]:
         if key in _RESERVED:
             raise ValueError(f"{where}: {key} is not allowed here: {_RESERVED[key]}.")
         if key not in (*_WEIGHTS, "seeds"):
+            values = value if key in _CHOICES and isinstance(value, list) else [value]
             try:
-                check_overrides([f"{key}={_to_override(value)}"])
+                if not values:
+                    raise ValueError(f"{key}=[] is empty; give one value or several.")
+                check_overrides([f"{key}={_to_override(one)}" for one in values])
             except ValueError as error:
                 raise ValueError(f"{where}.{given}: {error}") from error
         options = _merge(options, {key: value}, where)
@@ -279,22 +292,41 @@ def _task_runs(task: str, settings: dict[str, Any], overrides: Sequence[str]) ->
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
         raise ValueError(f"seeds={seeds} must be a list of integers, e.g. [0, 1, 2].")
     weights = _weights({key: settings.pop(key) for key in _WEIGHTS if key in settings})
+    fixed = {override.partition("=")[0] for override in overrides}  # takes precedence
+    choices = {key: settings.pop(key) for key in _CHOICES if key in settings}
+    lists = [
+        [f"{key}={_to_override(one)}" for one in (value if isinstance(value, list) else [value])]
+        for key, value in choices.items()
+        if key not in fixed
+    ]
     given = [f"{key}={_to_override(value)}" for key, value in settings.items()]
-    given = [f"task={task}", "progress_bar=false", *given]
+    for chosen in itertools.product(*lists):
+        arguments = [f"task={task}", "progress_bar=false", *chosen, *given]
+        yield from _setting_runs(arguments, overrides, weights, seeds)
+
+
+def _setting_runs(
+    given: Sequence[str], overrides: Sequence[str], weights: list[list[float]], seeds: list[int]
+) -> Iterator[Run]:
+    """Runs of one task and algorithm: one for each chain and seed."""
     cfg = compose([*given, *overrides, "resume=true"])
     if cfg.step_sizes is not None and weights:
         raise ValueError(f"step_sizes={cfg.step_sizes} set w2_weights; give one of the two.")
-    cfg = resolve_step_sizes(cfg)
     given, overrides = (
         [argument for argument in arguments if not argument.startswith("step_sizes=")]
         for arguments in (given, overrides)
     )
-    for chain, seed in itertools.product(weights or [list(cfg.w2_weights)], seeds):
+    for chain in weights or [None]:
         own = copy.deepcopy(cfg)
-        own.w2_weights, own.seed = chain, seed
-        check_options(own)
-        arguments = (*given, f"w2_weights={_to_override(chain)}", f"seed={seed}", *overrides)
-        yield Run((*arguments, "resume=true"), own)
+        if chain is not None:
+            own.w2_weights = chain
+        own = algorithms.resolve(own)
+        for seed in seeds:
+            run = copy.deepcopy(own)
+            run.seed = seed
+            check_options(run)
+            numbers = (f"w2_weights={_to_override(list(own.w2_weights))}", f"seed={seed}")
+            yield Run((*given, *numbers, *overrides, "resume=true"), run)
 
 
 def _weights(given: dict[str, Any]) -> list[list[float]]:

@@ -57,7 +57,8 @@ class ChainTrainer(POGOTrainer):
         ...     ("next", "reward"): torch.randn(64, 1),
         ...     ("next", "done"): torch.zeros(64, 1, dtype=torch.bool),
         ...     ("next", "terminated"): torch.zeros(64, 1, dtype=torch.bool)}, [64]))
-        >>> actor = TensorDictModule(MLP(in_features=3, out_features=2), ["observation"], ["action"])
+        >>> net = MLP(in_features=3, out_features=2, num_cells=[8])
+        >>> actor = TensorDictModule(net, ["observation"], ["action"])
         >>> base = TD3BCLoss(actor, make_qvalue(3, 2), action_spec=spec)
         >>> chain = JKOChain(base, step_sizes=[0.1, 0.1])
         >>> _ = chain.make_value_estimator(gamma=0.99)

@@ -10,12 +10,18 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 from torchrl.trainers import TrainerHookBase
 from tqdm import tqdm
 
 from pogo_torchrl import functional
 from pogo_torchrl.modules import noise_reader
 from pogo_torchrl.trainers.stepper import RunningMean
+
+POGO_HINT = (
+    "Try larger w2_weights, a smaller alpha, q_normalization=mean_abs, critic_layer_norm=true or "
+    "a smaller lr."
+)
 
 
 class DivergenceError(FloatingPointError):
@@ -73,6 +79,8 @@ class LogMetrics(TrainerHookBase):
         interval: number of updates between two rows. Defaults to ``1000``.
         columns: functions without arguments that return the values of further columns, by name.
             Defaults to none.
+        policy: function from the index of an actor to its policy, whose actions are measured.
+            Defaults to the ``actor`` method of the loss.
 
     Raises:
         ValueError: if ``interval`` is less than 1.
@@ -85,11 +93,13 @@ class LogMetrics(TrainerHookBase):
         sinks: Sequence[Sink],
         interval: int = 1000,
         columns: Mapping[str, Callable[[], float]] | None = None,
+        policy: Callable[[int], nn.Module] | None = None,
     ) -> None:
         if interval < 1:
             raise ValueError(f"log_interval={interval} must be an integer >= 1.")
         self.sinks = sinks
         self.columns = dict(columns or {})
+        self.policy = policy
         self.interval = interval
         self._clock = time.perf_counter
         self._started = self._last = (0.0, 0)
@@ -127,7 +137,7 @@ class LogMetrics(TrainerHookBase):
         for sink in self.sinks:
             sink.write(step, [row])
         if self.trainer.bar is not None:
-            self.trainer.bar.show(loss_q=row["loss_qvalue"])
+            self.trainer.bar.show(loss_q=row.get("loss_qvalue", math.nan))
 
     @torch.no_grad()
     def _action_metrics(self) -> dict[str, float]:
@@ -138,7 +148,7 @@ class LogMetrics(TrainerHookBase):
         to_unit_box = partial(functional.to_unit_box, low=loss.min_action, high=loss.max_action)
         data, previous = to_unit_box(batch.get(loss.tensor_keys.action)), None
         for i in range(loss.num_actors):
-            actor, key = loss.actor(i), loss.tensor_keys.action
+            actor, key = (self.policy or loss.actor)(i), loss.tensor_keys.action
             reader = noise_reader(actor)
             if reader is None:
                 continue
@@ -322,6 +332,7 @@ class StopOnDivergence(TrainerHookBase):
 
     Keyword Args:
         warn: called with the text of the warning. Defaults to ``print``.
+        hint: remedies that messages name. Defaults to those of POGO.
 
     Raises:
         DivergenceError: from the trainer's loop, if training has diverged.
@@ -339,10 +350,11 @@ class StopOnDivergence(TrainerHookBase):
         largest_return: float | None = None,
         *,
         warn: Callable[[str], None] = print,
+        hint: str = POGO_HINT,
     ) -> None:
         self.metrics = metrics
         self.largest_return = largest_return or None  # all rewards are 0: no bound
-        self.warn = warn
+        self.warn, self.hint = warn, hint
         self._warned = False
 
     def register(self, trainer: Any, name: str = "stop_on_divergence") -> None:
@@ -364,7 +376,7 @@ class StopOnDivergence(TrainerHookBase):
         if broken:
             raise DivergenceError(
                 f"Training has diverged: at update {step}, {', '.join(broken)} became infinite or "
-                f"NaN since the last row of metrics.csv. {_DIVERGENCE_HINT}"
+                f"NaN since the last row of metrics.csv. {self.hint}"
             )
         value = abs(means.get("pred_value", 0.0))
         if self.largest_return is None or value <= self.largest_return:
@@ -374,10 +386,10 @@ class StopOnDivergence(TrainerHookBase):
             f"allow no return beyond {self.largest_return:.3g}"
         )
         if value > self.explosion * self.largest_return:
-            raise DivergenceError(f"Training has diverged: {size}. {_DIVERGENCE_HINT}")
+            raise DivergenceError(f"Training has diverged: {size}. {self.hint}")
         if not self._warned:
             self._warned = True
-            self.warn(f"The critics overestimate: {size}. {_DIVERGENCE_HINT}")
+            self.warn(f"The critics overestimate: {size}. {self.hint}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state: the hook has none."""
@@ -385,9 +397,3 @@ class StopOnDivergence(TrainerHookBase):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Do nothing: the hook has no state."""
-
-
-_DIVERGENCE_HINT = (
-    "Try larger w2_weights, a smaller alpha, q_normalization=mean_abs, critic_layer_norm=true or "
-    "a smaller lr."
-)

@@ -1,0 +1,332 @@
+"""``algorithm=`` and ``chain=``: JKO chains on top of other algorithms, from the command line."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from runs import assert_same, state
+from tensordict import TensorDict
+from torch.testing import assert_close
+from torchrl.objectives import SoftUpdate
+
+from pogo_torchrl import JKOChain, load_actors
+from pogo_torchrl.experiments import algorithms
+from pogo_torchrl.experiments.evaluate import evaluate
+from pogo_torchrl.experiments.overrides import compose
+from pogo_torchrl.experiments.planner import measure_cost
+from pogo_torchrl.experiments.run import RunInProgress, run
+from pogo_torchrl.experiments.run_folder import RunFolder
+from pogo_torchrl.experiments.signals import Stopped
+from pogo_torchrl.experiments.sweep import make_jobs
+from pogo_torchrl.experiments.sweep_file import read_sweep
+from pogo_torchrl.report import read_runs, write_report
+from pogo_torchrl.trainers.chain_stepper import ChainOptimizationStepper
+
+TASK = "hopper-medium-v2"
+BASES = ("td3_bc", "iql", "rebrac")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A file in D4RL's layout with hopper's sizes and random content."""
+    path = tmp_path_factory.mktemp("data") / "hopper.hdf5"
+    rng, rows = np.random.default_rng(0), 300
+    with h5py.File(path, "w") as file:
+        file["observations"] = rng.normal(size=(rows, 11)).astype(np.float32)
+        file["actions"] = rng.uniform(-1, 1, (rows, 3)).astype(np.float32)
+        file["rewards"] = rng.normal(size=rows).astype(np.float32)
+        file["terminals"] = np.arange(rows) % 40 == 39
+        file["timeouts"] = np.arange(rows) % 50 == 49
+    return path
+
+
+@pytest.fixture
+def options(data, tmp_path):
+    """Options of small runs that write below ``tmp_path``."""
+
+    def make(*arguments: str):
+        return compose([
+            f"task={TASK}", "data.source=hdf5", f"data.path='{data}'", "total_steps=8",
+            "eval_interval=8", "eval_episodes=1", "log_interval=4", "checkpoint_interval=4",
+            "hidden_sizes=[8]", "batch_size=16", "env.max_episode_steps=10", "progress_bar=false",
+            f"log_dir='{tmp_path / 'logs'}'", *arguments,
+        ])  # fmt: skip
+
+    return make
+
+
+def folder(cfg) -> Path:
+    return RunFolder.of(algorithms.resolve(cfg)).root
+
+
+@pytest.mark.parametrize("chain", [0, 2])
+@pytest.mark.parametrize("algorithm", BASES)
+def test_runs_end_to_end(options, algorithm, chain, tmp_path):
+    cfg = options(f"algorithm={algorithm}", f"chain={chain}")
+    last = run(cfg)
+    assert [(e.actor, e.mode) for e in last] == [
+        (i, mode) for i in range(chain + 1) for mode in ("deterministic", "stochastic")
+    ]
+    root = folder(cfg)
+    name = f"{algorithm}_chain_{chain}" + ("_w2_3.33333_3.33333" if chain else "")
+    assert root == tmp_path / "logs" / TASK / name / "seed_0"  # h = 0.1, d = 3
+    with (root / "training" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["4", "8"]
+    wanted = {"loss_qvalue", "loss_actor", "pred_value", "data_mse_0", "std_0"}
+    wanted |= {f"{name}_{i}" for i in range(1, chain + 1) for name in ("w2", "step_mse", "q_actor")}
+    assert wanted <= rows[-1].keys()
+    assert all(np.isfinite(float(value)) for value in rows[-1].values())
+
+    policy = root / "checkpoints" / "policy.safetensors"
+    again = evaluate([str(policy), "episodes=1"])
+    assert [e.returns.tolist() for e in again] == [e.returns.tolist() for e in last]
+    actors = load_actors(policy)
+    assert len(actors) == chain + 1
+    state = torch.randn(5, 11)
+    one, other = (
+        actors[-1](observation=state, noise=noise) for noise in (torch.zeros(5, 3), torch.ones(5, 3))
+    )
+    assert torch.equal(one, other) == (algorithm != "iql")  # only IQL's is stochastic
+    assert one.abs().max() <= 1
+
+
+def trained_by_hand(cfg, base, buffer) -> None:
+    """Train the bare TorchRL loss in a plain loop."""
+    base.make_value_estimator(gamma=cfg.gamma)
+    targets = SoftUpdate(base, tau=cfg.tau)
+    names = ["actor", "qvalue", *(["value"] if cfg.algorithm == "iql" else [])]
+    adam = {
+        name: torch.optim.Adam(getattr(base, f"{name}_network_params").parameters(), cfg.lr)
+        for name in names
+    }
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam["actor"], cfg.total_steps)
+
+    def minimise(loss, *names):
+        for name in names:
+            adam[name].zero_grad()
+        loss.backward()
+        for name in names:
+            adam[name].step()
+
+    for update in range(1, cfg.total_steps + 1):
+        batch = buffer.sample()
+        if cfg.algorithm == "iql":
+            losses = base(batch)
+            minimise(sum(losses[f"loss_{name}"] for name in names), *names)
+            schedule.step()
+            targets.step()
+            continue
+        minimise(base.qvalue_loss(batch)[0], "qvalue")
+        if update % 2 == 0:
+            minimise(base.actor_loss(batch)[0], "actor")
+            targets.step()
+
+
+@pytest.mark.parametrize("algorithm", BASES)
+def test_without_a_chain_it_is_the_bare_loss(options, algorithm):
+    cfg = algorithms.resolve(options(f"algorithm={algorithm}"))
+    assert cfg.chain == 0
+    one = RunInProgress(cfg)
+    one.read_data()
+    base = copy.deepcopy(one.loss.base_loss)
+    torch.manual_seed(3)
+    one.trainer.train()
+    torch.manual_seed(3)
+    trained_by_hand(cfg, base, one.replay_buffer)
+    found = one.loss.base_loss.state_dict()
+    for name, expected in base.state_dict().items():
+        assert_close(found[name], expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_actors_of_the_chain_do_not_change_the_base(options):
+    base, chain = options("algorithm=iql", "chain=0"), options("algorithm=iql", "chain=2")
+    losses = []
+    for cfg in (base, chain):
+        one = RunInProgress(cfg)
+        one.read_data()
+        stepper = ChainOptimizationStepper(one.loss, order=algorithms.BASES["iql"].order, lr=1e-2)
+        for seed in range(4):  # the chain draws noise: fix the batches
+            torch.manual_seed(seed)
+            stepper.update(one.replay_buffer.sample())
+        losses.append(one.loss)
+    alone, below = (dict(loss.base_loss.state_dict()) for loss in losses)
+    assert_same(alone, below)
+    states = torch.randn(4, 11)
+    first, *others = (algorithms.policy(losses[1], i)(observation=states) for i in range(3))
+    assert all(not torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [("td3_bc", ["lr_schedule=linear", "clip_grad_norm=0.5"]), ("iql", []), ("rebrac", []),
+     ("iql", ["freeze_critics_at=4"])],
+)  # fmt: skip
+def test_resume_is_exact(options, algorithm, more, tmp_path):
+    arguments = [f"algorithm={algorithm}", "chain=2", "eval_interval=3", "log_interval=5", *more]
+    whole = options(*arguments, f"log_dir='{tmp_path / 'whole'}'")
+    run(whole)
+    parts = options(*arguments, "resume=true")
+    one = RunInProgress(parts)
+    one.read_data()
+    with one.opened():
+        one.trainer.register_op(
+            "post_steps", lambda: one.trainer.collected_frames == 3 and one.stop("SIGTERM")
+        )
+        one.trainer.train()
+        with pytest.raises(Stopped):
+            one.finish()
+    run(parts)
+    assert_same(state(folder(parts)), state(folder(whole)))
+
+
+def test_frozen_base(options):
+    """Until the switch only the base is trained; then only the chain, from copies of its actor."""
+    one = RunInProgress(options("algorithm=td3_bc", "chain=1", "freeze_critics_at=4"))
+    one.read_data()
+    seen = {}
+
+    def look():
+        seen[one.trainer.collected_frames] = {
+            name: values.clone() for name, values in one.loss.state_dict().items()
+        }
+
+    one.trainer.register_op("post_steps", look)
+    one.trainer.train()
+    middle, end = seen[4], seen[8]
+    added = {name for name in end if name.startswith("chain_actor_1")}
+    changed = {name for name in end if not torch.equal(middle[name], end[name])}
+    assert changed
+    assert changed <= added
+    for name in added:
+        base = name.replace("chain_actor_1_params", "base_loss.actor_network_params")
+        assert torch.equal(middle[name], middle[base])
+
+
+BAD = [
+    ("algorithm=sac", "algorithm=sac is unknown; choose one of"),
+    ("chain=1", "chain=1 differs from the 3 w2_weights of algorithm=pogo"),
+    ("chain=-1", "chain=-1 must be an integer from 0 to 31"),
+    ("algorithm=td3_bc chain=40", "from 0 to 31"),
+    ("algorithm=td3_bc chain=1 step_sizes=[0.1,0.1]", "differs from the 2 step_sizes"),
+    ("algorithm=td3_bc chain=1 w2_weights=[1,2]", "differs from the 2 w2_weights"),
+    ("algorithm=td3_bc step_sizes=[-1]", "step_sizes"),
+    ("algorithm=td3_bc w2_weights=[-1]", "w2_weights"),
+    ("algorithm=td3_bc compile=true", "compile=true is for algorithm=pogo"),
+    ("algorithm=td3_bc bf16=true", "bf16=true has no meaning for algorithm=td3_bc"),
+    ("algorithm=iql q_normalization=null", "q_normalization=null has no meaning for algorithm=iql"),
+    ("algorithm=iql policy_freq=2", "policy_freq=2 has no meaning for algorithm=iql"),
+    ("algorithm=iql average_actors=0.01", "average_actors=0.01 has no meaning"),
+    ("algorithm=td3_bc actor_q=mean", "for algorithm=td3_bc and chain=0"),
+    ("algorithm=td3_bc chain=1 actor_q=advantage", "needs a value network"),
+    ("algorithm=td3_bc chain=1 actor_q=all", "actor_q"),
+    ("algorithm=td3_bc critic_bc_weight=0.1", "critic_bc_weight=0.1 has no meaning"),
+    ("actor_bc_weight=0.1", "actor_bc_weight=0.1 has no meaning for algorithm=pogo"),
+    ("algorithm=rebrac actor_bc_weight=-1", "actor_bc_weight"),
+    ("algorithm=rebrac actor_bc_weight=null", "actor_bc_weight"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_values_are_refused_before_the_data_are_read(tmp_path, arguments, message):
+    words = [*arguments.split(), "hidden_sizes=[8]", f"log_dir='{tmp_path}'", "data.source=hdf5"]
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        RunInProgress(compose(words))
+    assert "\n" not in str(caught.value)
+
+
+def test_pogo_accepts_the_chain_that_it_has():
+    assert algorithms.resolve(compose(["chain=2"])).chain is None
+
+
+def test_options_that_presets_set_for_pogo_do_not_apply():
+    cfg = compose(["algorithm=td3_bc", "task=antmaze-umaze-v2"])
+    assert (cfg.lr, cfg.policy_freq, cfg.data.reward_shift) == (3e-4, 2, -1)
+    assert compose(["algorithm=td3_bc", "lr=1e-2"]).lr == 1e-2
+
+
+def test_bounds_of_actions(wide_spec):
+    """Actors of all bases act, and are exported, in the environment's units."""
+    for name in BASES:
+        cfg = compose([f"algorithm={name}", "hidden_sizes=[8]"])
+        loss = algorithms.BASES[name].make_loss(cfg, 3, wide_spec)
+        chain = JKOChain(loss, w2_weights=[1.0], action_spec=wide_spec)
+        states = 100 * torch.randn(64, 3)
+        actor = algorithms.policy(chain, 1)
+        action = actor(observation=states, noise=10 * torch.randn(64, 2))
+        assert wide_spec.space.low.le(action).all()
+        assert wide_spec.space.high.ge(action).all()
+        if name == "iql":
+            dist = chain.actor(1).get_dist(TensorDict(observation=states))
+            assert_close(actor(observation=states, noise=torch.zeros(64, 2)), dist.mean)
+
+
+# -------------------------------------------------------------------------- sweeps and reports
+
+SWEEP = """
+common: {{seeds: [0, 1], algorithm: [td3_bc, iql], chain: [0, 2], total_steps: 4,
+         data: {{source: hdf5, path: '{data}'}}, eval_interval: 4, eval_episodes: 1,
+         hidden_sizes: [8], batch_size: 16, env: {{max_episode_steps: 10}}}}
+environments: {{hopper-medium: {{}}}}
+"""
+
+
+def test_sweep_over_algorithms_and_chains(tmp_path, data):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(SWEEP.format(data=data))
+    runs = read_sweep(str(file), [f"log_dir='{tmp_path / 'logs'}'"])
+    assert [run.name for run in runs] == [
+        f"{TASK}/{name}/seed_{seed}"
+        for algorithm in ("td3_bc", "iql")
+        for name in (f"{algorithm}_chain_0", f"{algorithm}_chain_2_w2_3.33333_3.33333")
+        for seed in (0, 1)
+    ]
+    assert [run.label for run in runs[2:5]] == ["td3_bc + 2 (3.33333, 3.33333)"] * 2 + ["iql"]
+    for one in runs:
+        again = algorithms.resolve(compose(one.arguments))
+        assert again == one.cfg  # its process trains the same
+    with pytest.raises(ValueError, match=r"stack=true trains algorithm=pogo only, but .*td3_bc"):
+        make_jobs(runs, stack=True)
+    cost = measure_cost(runs[-1].cfg, seconds=0.01)
+    for one in runs[::2]:
+        run(one.cfg)
+    size = (runs[-2].folder.checkpoints / "policy.safetensors").stat().st_size
+    assert size / 2 < cost.policy < size
+    check_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("algorithm: [td3_bc, sac]", "algorithm=.*sac.* is unknown"),
+        ("algorithm: []", r"algorithm=\[\] is empty"),
+        ("algorithm: [pogo, iql], chain: 0", "chain=0 differs from the 3 w2_weights"),
+        ("algorithm: iql, chain: [0, 0]", "listed twice"),
+        ("algorithm: iql, chain: [0, 1.5]", "chain=1.5 must be an integer"),
+        ("algorithm: iql, step_sizes: [0.1], w2_weights: [1]", "give one of the two"),
+    ],
+)
+def test_sweep_files_that_are_not_valid(tmp_path, section, message):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"common: {{seeds: [0], {section}}}\nenvironments: {{hopper-medium: {{}}}}\n")
+    with pytest.raises(ValueError, match=message):
+        read_sweep(str(file))
+
+
+def test_sweep_weights_and_overrides(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        "common: {seeds: [0], algorithm: [pogo, iql]}\n"
+        "environments: {hopper-medium: {w2_weights_grid: [[1, 2], [3]]}}\n"
+    )
+    names = [run.folder.root.parent.name for run in read_sweep(str(file))]
+    assert names == ["w2_1_3", "w2_2_3", "iql_chain_2_w2_1_3", "iql_chain_2_w2_2_3"]
+    names = [run.folder.root.parent.name for run in read_sweep(str(file), ["algorithm=td3_bc"])]
+    assert names == ["td3_bc_chain_2_w2_1_3", "td3_bc_chain_2_w2_2_3"]
