@@ -13,6 +13,7 @@ import pytest
 import torch
 from runs import assert_same, state
 from tensordict import TensorDict
+from test_report_study import constant, make_run
 from torch.testing import assert_close
 from torchrl.objectives import SoftUpdate
 
@@ -92,7 +93,8 @@ def test_runs_end_to_end(options, algorithm, chain, tmp_path):
     assert len(actors) == chain + 1
     state = torch.randn(5, 11)
     one, other = (
-        actors[-1](observation=state, noise=noise) for noise in (torch.zeros(5, 3), torch.ones(5, 3))
+        actors[-1](observation=state, noise=noise)
+        for noise in (torch.zeros(5, 3), torch.ones(5, 3))
     )
     assert torch.equal(one, other) == (algorithm != "iql")  # only IQL's is stochastic
     assert one.abs().max() <= 1
@@ -299,7 +301,14 @@ def test_sweep_over_algorithms_and_chains(tmp_path, data):
         run(one.cfg)
     size = (runs[-2].folder.checkpoints / "policy.safetensors").stat().st_size
     assert size / 2 < cost.policy < size
-    check_report(tmp_path)
+
+    page = write_report(tmp_path / "logs", tmp_path / "results").read_text()
+    assert page.count("## Algorithms, and chains on top") == 1
+    with (tmp_path / "results" / "tables" / "algorithms.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert [(r["algorithm"], bool(r["2_mean"])) for r in rows] == [
+        ("iql", False), ("iql", True), ("td3_bc", False), ("td3_bc", True)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -330,3 +339,58 @@ def test_sweep_weights_and_overrides(tmp_path):
     assert names == ["w2_1_3", "w2_2_3", "iql_chain_2_w2_1_3", "iql_chain_2_w2_2_3"]
     names = [run.folder.root.parent.name for run in read_sweep(str(file), ["algorithm=td3_bc"])]
     assert names == ["td3_bc_chain_2_w2_1_3", "td3_bc_chain_2_w2_2_3"]
+
+
+def study(logs: Path) -> None:
+    """Runs of three methods on two tasks; each actor scores 10 more than the one before."""
+    bases = {"pogo": (20.0, (0.1, 0.5)), "iql": (30.0, ()), "td3_bc": (40.0, (2.0, 2.0))}
+    for task, more in ((TASK, 0.0), ("walker2d-medium-v2", 4.0)):
+        for algorithm, (score, weights) in bases.items():
+            actors = max(len(weights) + (algorithm != "pogo"), 1)
+            curves = constant(*(score + more + 10 * i for i in range(actors)))
+            folder = make_run(logs, task, weights, 0, curves, algorithm=algorithm)
+            if algorithm == "pogo":
+                continue
+            name = f"{algorithm}_chain_{len(weights)}" + ("_w2_2_2" if weights else "")
+            folder.parent.rename(logs / task / name)
+
+
+def test_report_of_base_plus_one_plus_two(tmp_path):
+    study(tmp_path / "logs")
+    page = write_report(tmp_path / "logs", tmp_path / "results").read_text()
+    tables = tmp_path / "results" / "tables"
+    assert (tables / "algorithms.md").read_text().splitlines()[2:] == [
+        "| task | algorithm | w2_weights | seeds | base | +1 | +2 |",
+        "|---|---|---|---|---|---|---|",
+        "| hopper-medium-v2 | pogo | 0.1, 0.5 | 1 | 20.0 | 30.0 | – |",
+        "| hopper-medium-v2 | iql | – | 1 | 30.0 | – | – |",
+        "| hopper-medium-v2 | td3_bc | 2, 2 | 1 | 40.0 | 50.0 | 60.0 |",
+        "| walker2d-medium-v2 | pogo | 0.1, 0.5 | 1 | 24.0 | 34.0 | – |",
+        "| walker2d-medium-v2 | iql | – | 1 | 34.0 | – | – |",
+        "| walker2d-medium-v2 | td3_bc | 2, 2 | 1 | 44.0 | 54.0 | 64.0 |",
+        "| mean of 2 tasks | pogo | best of each task | 2 | 22.0 | 32.0 | – |",
+        "| mean of 2 tasks | iql | best of each task | 2 | 32.0 | – | – |",
+        "| mean of 2 tasks | td3_bc | best of each task | 2 | 42.0 | 52.0 | 62.0 |",
+    ]
+    assert "6 combinations of task, algorithm and w2_weights" in page
+    # Other tables do not mix algorithms.
+    with (tables / "groups.csv").open() as file:
+        means = {
+            (row["tasks"], row["actor"]): row["last_checkpoint_mean"]
+            for row in csv.DictReader(file)
+            if row["mode"] == "deterministic"
+        }
+    assert means["all tasks", "last"] == "32.0000"
+    assert means["iql, all tasks", "last"] == "32.0000"
+    assert means["td3_bc + 2, all tasks", "last"] == "62.0000"
+    with (tables / "published.csv").open() as file:
+        assert [row["pogo_here_mean"] for row in csv.DictReader(file)] == ["30.0000", "34.0000"]
+    with (tmp_path / "results" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * (2 + 1 + 3) * 2
+    assert {(r["algorithm"], r["w2_weights"]) for r in rows} == {
+        ("pogo", "0.1_0.5"), ("iql", ""), ("td3_bc", "2_2")
+    }  # fmt: skip
+    runs, left_out = read_runs(tmp_path / "logs")
+    assert [run.num_actors for run in runs] == [2, 1, 3] * 2
+    assert left_out == {}

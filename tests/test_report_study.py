@@ -49,6 +49,7 @@ def make_run(
     config = {
         "task": task, "seed": seed, "w2_weights": list(weights), "total_steps": total,
         "data": {"source": options.get("source", "d4rl")},
+        **({"algorithm": options["algorithm"]} if "algorithm" in options else {}),
     }  # fmt: skip
     (training / "config.yaml").write_text(yaml.safe_dump(config))
     lines = ["step,actor,mode,return_mean,return_std,score,episode_length,seconds"]

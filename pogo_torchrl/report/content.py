@@ -8,8 +8,8 @@ import numpy as np
 
 from pogo_torchrl.report.intervals import RESAMPLES, spread
 from pogo_torchrl.report.published import ALGORITHMS, GROUP_MEANS, PER_TASK, PER_TASK_SOURCE
-from pogo_torchrl.report.run_logs import MODES
-from pogo_torchrl.report.study import GroupScore, Setting, by_task
+from pogo_torchrl.report.run_logs import MODES, POGO, weights_label
+from pogo_torchrl.report.study import GroupScore, Setting, by_method, by_task
 from pogo_torchrl.report.tables import Cell, Table
 
 SCORE = "D4RL's normalised score (0: random policy, 100: expert)"
@@ -98,7 +98,7 @@ def scores_table(settings: Sequence[Setting]) -> Table:
             ),
         )
         for setting in settings
-        for actor in range(len(setting.weights))
+        for actor in range(setting.num_actors)
     ]
     return Table(
         "scores",
@@ -141,24 +141,59 @@ def groups_table(scores: Sequence[GroupScore]) -> Table:
     )
 
 
+def algorithms_table(settings: Sequence[Setting], selected: Sequence[Setting]) -> Table:
+    """Score of each algorithm alone and with actors on top; no rows if all runs are of POGO.
+
+    Args:
+        settings: all settings of the study.
+        selected: one setting per task and method, over whose tasks scores are averaged.
+    """
+    added = max((setting.num_actors for setting in settings), default=1) - 1
+    rows: list[tuple[Cell, ...]] = []
+    if any(setting.algorithm != POGO for setting in settings):
+        for setting in settings:
+            cells: list[Cell] = [spread(column) for column in setting.last[:, :, 0].T]
+            weights = weights_label(setting.weights)
+            first = (setting.task, setting.algorithm, weights, len(setting.runs))
+            rows.append((*first, *_padded(cells, added + 1)))
+        for members in by_method(selected).values():
+            shortest = min(setting.num_actors for setting in members)
+            if len(members) > 1:
+                last = [setting.last[:, :shortest, 0].mean(0) for setting in members]
+                first = (f"mean of {len(members)} tasks", members[0].algorithm, "best of each task",
+                         sum(len(setting.runs) for setting in members))  # fmt: skip
+                means: list[Cell] = [float(mean) for mean in np.mean(last, axis=0)]
+                rows.append((*first, *_padded(means, added + 1)))
+    return Table(
+        "algorithms",
+        "Every algorithm alone (base, the first actor) and with one or more actors on top (+1, +2, "
+        f"...), deterministic actions, last checkpoint: {SCORE}, {OVER_SEEDS}.",
+        ("task", "algorithm", "w2_weights", "seeds", "base", *(f"+{i + 1}" for i in range(added))),
+        rows,
+        (LAST_BEST, *weights_note(settings)),
+    )
+
+
+def _padded(cells: list[Cell], length: int) -> list[Cell]:
+    return [*cells, *[None] * (length - len(cells))]
+
+
 def chain_table(settings: Sequence[Setting]) -> Table:
     """Score difference between each actor and its predecessor, paired within each run.
 
     Args:
         settings: all settings of the study; chains of a single actor are skipped.
     """
-    settings = [setting for setting in settings if len(setting.weights) > 1]
-    steps = max((len(setting.weights) for setting in settings), default=1) - 1
+    settings = [setting for setting in settings if setting.num_actors > 1]
+    steps = max((setting.num_actors for setting in settings), default=1) - 1
     rows: list[tuple[Cell, ...]] = []
     for setting in settings:
         gains = np.diff(setting.last, axis=1)
         total = setting.last[:, -1] - setting.last[:, 0]
         for m, mode in enumerate(MODES):
             cells: list[Cell] = [spread(gains[:, i, m]) for i in range(gains.shape[1])]
-            cells += [None] * (steps - len(cells))
-            rows.append(
-                (setting.task, setting.label, len(setting.runs), mode, *cells, spread(total[:, m]))
-            )
+            first = (setting.task, setting.label, len(setting.runs), mode)
+            rows.append((*first, *_padded(cells, steps), spread(total[:, m])))
     return Table(
         "chain",
         "Improvement along the chain at the last checkpoint: score differences between actors of "
@@ -176,13 +211,15 @@ def chain_table(settings: Sequence[Setting]) -> Table:
 
 
 def weights_table(settings: Sequence[Setting]) -> Table:
-    """The weights tried for each task, best first.
+    """The weights tried for each task and method, best first.
 
     Args:
         settings: all settings of the study.
     """
     rows: list[tuple[Cell, ...]] = []
-    for task, members in by_task(settings).items():
+    groups = [group for m in by_task(settings).values() for group in by_method(m).values()]
+    for members in groups:
+        task = members[0].task
         ranked = sorted(members, key=lambda setting: -setting.headline.mean)
         for rank, setting in enumerate(ranked, 1):
             behind = ranked[0].headline.mean - setting.headline.mean
@@ -202,7 +239,8 @@ def published_table(selected: Sequence[Setting]) -> Table:
     """The study next to published scores, task by task.
 
     Args:
-        selected: one setting per task; tasks without published scores are skipped.
+        selected: one setting per task and method; only those of POGO are shown, and tasks without
+            published scores are skipped.
     """
     return Table(
         "published",
@@ -220,7 +258,7 @@ def published_table(selected: Sequence[Setting]) -> Table:
                 *(PER_TASK[setting.task][name] for name in ALGORITHMS),
             )
             for setting in selected
-            if setting.task in PER_TASK
+            if setting.task in PER_TASK and setting.method == POGO
         ],
         (SELECTION,),
     )

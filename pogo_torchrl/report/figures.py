@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from pogo_torchrl.report.intervals import spread
 from pogo_torchrl.report.published import ALGORITHMS, PER_TASK
-from pogo_torchrl.report.run_logs import MODES
+from pogo_torchrl.report.run_logs import MODES, POGO
 from pogo_torchrl.report.study import GroupScore, Setting, by_task
 
 # Okabe and Ito's palette, safe for colour-blind readers.
@@ -38,11 +38,11 @@ def curves_figure(settings: Sequence[Setting]) -> Figure:
     figure, grid = _panels(len(settings), 2, height=2.1, sharex=True, sharey=True)
     for row, setting in zip(grid, settings):
         for m, axes in enumerate(row):
-            for actor in range(len(setting.weights)):
+            for actor in range(setting.num_actors):
                 _curve(axes, setting, actor, m)
             axes.axhline(setting.data_score, color="0.35", linestyle=":", label=_DATA)
             seeds = f"{len(setting.runs)} seed{'s' * (len(setting.runs) > 1)}"
-            axes.set_title(f"{MODES[m]}, w = {setting.label}, {seeds}", fontsize="small")
+            axes.set_title(f"{MODES[m]}, {_row_label(setting)}, {seeds}", fontsize="small")
         row[0].set_ylabel(SCORE)
     if any(len(setting.runs) > 1 for setting in settings):
         grid[0, 0].fill_between([], [], color="0.5", alpha=0.3, label=f"band: {_SPREAD}")
@@ -60,7 +60,7 @@ def chain_figure(settings: Sequence[Setting]) -> Figure:
     Args:
         settings: settings of one environment; chains of a single actor are skipped.
     """
-    settings = [setting for setting in settings if len(setting.weights) > 1]
+    settings = [setting for setting in settings if setting.num_actors > 1]
     tasks = by_task(settings)
     figure, grid = _dot_panels(tasks, columns=2)
     for row, members in zip(grid, tasks.values()):
@@ -106,9 +106,10 @@ def published_figure(selected: Sequence[Setting]) -> Figure:
     """The study next to published scores: one row per task.
 
     Args:
-        selected: one setting per task; tasks without published scores are skipped.
+        selected: one setting per task and method; only those of POGO are shown, and tasks without
+            published scores are skipped.
     """
-    known = [setting for setting in selected if setting.task in PER_TASK]
+    known = [s for s in selected if s.task in PER_TASK and s.method == POGO]
     figure, grid = _panels(1, 1, height=0.8 + 0.55 * len(known))
     axes = grid[0, 0]
     offsets = np.linspace(-0.27, 0.27, len(ALGORITHMS) + 1)
@@ -238,9 +239,13 @@ def _dot_panels(tasks: dict[str, list[Setting]], columns: int) -> tuple[Figure, 
     for row, members in zip(grid, tasks.values()):
         for axes in row:
             axes.grid(alpha=0.3)
-            _rows(axes, [f"w = {setting.label}" for setting in members])
+            _rows(axes, [_row_label(setting) for setting in members])
             axes.label_outer()
     return figure, grid
+
+
+def _row_label(setting: Setting) -> str:
+    return f"w = {setting.label}" if setting.algorithm == POGO else setting.label
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from pogo_torchrl.report.run_logs import RunRecord
+from pogo_torchrl.report.run_logs import POGO, RunRecord
 from pogo_torchrl.report.tables import Table
 
 
@@ -38,6 +38,8 @@ def page(
     if "headline" in tables:
         sections += ["## Scores", show(tables["headline"])]
         sections += ["Every actor in both modes: [tables/scores.md](tables/scores.md)."]
+    if "algorithms" in tables:
+        sections += ["## Algorithms, and chains on top", show(tables["algorithms"])]
     if "groups" in tables:
         groups = tables["groups"]
         last = groups._replace(rows=[row for row in groups.rows if row[3] == "last"])
@@ -79,12 +81,14 @@ def _overview(runs: Sequence[RunRecord], left_out: Mapping[str, str]) -> str:
     done = sum(run.done for run in runs)
     failed = sum(bool(run.error) for run in runs)
     tasks = Counter(run.task for run in runs)
-    settings = {(run.task, run.weights) for run in runs}
+    settings = {(run.task, run.algorithm, run.weights) for run in runs}
+    pogo_only = all(run.algorithm == POGO for run in runs)
     sources = sorted({run.data_source for run in runs})
     steps = sorted({run.total_steps for run in runs})
     lines = [
-        f"{len(runs)} runs ({_count(len(tasks), 'task')}, {len(settings)} combinations of task "
-        f"and w2_weights): {done} done, {len(runs) - done - failed} unfinished, {failed} failed"
+        f"{len(runs)} runs ({_count(len(tasks), 'task')}, {len(settings)} combinations of task"
+        f"{'' if pogo_only else ', algorithm'} and w2_weights): {done} done, "
+        f"{len(runs) - done - failed} unfinished, {failed} failed"
         + (f"; {_count(len(left_out), 'folder')} could not be read." if left_out else "."),
         f"Updates per run: {', '.join(map(str, steps))}. Data: {', '.join(sources)}."
         if runs

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from pogo_torchrl.report.published import TASKS
 
 MODES = ("deterministic", "stochastic")
+
+POGO = "pogo"
 
 Array = NDArray[np.floating]
 
@@ -56,11 +58,13 @@ class RunRecord:
     """Mean score of the episodes in the dataset; NaN if unknown."""
     error: str
     """Why the last attempt failed; empty if it did not."""
+    algorithm: str = POGO
+    """The algorithm of actor 0 and the critics; those other than POGO have no weight for it."""
 
     @property
-    def label(self) -> str:
-        """The weights as text, such as ``0.2, 0.2, 0.1``."""
-        return weights_label(self.weights)
+    def num_actors(self) -> int:
+        """Number of actors N."""
+        return count_actors(self.algorithm, self.weights)
 
     @property
     def evaluated(self) -> bool:
@@ -96,26 +100,37 @@ def weights_label(weights: tuple[float, ...]) -> str:
     return ", ".join(f"{w:g}" for w in weights)
 
 
+def count_actors(algorithm: str, weights: Sequence[float]) -> int:
+    """Number of actors: POGO has a weight for each, other algorithms for those added to theirs.
+
+    Example:
+        >>> count_actors("pogo", (0.2, 0.2)), count_actors("iql", (0.2, 0.2))
+        (2, 3)
+    """
+    return len(weights) + (algorithm != POGO)
+
+
 def task_order(task: str) -> tuple[int, str]:
     """Sort key for tasks: the order used by the papers, unknown tasks last."""
     return (TASKS.index(task) if task in TASKS else len(TASKS), task)
 
 
 def read_runs(log_dir: str | Path) -> tuple[list[RunRecord], dict[str, str]]:
-    """Read every run folder ``log_dir/{task}/w2_{...}/seed_{s}``.
+    """Read every run folder ``log_dir/{task}/w2_{...}/seed_{s}``, or ``.../{algorithm}_chain_...``.
 
     Args:
         log_dir: the folder that the runs were written to.
 
     Returns:
-        The runs, sorted by task, weights and seed; and the folders that could not be read, by name,
-        each with the reason.
+        The runs, sorted by task, algorithm, weights and seed; and the folders that could not be
+        read, by name, each with the reason.
 
     Raises:
         FileNotFoundError: if there is no run folder.
     """
     log_dir = Path(log_dir)
-    folders = sorted(p for p in log_dir.glob("*/w2_*/seed_*") if p.is_dir())
+    found = (log_dir.glob(f"*/{name}/seed_*") for name in ("w2_*", "*_chain_*"))
+    folders = sorted({p for paths in found for p in paths if p.is_dir()})
     if not folders:
         raise FileNotFoundError(
             f"log_dir={log_dir} contains no runs (TASK/w2_WEIGHTS/seed_SEED); give the folder that "
@@ -129,8 +144,15 @@ def read_runs(log_dir: str | Path) -> tuple[list[RunRecord], dict[str, str]]:
         except ValueError as error:
             failure = _read_json(folder / "failed.json").get("error")
             left_out[name] = f"failed: {_one_line(failure)}" if failure else str(error)
-    runs.sort(key=lambda run: (task_order(run.task), run.weights, run.seed))
+    runs.sort(key=_order)
     return runs, left_out
+
+
+def _order(run: RunRecord) -> tuple[Any, ...]:
+    """Sort key for runs: POGO before other algorithms, and those with shorter chains first."""
+    other = run.algorithm != POGO
+    length = len(run.weights) if other else 0
+    return task_order(run.task), other, run.algorithm, length, run.weights, run.seed
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
@@ -148,7 +170,8 @@ def read_run(folder: Path, name: str) -> RunRecord:
     """
     training = folder / "training"
     cfg = _read_config(training / "config.yaml")
-    evaluations = read_evaluations(training / "evaluations.csv", len(cfg["w2_weights"]))
+    actors = count_actors(cfg["algorithm"], cfg["w2_weights"])
+    evaluations = read_evaluations(training / "evaluations.csv", actors)
     steps = [*evaluations.steps.tolist(), *_read_steps(training / "metrics.csv")]
     done_steps = _read_json(folder / "done.json").get("total_steps", -1)
     done = isinstance(done_steps, int) and done_steps >= cfg["total_steps"]
@@ -166,6 +189,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         data_score=_read_data_score(training / "train.log"),
         # A failed run may have been completed since.
         error="" if done else _one_line(_read_json(folder / "failed.json").get("error", "")),
+        algorithm=cfg["algorithm"],
     )
 
 
@@ -268,12 +292,13 @@ def _read_config(path: Path) -> dict[str, Any]:
             "total_steps": int(cfg["total_steps"]),
             "data_source": str(data.get("source", "unknown")),
             "averaged": cfg.get("average_actors") is not None,
+            "algorithm": str(cfg.get("algorithm", POGO)),
         }
     except FileNotFoundError:
         raise ValueError("not started: training/config.yaml does not exist") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         raise ValueError("training/config.yaml cannot be read: it is damaged") from None
-    if not found["w2_weights"]:
+    if not count_actors(found["algorithm"], found["w2_weights"]):
         raise ValueError("training/config.yaml cannot be read: w2_weights is empty")
     return found
 

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 
 from pogo_torchrl.report.intervals import Estimate, Spread, bootstrap, iqm, mean, spread
-from pogo_torchrl.report.run_logs import MODES, Array, RunRecord, weights_label
+from pogo_torchrl.report.run_logs import (
+    MODES,
+    POGO,
+    Array,
+    RunRecord,
+    count_actors,
+    weights_label,
+)
 
 _LOCOMOTION = ("halfcheetah", "hopper", "walker2d")
 
 
 class Setting(NamedTuple):
-    """The evaluated runs of one task with the same weights, one per seed."""
+    """The evaluated runs of one task with the same algorithm and weights, one per seed."""
 
     task: str
     weights: tuple[float, ...]
     runs: list[RunRecord]
+    algorithm: str = POGO
 
     @property
     def family(self) -> str:
@@ -27,9 +35,23 @@ class Setting(NamedTuple):
         return self.task.split("-")[0]
 
     @property
+    def num_actors(self) -> int:
+        """Number of actors N."""
+        return count_actors(self.algorithm, self.weights)
+
+    @property
+    def method(self) -> str:
+        """``pogo``, or another algorithm and the number of actors added to it: ``iql + 2``."""
+        added = len(self.weights) if self.algorithm != POGO else 0
+        return f"{self.algorithm} + {added}" if added else self.algorithm
+
+    @property
     def label(self) -> str:
-        """The weights as text, such as ``0.2, 0.2, 0.1``."""
-        return weights_label(self.weights)
+        """The weights as text: ``0.2, 0.1``, or ``iql + 2 (0.2, 0.1)`` for another algorithm."""
+        weights = weights_label(self.weights)
+        if self.algorithm == POGO:
+            return weights
+        return f"{self.method} ({weights})" if weights else self.method
 
     @property
     def averaged(self) -> bool:
@@ -79,24 +101,31 @@ class GroupScore(NamedTuple):
 
 
 def settings(runs: Iterable[RunRecord]) -> list[Setting]:
-    """Group the evaluated runs by task and weights, keeping their order.
+    """Group the evaluated runs by task, algorithm and weights, keeping their order.
 
     Args:
         runs: the runs, sorted as by :func:`~pogo_torchrl.report.read_runs`.
 
     Returns:
-        One setting for each combination of task and weights that has been evaluated.
+        One setting for each combination that has been evaluated.
     """
     evaluated = (run for run in runs if run.evaluated)
     return [
-        Setting(task, weights, list(group))
-        for (task, weights), group in groupby(evaluated, key=lambda run: (run.task, run.weights))
+        Setting(task, weights, list(group), algorithm)
+        for (task, algorithm, weights), group in groupby(
+            evaluated, key=lambda run: (run.task, run.algorithm, run.weights)
+        )
     ]
 
 
 def by_task(found: Iterable[Setting]) -> dict[str, list[Setting]]:
     """Group settings by task, keeping their order."""
     return _group_by(found, lambda setting: setting.task)
+
+
+def by_method(found: Iterable[Setting]) -> dict[str, list[Setting]]:
+    """Group settings by algorithm and number of added actors, keeping their order."""
+    return _group_by(found, lambda setting: setting.method)
 
 
 def by_family(found: Iterable[Setting]) -> dict[str, list[Setting]]:
@@ -112,10 +141,14 @@ def _group_by(found: Iterable[Setting], key: Callable[[Setting], str]) -> dict[s
 
 
 def best_settings(found: Iterable[Setting]) -> list[Setting]:
-    """Select the setting with the highest headline score for each task; ties go to the first."""
+    """Select the setting with the highest headline score for each task and method.
+
+    Ties go to the first.
+    """
     return [
         max(members, key=lambda setting: setting.headline.mean)
-        for members in by_task(found).values()
+        for of_task in by_task(found).values()
+        for members in by_method(of_task).values()
     ]
 
 
@@ -151,14 +184,14 @@ def group_scores(selected: Sequence[Setting]) -> list[GroupScore]:
     up to the length of the shortest chain.
 
     Args:
-        selected: one setting per task.
+        selected: one setting per task and method.
 
     Returns:
-        One entry for each group of :func:`groups`, actor and action mode.
+        One entry for each method, group of :func:`groups`, actor and action mode.
     """
     rows = []
-    for name, members in groups(selected).items():
-        shortest = min(len(setting.weights) for setting in members)
+    for name, members in _groups_of_methods(selected):
+        shortest = min(setting.num_actors for setting in members)
         actors = [(str(i), i) for i in range(shortest - 1)] + [("last", -1)]
         for label, actor in actors:
             for m, mode in enumerate(MODES):
@@ -168,3 +201,10 @@ def group_scores(selected: Sequence[Setting]) -> list[GroupScore]:
                 runs = sum(len(setting.runs) for setting in members)
                 rows.append(GroupScore(name, len(members), runs, label, mode, *estimates))
     return rows
+
+
+def _groups_of_methods(selected: Sequence[Setting]) -> Iterator[tuple[str, list[Setting]]]:
+    """Name and settings of each group; the names of POGO's are those of the tasks alone."""
+    for method, of_method in by_method(selected).items():
+        for name, members in groups(of_method).items():
+            yield name if method == POGO else f"{method}, {name}", members

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterable
 
-from pogo_torchrl.report.run_logs import MODES, RunRecord
+from pogo_torchrl.report.run_logs import MODES, POGO, RunRecord
 
 COLUMNS = (
     "task", "w2_weights", "seed", "actor", "mode", "last_step", "last_score", "last_return",
@@ -18,24 +18,28 @@ COLUMNS = (
 def summary_csv(runs: Iterable[RunRecord]) -> str:
     """Format the scores of every run as CSV; runs without an evaluation get empty cells.
 
+    If any run is not of POGO, there is a last column with the algorithm.
+
     Args:
         runs: the runs, in the order of :func:`~pogo_torchrl.report.read_runs`.
 
     Returns:
         The content of ``summary.csv``.
     """
-    file = io.StringIO()
+    file, runs = io.StringIO(), list(runs)
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    others = any(run.algorithm != POGO for run in runs)
+    writer.writerow([*COLUMNS, *(["algorithm"] if others else [])])
     for run in runs:
         # Spelled as in the names of the run folders.
         weights = "_".join(f"{w:g}" for w in run.weights)
         data_score = "" if math.isnan(run.data_score) else f"{run.data_score:.1f}"
-        for actor in range(len(run.weights)):
+        for actor in range(run.num_actors):
             for m, mode in enumerate(MODES):
                 row = [run.task, weights, run.seed, actor, mode, *_scores(run, actor, m)]
                 shown = "averaged" if run.averaged else "raw"
-                writer.writerow([*row, run.status, data_score, shown])
+                own = [run.algorithm] if others else []
+                writer.writerow([*row, run.status, data_score, shown, *own])
     return file.getvalue()
 
 

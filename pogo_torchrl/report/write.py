@@ -12,7 +12,7 @@ from pogo_torchrl.files import atomic_write, make_writable
 from pogo_torchrl.report import content, figures
 from pogo_torchrl.report.page import page
 from pogo_torchrl.report.published import PER_TASK
-from pogo_torchrl.report.run_logs import read_runs
+from pogo_torchrl.report.run_logs import POGO, read_runs
 from pogo_torchrl.report.study import (
     GroupScore,
     Setting,
@@ -80,6 +80,7 @@ def _tables(
     return [
         content.headline_table(found),
         content.scores_table(found),
+        content.algorithms_table(found, selected),
         content.groups_table(scores),
         content.chain_table(found),
         content.weights_table(found),
@@ -94,13 +95,13 @@ def _figures(
     """Iterate over the names and figures, skipping those that would be empty."""
     if scores:
         yield "intervals", figures.intervals_figure(scores)
-    if any(setting.task in PER_TASK for setting in selected):
+    if any(s.task in PER_TASK and s.method == POGO for s in selected):
         yield "published", figures.published_figure(selected)
     for task, members in by_task(found).items():
         yield f"curves_{_slug(task)}", figures.curves_figure(members)
     # One figure per environment, so that each fits on a page.
     for family, members in by_family(found).items():
-        if any(len(setting.weights) > 1 for setting in members):
+        if any(setting.num_actors > 1 for setting in members):
             yield f"chain_{_slug(family)}", figures.chain_figure(members)
     for family, members in by_family(found).items():
         yield f"weights_{_slug(family)}", figures.weights_figure(members)
