@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import dispatch
-from torch import nn
-from torchrl.data import Composite, TensorSpec
-from torchrl.modules import MLP, ValueOperator
+from tensordict.nn import TensorDictModule, dispatch
+from torch import Tensor, nn
+from torchrl.data import Bounded, Composite, TensorSpec
+from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, ValueOperator
 
 from pogo_torchrl.actors import (
     Normalized,
@@ -22,6 +22,7 @@ from pogo_torchrl.actors import (
     make_transport_net,
     noise_reader,
 )
+from pogo_torchrl.policy_nets import ClippedActor, GaussianNet
 from pogo_torchrl.specs import action_entry, bounded_action_spec
 
 __all__ = [
@@ -29,7 +30,9 @@ __all__ = [
     "QValueOperator",
     "TransportActor",
     "TransportNet",
+    "as_transport_actor",
     "fresh_copies",
+    "gaussian_actor",
     "is_count",
     "make_actor",
     "make_qvalue",
@@ -174,3 +177,56 @@ def redraw_parameters(module: nn.Module, name: str) -> None:
                 f"{type(submodule).__name__} has no reset_parameters(). Pass a list of {name}s."
             )
         reset()
+
+
+class _Moments(nn.Module):
+    """Mean and standard deviation of a Gaussian in the environment's units."""
+
+    def __init__(self, net: GaussianNet, spec: Bounded) -> None:
+        super().__init__()
+        self.net, self.spec = net, spec
+        low, high = spec.space.low, spec.space.high
+        self.register_buffer("action_loc", (high + low) / 2)
+        self.register_buffer("action_scale", (high - low) / 2)
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = self.net.moments(observation)
+        return self.action_loc + self.action_scale * loc, self.action_scale * scale
+
+
+def gaussian_actor(net: GaussianNet, spec: Bounded) -> ProbabilisticActor:
+    """Return a TorchRL actor with a Gaussian's network, for losses that need its likelihood.
+
+    Args:
+        net: the network.
+        spec: bounds of the actions, of shape ``[d]``.
+
+    Example:
+        >>> import torch
+        >>> from pogo_torchrl.policy_nets import make_gaussian_net
+        >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
+        >>> actor = gaussian_actor(make_gaussian_net(3, 2, [8]), spec)
+        >>> same = as_transport_actor(actor)
+        >>> state = torch.randn(5, 3)
+        >>> torch.equal(same(observation=state), actor[0](observation=state)[0])
+        True
+    """
+    return ProbabilisticActor(
+        TensorDictModule(_Moments(net, spec), in_keys=["observation"], out_keys=["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        spec=spec,
+        distribution_class=IndependentNormal,
+        distribution_kwargs={"tanh_loc": False},
+    )
+
+
+def as_transport_actor(actor: nn.Module) -> TransportActor:
+    """Return an actor as a transport map that shares its parameters.
+
+    Args:
+        actor: a :class:`~pogo_torchrl.TransportActor` or the result of :func:`gaussian_actor`.
+    """
+    if isinstance(actor, TransportActor):
+        return actor
+    moments = actor[0].module
+    return ClippedActor(moments.net, moments.spec).to(moments.action_loc.device)

@@ -1,4 +1,7 @@
-"""Policies of other algorithms as transport maps: deterministic ones and Gaussians."""
+"""Policies of other algorithms as transport maps: deterministic ones and Gaussians.
+
+Needs torch and tensordict only, as :mod:`pogo_torchrl.actors`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
+from tensordict.nn import AddStateIndependentNormalScale
 from torch import Tensor, nn
-from torchrl.data import Bounded
-from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor
 
-from pogo_torchrl.modules import TransportActor, TransportNet
+from pogo_torchrl.actors import TransportActor, TransportNet, make_mlp
 
 
 class DeterministicNet(TransportNet):
@@ -23,7 +24,7 @@ class DeterministicNet(TransportNet):
     """
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Compute ``f(s)``; the inputs are those of :class:`~pogo_torchrl.modules.TransportNet`."""
+        """Compute ``f(s)``; the inputs are those of :class:`~pogo_torchrl.actors.TransportNet`."""
         self.check(inputs[:-1])
         return self.mlp(torch.cat(inputs[:-1], -1))
 
@@ -46,7 +47,7 @@ class GaussianNet(TransportNet):
         return self.spread(self.mlp(observation).tanh())
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Compute ``f(s, z)``; the inputs are those of :class:`~pogo_torchrl.TransportActor`."""
+        """Compute ``f(s, z)``, see :class:`~pogo_torchrl.actors.TransportNet`."""
         self.check(inputs[:-1])
         loc, scale = self.moments(torch.cat(inputs[:-1], -1))
         return loc + scale * inputs[-1]
@@ -63,21 +64,6 @@ class ClippedActor(TransportActor):
         return output.clamp(-1, 1)
 
 
-class _Moments(nn.Module):
-    """Mean and standard deviation of a Gaussian in the environment's units."""
-
-    def __init__(self, net: GaussianNet, spec: Bounded) -> None:
-        super().__init__()
-        self.net, self.spec = net, spec
-        low, high = spec.space.low, spec.space.high
-        self.register_buffer("action_loc", (high + low) / 2)
-        self.register_buffer("action_scale", (high - low) / 2)
-
-    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        loc, scale = self.net.moments(observation)
-        return self.action_loc + self.action_scale * loc, self.action_scale * scale
-
-
 def make_deterministic_net(
     observation_dim: int, action_dim: int, hidden_sizes: Sequence[int] = (256, 256)
 ) -> DeterministicNet:
@@ -88,7 +74,7 @@ def make_deterministic_net(
         action_dim: d, the size of the action.
         hidden_sizes: widths of the hidden layers. Defaults to ``(256, 256)``.
     """
-    return DeterministicNet(_mlp(observation_dim, action_dim, hidden_sizes), observation_dim)
+    return DeterministicNet(make_mlp(observation_dim, action_dim, hidden_sizes), observation_dim)
 
 
 def make_gaussian_net(
@@ -101,51 +87,5 @@ def make_gaussian_net(
         action_dim: d, the size of the action.
         hidden_sizes: widths of the hidden layers. Defaults to ``(256, 256)``.
     """
-    mlp = _mlp(observation_dim, action_dim, hidden_sizes)
+    mlp = make_mlp(observation_dim, action_dim, hidden_sizes)
     return GaussianNet(mlp, observation_dim, action_dim)
-
-
-def _mlp(inputs: int, outputs: int, hidden_sizes: Sequence[int]) -> MLP:
-    return MLP(
-        in_features=inputs,
-        out_features=outputs,
-        num_cells=list(hidden_sizes),
-        activation_class=nn.ReLU,
-    )
-
-
-def gaussian_actor(net: GaussianNet, spec: Bounded) -> ProbabilisticActor:
-    """Return a TorchRL actor with a Gaussian's network, for losses that need its likelihood.
-
-    Args:
-        net: the network.
-        spec: bounds of the actions, of shape ``[d]``.
-
-    Example:
-        >>> import torch
-        >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
-        >>> actor = gaussian_actor(make_gaussian_net(3, 2, [8]), spec)
-        >>> same = as_transport_actor(actor)
-        >>> state = torch.randn(5, 3)
-        >>> torch.equal(same(observation=state), actor[0](observation=state)[0])
-        True
-    """
-    return ProbabilisticActor(
-        TensorDictModule(_Moments(net, spec), in_keys=["observation"], out_keys=["loc", "scale"]),
-        in_keys=["loc", "scale"],
-        spec=spec,
-        distribution_class=IndependentNormal,
-        distribution_kwargs={"tanh_loc": False},
-    )
-
-
-def as_transport_actor(actor: nn.Module) -> TransportActor:
-    """Return an actor as a transport map that shares its parameters.
-
-    Args:
-        actor: a :class:`~pogo_torchrl.TransportActor` or the result of :func:`gaussian_actor`.
-    """
-    if isinstance(actor, TransportActor):
-        return actor
-    moments = actor[0].module
-    return ClippedActor(moments.net, moments.spec).to(moments.action_loc.device)

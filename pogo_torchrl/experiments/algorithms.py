@@ -20,15 +20,16 @@ from pogo_torchrl.data import OfflineReplayBuffer
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments import build
 from pogo_torchrl.experiments.config import RunConfig, to_text
-from pogo_torchrl.modules import QValueOperator, TransportActor, make_qvalue
-from pogo_torchrl.objectives import JKOChain, POGOLoss, ReBRACLoss
-from pogo_torchrl.objectives.checks import check_step_sizes
-from pogo_torchrl.policy_nets import (
+from pogo_torchrl.modules import (
+    QValueOperator,
+    TransportActor,
     as_transport_actor,
     gaussian_actor,
-    make_deterministic_net,
-    make_gaussian_net,
+    make_qvalue,
 )
+from pogo_torchrl.objectives import JKOChain, POGOLoss, ReBRACLoss
+from pogo_torchrl.objectives.checks import check_step_sizes
+from pogo_torchrl.policy_nets import make_deterministic_net, make_gaussian_net
 from pogo_torchrl.trainers import ChainTrainer, POGOTrainer
 from pogo_torchrl.trainers.chain_trainer import CRITICS_FIRST, TOGETHER
 
