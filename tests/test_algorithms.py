@@ -299,8 +299,7 @@ def test_sweep_over_algorithms_and_chains(tmp_path, data):
     cost = measure_cost(runs[-1].cfg, seconds=0.01)
     for one in runs[::2]:
         run(one.cfg)
-    size = (runs[-2].folder.checkpoints / "policy.safetensors").stat().st_size
-    assert size / 2 < cost.policy < size
+    assert cost.policy == 4 * 3 * ((11 * 8 + 8) + (8 * 3 + 3) + 3)  # float32, three actors
 
     page = write_report(tmp_path / "logs", tmp_path / "results").read_text()
     assert page.count("## Algorithms, and chains on top") == 1
