@@ -31,7 +31,7 @@ from pogo_torchrl.report import read_runs, write_report
 from pogo_torchrl.trainers.chain_stepper import ChainOptimizationStepper
 
 TASK = "hopper-medium-v2"
-BASES = ("td3_bc", "iql", "rebrac")
+BASES = ("td3_bc", "iql", "rebrac", "paper")
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,9 @@ def test_runs_end_to_end(options, algorithm, chain, tmp_path):
         (i, mode) for i in range(chain + 1) for mode in ("deterministic", "stochastic")
     ]
     root = folder(cfg)
-    name = f"{algorithm}_chain_{chain}" + ("_w2_3.33333_3.33333" if chain else "")
-    assert root == tmp_path / "logs" / TASK / name / "seed_0"  # h = 0.1, d = 3
+    weights = ["3.33333"] * (chain + (algorithm == "paper"))  # h = 0.1, d = 3
+    name = "_".join([f"{algorithm}_chain_{chain}", *(["w2", *weights] if weights else [])])
+    assert root == tmp_path / "logs" / TASK / name / "seed_0"
     with (root / "training" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["4", "8"]
@@ -96,7 +97,7 @@ def test_runs_end_to_end(options, algorithm, chain, tmp_path):
         actors[-1](observation=state, noise=noise)
         for noise in (torch.zeros(5, 3), torch.ones(5, 3))
     )
-    assert torch.equal(one, other) == (algorithm != "iql")  # only IQL's is stochastic
+    assert torch.equal(one, other) == (algorithm in ("td3_bc", "rebrac"))  # others are Gaussian
     assert one.abs().max() <= 1
 
 
@@ -104,7 +105,8 @@ def trained_by_hand(cfg, base, buffer) -> None:
     """Train the bare TorchRL loss in a plain loop."""
     base.make_value_estimator(gamma=cfg.gamma)
     targets = SoftUpdate(base, tau=cfg.tau)
-    names = ["actor", "qvalue", *(["value"] if cfg.algorithm == "iql" else [])]
+    more = {"iql": ["value"], "paper": ["behaviour"]}.get(cfg.algorithm, [])
+    names = ["actor", "qvalue", *more]
     adam = {
         name: torch.optim.Adam(getattr(base, f"{name}_network_params").parameters(), cfg.lr)
         for name in names
@@ -126,16 +128,17 @@ def trained_by_hand(cfg, base, buffer) -> None:
             schedule.step()
             targets.step()
             continue
+        if cfg.algorithm == "paper":
+            minimise(base.behaviour_loss(batch)[0], "behaviour")
         minimise(base.qvalue_loss(batch)[0], "qvalue")
-        if update % 2 == 0:
+        if cfg.algorithm == "paper" or update % 2 == 0:
             minimise(base.actor_loss(batch)[0], "actor")
             targets.step()
 
 
 @pytest.mark.parametrize("algorithm", BASES)
 def test_without_a_chain_it_is_the_bare_loss(options, algorithm):
-    cfg = algorithms.resolve(options(f"algorithm={algorithm}"))
-    assert cfg.chain == 0
+    cfg = algorithms.resolve(options(f"algorithm={algorithm}", "chain=0"))
     one = RunInProgress(cfg)
     one.read_data()
     base = copy.deepcopy(one.loss.base_loss)
@@ -169,7 +172,7 @@ def test_the_actors_of_the_chain_do_not_change_the_base(options):
 @pytest.mark.parametrize(
     ("algorithm", "more"),
     [("td3_bc", ["lr_schedule=linear", "clip_grad_norm=0.5"]), ("iql", []), ("rebrac", []),
-     ("iql", ["freeze_critics_at=4"])],
+     ("iql", ["freeze_critics_at=4"]), ("paper", [])],
 )  # fmt: skip
 def test_resume_is_exact(options, algorithm, more, tmp_path):
     arguments = [f"algorithm={algorithm}", "chain=2", "eval_interval=3", "log_interval=5", *more]
@@ -219,6 +222,8 @@ BAD = [
     ("algorithm=td3_bc chain=40", "from 0 to 31"),
     ("algorithm=td3_bc chain=1 step_sizes=[0.1,0.1]", "differs from the 2 step_sizes"),
     ("algorithm=td3_bc chain=1 w2_weights=[1,2]", "differs from the 2 w2_weights"),
+    ("algorithm=paper chain=1 step_sizes=[0.1]", "one for its own actor and one for each"),
+    ("algorithm=paper w2_weights=[1,-1]", "w2_weights=[1.0, -1.0] must be"),
     ("algorithm=td3_bc step_sizes=[-1]", "step_sizes"),
     ("algorithm=td3_bc w2_weights=[-1]", "w2_weights"),
     ("algorithm=td3_bc compile=true", "compile=true is for algorithm=pogo"),
@@ -244,8 +249,18 @@ def test_bad_values_are_refused_before_the_data_are_read(tmp_path, arguments, me
     assert "\n" not in str(caught.value)
 
 
-def test_pogo_accepts_the_chain_that_it_has():
-    assert algorithms.resolve(compose(["chain=2"])).chain is None
+def test_length_of_the_chain():
+    assert algorithms.resolve(compose(["chain=2"])).chain is None  # that of the preset
+    for arguments, chain, weights in (
+        (["algorithm=td3_bc"], 0, []),
+        (["algorithm=td3_bc", "w2_weights=[1,2]"], 2, [1, 2]),
+        (["algorithm=iql", "chain=1", "step_sizes=[0.5]"], 1, [2 / 3]),
+        (["algorithm=paper"], 1, [10 / 3, 10 / 3]),
+        (["algorithm=paper", "chain=0"], 0, [10 / 3]),
+    ):
+        cfg = algorithms.resolve(compose(arguments))
+        assert (cfg.chain, cfg.step_sizes) == (chain, None)
+        assert list(cfg.w2_weights) == pytest.approx(weights)
 
 
 def test_options_that_presets_set_for_pogo_do_not_apply():
@@ -257,7 +272,7 @@ def test_options_that_presets_set_for_pogo_do_not_apply():
 def test_bounds_of_actions(wide_spec):
     """Actors of all bases act, and are exported, in the environment's units."""
     for name in BASES:
-        cfg = compose([f"algorithm={name}", "hidden_sizes=[8]"])
+        cfg = algorithms.resolve(compose([f"algorithm={name}", "hidden_sizes=[8]"]))
         loss = algorithms.BASES[name].make_loss(cfg, 3, wide_spec)
         chain = JKOChain(loss, w2_weights=[1.0], action_spec=wide_spec)
         states = 100 * torch.randn(64, 3)
@@ -265,7 +280,7 @@ def test_bounds_of_actions(wide_spec):
         action = actor(observation=states, noise=10 * torch.randn(64, 2))
         assert wide_spec.space.low.le(action).all()
         assert wide_spec.space.high.ge(action).all()
-        if name == "iql":
+        if name in ("iql", "paper"):
             dist = chain.actor(1).get_dist(TensorDict(observation=states))
             assert_close(actor(observation=states, noise=torch.zeros(64, 2)), dist.mean)
 

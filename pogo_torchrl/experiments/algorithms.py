@@ -27,8 +27,8 @@ from pogo_torchrl.modules import (
     gaussian_actor,
     make_qvalue,
 )
-from pogo_torchrl.objectives import JKOChain, POGOLoss, ReBRACLoss
-from pogo_torchrl.objectives.checks import check_step_sizes
+from pogo_torchrl.objectives import GaussianPOGOLoss, JKOChain, POGOLoss, ReBRACLoss
+from pogo_torchrl.objectives.checks import check_step_sizes, check_weights
 from pogo_torchrl.policy_nets import make_deterministic_net, make_gaussian_net
 from pogo_torchrl.trainers import ChainTrainer, POGOTrainer
 from pogo_torchrl.trainers.chain_trainer import CRITICS_FIRST, TOGETHER
@@ -37,6 +37,10 @@ POGO = "pogo"
 
 STEP_SIZE = 0.1
 """Step size of each added actor if neither ``step_sizes`` nor ``w2_weights`` are given."""
+
+
+PAPER_ENTROPY_WEIGHT = 0.01
+"""Weight of the entropy for ``algorithm=paper``, see :class:`~pogo_torchrl.GaussianPOGOLoss`."""
 
 
 class Base(NamedTuple):
@@ -50,6 +54,12 @@ class Base(NamedTuple):
     """Those of :data:`_SPECIFIC` that it uses."""
     distance: str
     """Distance between the actors of a chain on it."""
+    weighs_base: bool = False
+    """Whether its own actor has a weight, too: the first of ``w2_weights``."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy of each actor."""
+    chain: int = 0
+    """Number of added actors if nothing is given."""
 
 
 # Options that some algorithms use and others do not.
@@ -126,6 +136,24 @@ def iql(cfg: DictConfig, observation_dim: int, spec: Bounded) -> LossModule:
     return loss
 
 
+def paper(cfg: DictConfig, observation_dim: int, spec: Bounded) -> LossModule:
+    """First step of POGO with Gaussian policies; the arguments are those of td3_bc.
+
+    Source: *Policy Optimization as a Gradient Flow in Offline Reinforcement Learning* (POGO).
+    """
+    net = make_gaussian_net(observation_dim, spec.shape[-1], cfg.hidden_sizes)
+    return GaussianPOGOLoss(
+        gaussian_actor(net, spec),
+        _qvalue(cfg, observation_dim, spec),
+        action_spec=spec,
+        w2_weight=cfg.w2_weights[0],
+        entropy_weight=PAPER_ENTROPY_WEIGHT,
+        num_qvalue_nets=cfg.num_critics,
+        policy_noise=cfg.policy_noise,
+        noise_clip=cfg.noise_clip,
+    )
+
+
 def _deterministic_actor(cfg: DictConfig, observation_dim: int, spec: Bounded) -> TransportActor:
     net = make_deterministic_net(observation_dim, spec.shape[-1], cfg.hidden_sizes)
     return TransportActor(net, spec)
@@ -144,6 +172,15 @@ BASES: Mapping[str, Base] = {
         CRITICS_FIRST,
         _OF_TD3 | {"actor_bc_weight", "critic_bc_weight"},
         "sinkhorn",
+    ),
+    "paper": Base(
+        paper,
+        (("behaviour",), *CRITICS_FIRST),
+        _OF_TD3 | {"freeze_critics_at"},
+        "gaussian_w2",
+        weighs_base=True,
+        entropy_weight=PAPER_ENTROPY_WEIGHT,
+        chain=1,
     ),
 }
 """The algorithms besides POGO, by the value of ``algorithm``."""
@@ -181,16 +218,17 @@ def resolve(cfg: DictConfig) -> DictConfig:
         raise ValueError(
             f"algorithm={cfg.algorithm} is unknown; choose one of {', '.join((POGO, *BASES))}."
         )
-    weights = _chain_weights(cfg)
-    used = BASES[cfg.algorithm].options | (_OF_A_CHAIN if weights else set())
-    _check_used(cfg, used, "" if weights else " and chain=0")
+    base, weights = BASES[cfg.algorithm], _chain_weights(cfg)
+    chain = len(weights) - base.weighs_base
+    used = base.options | (_OF_A_CHAIN if chain else set())
+    _check_used(cfg, used, "" if chain else " and chain=0")
     if str(cfg.compile).lower() == "true":
         raise ValueError(
             f"compile=true is for algorithm=pogo; algorithm={cfg.algorithm} is trained in eager "
             "mode: use compile=auto or compile=false."
         )
     resolved = copy.deepcopy(cfg)
-    resolved.w2_weights, resolved.step_sizes, resolved.chain = weights, None, len(weights)
+    resolved.w2_weights, resolved.step_sizes, resolved.chain = weights, None, chain
     return resolved
 
 
@@ -206,23 +244,25 @@ def _check_used(cfg: DictConfig, used: frozenset[str] | set[str], where: str = "
 
 
 def _chain_weights(cfg: DictConfig) -> list[float]:
-    """Weight of each added actor of a chain on another algorithm."""
-    weights, sizes = list(cfg.w2_weights), cfg.step_sizes
+    """Weight of each added actor of a chain on another algorithm, after that of its own, if any."""
+    base, weights, sizes = BASES[cfg.algorithm], list(cfg.w2_weights), cfg.step_sizes
     if sizes is not None and weights:
         raise ValueError(f"step_sizes={sizes} set w2_weights; give one of the two.")
     given = "w2_weights" if sizes is None else "step_sizes"
     if sizes is None and not weights:
-        sizes = [STEP_SIZE] * (cfg.chain or 0)
+        chain = base.chain if cfg.chain is None else cfg.chain
+        sizes = [STEP_SIZE] * (chain + base.weighs_base)
     if sizes:
         dim = build.action_dim(cfg)
         weights = [1 / (h * dim) for h in check_step_sizes(list(sizes), len(sizes))]
-    if cfg.chain not in (None, len(weights)):
+    if cfg.chain not in (None, len(weights) - base.weighs_base):
+        one = "one for its own actor and " if base.weighs_base else ""
         raise ValueError(
-            f"chain={cfg.chain} differs from the {len(weights)} {given}={list(cfg[given])}, one "
-            f"for each actor on top of algorithm={cfg.algorithm}: give {cfg.chain}, or leave chain "
-            "out."
+            f"chain={cfg.chain} differs from the {len(weights)} {given}={list(cfg[given])}, {one}"
+            f"one for each actor on top of algorithm={cfg.algorithm}: give "
+            f"{cfg.chain + base.weighs_base}, or leave chain out."
         )
-    return weights
+    return list(check_weights(weights)) if weights else []
 
 
 def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss | JKOChain:
@@ -238,10 +278,11 @@ def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> PO
     base, spec = BASES[cfg.algorithm], evaluator.action_spec
     chain = JKOChain(
         base.make_loss(cfg, evaluator.observation_dim, spec),
-        w2_weights=list(cfg.w2_weights),
+        w2_weights=list(cfg.w2_weights)[base.weighs_base :],
         action_spec=spec,
         actor_q=cfg.actor_q,
         distance=base.distance,
+        entropy_weight=base.entropy_weight,
         num_samples=1,  # the actors are deterministic, or the distance needs no samples
     ).to(device)
     chain.make_value_estimator(gamma=cfg.gamma)

@@ -204,7 +204,7 @@ def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
     critic_widths = [inputs, *critic_sizes(cfg), 1]
     # Actors, critics and their targets, each counted with gradient and Adam's two moments in
     # float32: 4 x 4 bytes per weight.
-    count = len(cfg.w2_weights) + (cfg.algorithm != "pogo")  # the base's actor has no weight
+    count = len(cfg.w2_weights) if cfg.chain is None else 1 + cfg.chain
     actors = 16 * count * sum(n * m for n, m in pairwise(widths))
     critics = 16 * 2 * cfg.num_critics * sum(n * m for n, m in pairwise(critic_widths))
     costs = cfg.num_samples if cfg.w2_backend in ("tensorized", "fast") else 1

@@ -110,12 +110,13 @@ class RunConfig:
     )
     algorithm: str = option(
         "pogo",
-        "pogo, or a chain on top of td3_bc, iql or rebrac, whose presets replace the task's",
+        "pogo, or a chain on top of td3_bc, iql, rebrac or paper (POGO with Gaussian policies), "
+        "whose presets replace the task's",
     )
     chain: int | None = option(
         None,
-        "number of actors on top of td3_bc, iql or rebrac (0: that algorithm alone), with "
-        "step_sizes of 0.1 if none are given; null: one per step size, for pogo one less",
+        "number of actors on top of another algorithm than pogo (0: that algorithm alone), with "
+        "step_sizes of 0.1 if none are given; null: as many as step_sizes or w2_weights say",
         lowest=0,
         highest=31,
     )
@@ -410,7 +411,7 @@ def algorithms() -> list[str]:
 
     Example:
         >>> algorithms()
-        ['iql', 'pogo', 'rebrac', 'td3_bc']
+        ['iql', 'paper', 'pogo', 'rebrac', 'td3_bc']
     """
     folder = resources.files("pogo_torchrl.experiments") / "conf" / "algorithm"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith("yaml"))

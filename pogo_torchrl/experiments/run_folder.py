@@ -65,7 +65,7 @@ class RunFolder(NamedTuple):
         weights = "_".join(f"{w:g}" for w in cfg.w2_weights)
         name = f"w2_{weights}" if weights else ""
         if cfg.algorithm != "pogo":
-            chain = f"{cfg.algorithm}_chain_{len(cfg.w2_weights)}"
+            chain = f"{cfg.algorithm}_chain_{cfg.chain}"
             name = f"{chain}_{name}" if name else chain
         root = Path(cfg.log_dir) / cfg.task / name / f"seed_{cfg.seed}"
         checkpoints = cfg.checkpoint_dir or root / "checkpoints"

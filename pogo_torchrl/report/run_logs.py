@@ -21,6 +21,9 @@ MODES = ("deterministic", "stochastic")
 
 POGO = "pogo"
 
+# Algorithms whose first actor has a weight as well.
+_WEIGHTED = (POGO, "paper")
+
 Array = NDArray[np.floating]
 
 
@@ -101,13 +104,13 @@ def weights_label(weights: tuple[float, ...]) -> str:
 
 
 def count_actors(algorithm: str, weights: Sequence[float]) -> int:
-    """Number of actors: POGO has a weight for each, other algorithms for those added to theirs.
+    """Number of actors: POGO and the paper's have a weight for each, others for those on top.
 
     Example:
         >>> count_actors("pogo", (0.2, 0.2)), count_actors("iql", (0.2, 0.2))
         (2, 3)
     """
-    return len(weights) + (algorithm != POGO)
+    return len(weights) + (algorithm not in _WEIGHTED)
 
 
 def task_order(task: str) -> tuple[int, str]:

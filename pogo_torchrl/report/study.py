@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     @property
     def method(self) -> str:
         """``pogo``, or another algorithm and the number of actors added to it: ``iql + 2``."""
-        added = len(self.weights) if self.algorithm != POGO else 0
+        added = self.num_actors - 1 if self.algorithm != POGO else 0
         return f"{self.algorithm} + {added}" if added else self.algorithm
 
     @property
