@@ -182,6 +182,9 @@ def redraw_parameters(module: nn.Module, name: str) -> None:
 class _Moments(nn.Module):
     """Mean and standard deviation of a Gaussian in the environment's units."""
 
+    action_loc: Tensor
+    action_scale: Tensor
+
     def __init__(self, net: GaussianNet, spec: Bounded) -> None:
         super().__init__()
         self.net, self.spec = net, spec
@@ -228,5 +231,5 @@ def as_transport_actor(actor: nn.Module) -> TransportActor:
     """
     if isinstance(actor, TransportActor):
         return actor
-    moments = actor[0].module
+    moments = next(module for module in actor.modules() if isinstance(module, _Moments))
     return ClippedActor(moments.net, moments.spec).to(moments.action_loc.device)

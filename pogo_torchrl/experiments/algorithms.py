@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -52,7 +52,7 @@ class Base(NamedTuple):
     """Order in which its networks are updated, see :class:`~pogo_torchrl.trainers.ChainTrainer`."""
     options: frozenset[str]
     """Those of :data:`_SPECIFIC` that it uses."""
-    distance: str
+    distance: Literal["exact", "gaussian_w2"]
     """Distance between the actors of a chain on it."""
     weighs_base: bool = False
     """Whether its own actor has a weight, too: the first of ``w2_weights``."""
@@ -165,13 +165,13 @@ def _qvalue(cfg: DictConfig, observation_dim: int, spec: Bounded) -> ValueOperat
 
 
 BASES: Mapping[str, Base] = {
-    "td3_bc": Base(td3_bc, CRITICS_FIRST, _OF_TD3, "sinkhorn"),
+    "td3_bc": Base(td3_bc, CRITICS_FIRST, _OF_TD3, "exact"),
     "iql": Base(iql, TOGETHER, frozenset(), "gaussian_w2"),
     "rebrac": Base(
         rebrac,
         CRITICS_FIRST,
         _OF_TD3 | {"actor_bc_weight", "critic_bc_weight"},
-        "sinkhorn",
+        "exact",
     ),
     "paper": Base(
         paper,

@@ -316,10 +316,9 @@ def _setting_runs(
         [argument for argument in arguments if not argument.startswith("step_sizes=")]
         for arguments in (given, overrides)
     )
-    for chain in weights or [None]:
+    for chain in weights or [list(cfg.w2_weights)]:
         own = copy.deepcopy(cfg)
-        if chain is not None:
-            own.w2_weights = chain
+        own.w2_weights = chain
         own = algorithms.resolve(own)
         for seed in seeds:
             run = copy.deepcopy(own)

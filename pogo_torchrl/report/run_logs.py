@@ -288,7 +288,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         cfg = yaml.safe_load(path.read_text())
         data = cfg.get("data") or {}
-        found = {
+        found: dict[str, Any] = {
             "task": str(cfg["task"]),
             "seed": int(cfg["seed"]),
             "w2_weights": [float(w) for w in cfg["w2_weights"]],

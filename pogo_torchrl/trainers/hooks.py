@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 from torchrl.trainers import TrainerHookBase
 from tqdm import tqdm
 
@@ -93,7 +92,7 @@ class LogMetrics(TrainerHookBase):
         sinks: Sequence[Sink],
         interval: int = 1000,
         columns: Mapping[str, Callable[[], float]] | None = None,
-        policy: Callable[[int], nn.Module] | None = None,
+        policy: Callable[[int], Any] | None = None,
     ) -> None:
         if interval < 1:
             raise ValueError(f"log_interval={interval} must be an integer >= 1.")
