@@ -72,6 +72,9 @@ class DataConfig:
         True, "normalise observations by the mean and standard deviation of the data"
     )
     reward_shift: float = option(0.0, "constant added to every reward (antmaze presets: -1)")
+    clip_actions: bool = option(
+        False, "clip the actions of the data to the environment's bounds; false: reject others"
+    )
 
 
 @dataclass
