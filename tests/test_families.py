@@ -6,8 +6,11 @@ import pytest
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
 from pogo_torchrl.cli import main
-from pogo_torchrl.envs import TASKS, split_task
+from pogo_torchrl.data import behaviour_dataset
+from pogo_torchrl.envs import TASKS, score, split_task
 from pogo_torchrl.envs.families import other_family
+from pogo_torchrl.experiments.overrides import compose
+from pogo_torchrl.experiments.sweep_file import read_sweep
 
 
 def test_every_task_of_d4rl_is_known():
@@ -37,3 +40,22 @@ def test_messages(task, words, capsys):
     error = capsys.readouterr().err
     assert f"task={task} is " in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("environment", ["halfcheetah", "hopper", "walker2d"])
+@pytest.mark.parametrize("level", ["random", "expert", "full-replay"])
+def test_levels_without_published_weights(environment, level):
+    task = f"{environment}-{level}-v2"
+    cfg = compose([f"task={task}", "data.source=d4rl"])
+    assert (cfg.task, cfg.env.id) == (task, f"pogo_torchrl/{task}")
+    assert list(cfg.w2_weights) == [0.2, 0.2, 0.2]  # the default of the option
+    assert score(task, 1000.0) == score(f"{environment}-medium-v2", 1000.0)
+    with pytest.raises(ValueError, match=rf"task='{task}' has no bundled policies"):
+        behaviour_dataset(task)
+
+
+def test_sweeps_over_levels_without_published_weights(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("common: {seeds: [0]}\nenvironments: {hopper: {random: {}, medium: {}}}\n")
+    tasks = {run.cfg.task for run in read_sweep(str(file))}
+    assert tasks == {"hopper-medium-v2", "hopper-random-v2"}

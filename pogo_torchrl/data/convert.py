@@ -206,7 +206,7 @@ def _load_csv(path: Path) -> Arrays:
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file)
         names = [name.strip() for name in next(rows, [])]
-        if len(set(names)) < len(names) or not all(names):
+        if not names or len(set(names)) < len(names) or not all(names):
             raise ValueError("the first row must give every column a name of its own")
         values = array("d")
         for number, row in enumerate(rows, start=2):

@@ -116,7 +116,7 @@ def behaviour_dataset(
         offered = [f"{name}-{part}-v2" for name in manifest for part in _PARTS]
         raise ValueError(
             f"task={task!r} has no bundled policies to generate data with; use one of "
-            f"{', '.join(offered)}, or another data source."
+            f"{', '.join(offered)}, or another data source, e.g. data.source=d4rl."
         )
     _check_integer("size", size, 1)
     _check_integer("seed", seed, 0)

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pogo_torchrl.experiments.config import (
     RunConfig,
     SweepConfig,
+    all_tasks,
     iter_options,
     tasks,
     to_text,
@@ -381,10 +382,10 @@ def _describe_type(hint: Any) -> str:
 
 
 def _check_task(task: str) -> None:
-    if task not in tasks():
+    if task not in all_tasks():
         from pogo_torchrl.envs.families import other_family  # loads MuJoCo
 
         if reason := other_family(task):
             raise ValueError(reason)
-        near = difflib.get_close_matches(task, tasks(), n=3, cutoff=0.3) or tasks()
+        near = difflib.get_close_matches(task, all_tasks(), n=3, cutoff=0.3) or tasks()
         raise ValueError(f"task={task} is unknown; did you mean {' or '.join(near)}?")
