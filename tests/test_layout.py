@@ -138,6 +138,31 @@ def test_ends_of_either_kind_beside_one_kind(tmp_path, name, kept):
     np.testing.assert_array_equal(data.episode_returns, expected.episode_returns)
 
 
+@pytest.mark.parametrize("name", [*NAMES["starts"], *NAMES["episodes"]])
+@pytest.mark.parametrize("stored", [True, False])
+def test_first_rows_or_numbers_of_episodes(tmp_path, name, stored):
+    arrays = with_next(rows()) if stored else rows()
+    expected = read_hdf5(write(tmp_path / "d4rl.hdf5", arrays))
+    del arrays["timeouts"]
+    number = np.arange(ROWS) // LENGTH
+    arrays[name] = np.arange(ROWS) % LENGTH == 0 if name in NAMES["starts"] else 7 - number
+    data = read_hdf5(write(tmp_path / "data.hdf5", arrays))
+    assert (data.transitions == expected.transitions).all()
+    np.testing.assert_array_equal(data.episode_returns, expected.episode_returns)
+    # Shuffled, they tell nothing.
+    order = np.random.default_rng(1).permutation(ROWS)
+    shuffled = {key: values[order] for key, values in arrays.items()}
+    path = write(tmp_path / "shuffled.hdf5", shuffled)
+    if stored:
+        data = read_hdf5(path)
+        assert_next(data.transitions, arrays)
+        assert not data.transitions["next", "truncated"].any()
+        assert len(data.transitions) == ROWS
+    elif name in NAMES["episodes"]:
+        with pytest.raises(ValueError, match="rows of an episode are not successive"):
+            read_hdf5(path)
+
+
 def dones(*last: int) -> dict[str, np.ndarray]:
     arrays = rows()
     del arrays["terminals"], arrays["timeouts"]

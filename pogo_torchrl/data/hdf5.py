@@ -12,6 +12,7 @@ from tensordict import TensorDict
 
 from pogo_torchrl.data.layout import (
     CHUNK_ROWS,
+    ends_of_episodes,
     episode_returns,
     find_arrays,
     goes_on,
@@ -119,7 +120,9 @@ def read_open_file(
     if is_rlds:
         flags = _from_rlds(rewards, flags, path)
     follows = _follows(arrays) if stores_next else np.ones(len(rewards), dtype=bool)
-    in_order = bool((follows | np.logical_or.reduce(list(flags.values())))[:-1].all())
+    if flags.keys() == {"terminals"}:
+        flags = _with_episodes(arrays, flags, follows, path)
+    in_order = _in_order(follows, flags)
     ends = read_ends(flags, in_order, max_episode_steps, path)
     # Time-outs are only told by the file if both arrays are stored, as in D4RL's own files.
     is_plain = stores_next and not (in_order and ends.stated)
@@ -167,6 +170,26 @@ def read_open_file(
         going_on &= follows
     last = ends.timeouts if is_rlds else trajectory_ends(ends, going_on)
     return Dataset(transitions, episode_returns(rewards, ends.terminals, last))
+
+
+def _in_order(follows: np.ndarray, flags: dict[str, np.ndarray]) -> bool:
+    """Whether every row is followed by the next one of its episode, or marked as an end."""
+    return bool(np.logical_or.reduce([follows, *flags.values()])[:-1].all())
+
+
+def _with_episodes(
+    arrays: dict[str, h5py.Dataset], flags: dict[str, np.ndarray], follows: np.ndarray, path: Path
+) -> dict[str, np.ndarray]:
+    """Add the ends that first rows or numbers of episodes tell, unless the rows are shuffled."""
+    keys = [key for key in ("starts", "episodes") if key in arrays]
+    try:
+        last = ends_of_episodes({key: _column(arrays, key, path) for key in keys}, path)
+    except UnsupportedFileError:
+        if "next_observations" not in arrays:
+            raise
+        return flags
+    found = flags if last is None else {**flags, "dones": last}
+    return found if _in_order(follows, found) else flags
 
 
 def _from_rlds(

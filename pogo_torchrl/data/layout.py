@@ -40,6 +40,17 @@ NAMES: dict[str, tuple[str, ...]] = {
         "infos/TimeLimit.truncated",
     ),
     "dones": ("dones", "done", "is_done", "is_last"),
+    "starts": ("episode_starts", "episode_start", "is_first"),
+    "episodes": (
+        "episode_ids",
+        "episode_id",
+        "episodes",
+        "episode",
+        "trajectory_ids",
+        "trajectory_id",
+        "traj_ids",
+        "traj_id",
+    ),
     "next_observations": (
         "next_observations",
         "next_observation",
@@ -54,7 +65,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
 }
 """Names under which arrays are found, for each name in D4RL's layout; ``dones`` are ends of either
-kind."""
+kind, ``starts`` first rows, and ``episodes`` numbers of episodes."""
 
 # Names that tell of ends or next states, if they are not in NAMES.
 _TELLING = re.compile(
@@ -62,6 +73,7 @@ _TELLING = re.compile(
     r"(^|_)(end|ends|last|first|starts?|masks?|discounts?|resets?|new)(_|$)",
     re.IGNORECASE,
 )
+_SETS_OF_ENDS = ("dones", "starts", "episodes")
 _HARMLESS = {"next_actions", "next_action", "next_rewards", "next_reward"}
 _SAMPLED_STEPS = 10_000
 
@@ -123,7 +135,7 @@ def find_arrays(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
             f"{', '.join(REQUIRED_KEYS)} and, optionally, timeouts{_hint(file, missing, unclear)}."
         )
     if "next_observations" not in found:
-        tells_all = "timeouts" in found or {"terminals", "dones"} <= found.keys()
+        tells_all = "timeouts" in found or not found.keys().isdisjoint(_SETS_OF_ENDS)
         unclear = [key for key in unclear if not tells_all or "next" in key.lower()]
         if unclear:
             raise UnsupportedFileError(
@@ -153,6 +165,33 @@ def _hint(file: h5py.File, missing: list[str], unclear: list[str]) -> str:
     if missing == ["terminals"]:
         hint += "; if no state is terminal, store zeros"
     return hint
+
+
+def ends_of_episodes(columns: dict[str, np.ndarray], path: Path) -> np.ndarray | None:
+    """Mark the last rows of episodes from their first rows or their numbers.
+
+    Args:
+        columns: the arrays ``starts`` and ``episodes`` that the file has, ``[rows]``.
+        path: the file, for messages.
+
+    Returns:
+        The last rows, ``[rows]``, bool; ``None`` if the file does not tell them.
+
+    Raises:
+        ValueError: if the rows of an episode are not successive.
+    """
+    if "starts" in columns:
+        return np.append(columns["starts"][1:] != 0, True)
+    if "episodes" not in columns:
+        return None
+    numbers = columns["episodes"]
+    last = np.append(numbers[1:] != numbers[:-1], True)
+    if last.sum() > len(np.unique(numbers)):
+        raise UnsupportedFileError(
+            f"{path}: the rows of an episode are not successive; sort them, or store "
+            "next_observations."
+        )
+    return last
 
 
 def read_ends(
@@ -225,7 +264,8 @@ def goes_on(
     Some files, such as D4RL's antmaze, mark every row near the goal as terminal, although the
     trajectory goes on until a time-out. The observation then moves on as in any other step, while
     the first observation of a new episode jumps. This shows in dimensions such as positions, whose
-    steps are small compared to their spread.
+    steps are small compared to their spread. It is a convention of the file: unless at least half
+    of the terminal rows go on, none does.
 
     Args:
         observation: observations of successive rows, ``[rows, obs]``.
@@ -251,7 +291,8 @@ def goes_on(
     for rows in ended.split(CHUNK_ROWS):
         jumps = (next_observation[rows] - observation[rows]).abs() > limit
         found[rows] = ~jumps[:, smooth].any(dim=-1)
-    return found
+    # A few episodes may well start near the end of the one before.
+    return found if 2 * found.sum() >= len(ended) else torch.zeros_like(found)
 
 
 def trajectory_ends(ends: Ends, going_on: np.ndarray | None) -> np.ndarray:
