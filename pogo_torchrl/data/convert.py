@@ -5,12 +5,13 @@ Nothing is unpickled: loading a pickle runs whatever code its author put in.
 
 from __future__ import annotations
 
+import array
 import csv
 import io
 import json
 import re
 import zipfile
-from array import array
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,18 +91,19 @@ def convert(
     if output.exists():
         raise FileExistsError(f"output={output} exists: delete it, or choose another name.")
     if isinstance(source, Mapping):
-        name, arrays = "the dictionary", {str(key): np.asarray(v) for key, v in source.items()}
+        name, arrays = "the dictionary", dict(source)
     else:
         path = Path(source).expanduser()
         name, arrays = str(path), _load(path)
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
-        for key, values in _rename(arrays).items():
-            if values.dtype.kind not in "biuf":
+        for key, values in _rename(_to_arrays(arrays, name)).items():
+            try:
+                file[key] = values
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
                 raise UnsupportedFileError(
-                    f"{name}: {key} has dtype {values.dtype}; store real numbers or booleans."
-                )
-            file[key] = values
+                    f"{name}: {key!r} is not a name of an array in an HDF5 file; rename it."
+                ) from error
     with h5py.File(buffer, "r") as file:
         data = read_open_file(file, Path(name), max_episode_steps)
     try:
@@ -112,11 +114,27 @@ def convert(
     return Converted(output, data)
 
 
+def _to_arrays(content: Mapping[str, Any], name: str) -> Arrays:
+    arrays: Arrays = {}
+    for key, values in content.items():
+        try:
+            arrays[str(key)] = found = np.asarray(values)
+        except (ValueError, TypeError) as error:  # e.g. lists of different lengths
+            raise UnsupportedFileError(
+                f"{name}: {key} is not an array; store numbers, in rows of equal length."
+            ) from error
+        if found.dtype.kind not in "biuf":
+            raise UnsupportedFileError(
+                f"{name}: {key} has dtype {found.dtype}; store real numbers or booleans."
+            )
+    return arrays
+
+
 def _rename(arrays: Arrays) -> Arrays:
     """Use D4RL's names; an array that has it already wins."""
     renamed = dict(arrays)
-    for name, aliases in NAMES.items():
-        for alias in aliases[1:]:
+    for name, *aliases in NAMES.values():
+        for alias in aliases:
             if name in renamed or alias not in renamed or alias in ("is_last", "is_terminal"):
                 continue
             renamed[name] = renamed.pop(alias)
@@ -125,7 +143,7 @@ def _rename(arrays: Arrays) -> Arrays:
     return renamed
 
 
-def _load(path: Path) -> Arrays:
+def _load(path: Path) -> Mapping[str, Any]:
     """Read a file of arrays without running any of its content."""
     if not path.is_file():
         raise FileNotFoundError(f"input={path} is not a file; give a file of arrays.")
@@ -164,8 +182,8 @@ def _load(path: Path) -> Arrays:
             "use a smaller file or a larger machine."
         ) from error
     except (
-        ValueError, KeyError, TypeError, EOFError, NotImplementedError, RecursionError,
-        zipfile.BadZipFile, SafetensorError, csv.Error,
+        ValueError, KeyError, TypeError, EOFError, RuntimeError, OverflowError,
+        zipfile.BadZipFile, zlib.error, SafetensorError, csv.Error,
     ) as error:  # fmt: skip
         reason = " ".join(str(error).split())
         raise UnsupportedFileError(
@@ -195,11 +213,11 @@ def _load_npz(path: Path) -> Arrays:
     return arrays
 
 
-def _load_json(path: Path) -> Arrays:
+def _load_json(path: Path) -> Mapping[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object of lists")
-    return {key: np.array(values) for key, values in content.items()}
+    return content
 
 
 def _load_csv(path: Path) -> Arrays:
@@ -208,7 +226,7 @@ def _load_csv(path: Path) -> Arrays:
         names = [name.strip() for name in next(rows, [])]
         if not names or len(set(names)) < len(names) or not all(names):
             raise ValueError("the first row must give every column a name of its own")
-        values = array("d")
+        values = array.array("d")
         for number, row in enumerate(rows, start=2):
             values.extend(_numbers(row, names, number))
     table = np.frombuffer(values, dtype=np.float64).reshape(-1, len(names))
