@@ -78,7 +78,7 @@ def other_family(task: str) -> str | None:
     Example:
         >>> print(other_family("carla-lane-v0"))
         ... # doctest: +NORMALIZE_WHITESPACE
-        task=carla-lane-v0 is D4RL's CARLA (driving from camera images): not supported, as the
+        task=carla-lane-v0 is D4RL's CARLA (driving from camera images): not supported, as
         networks here take vectors, no images, and CARLA's simulator is not part of this package.
         >>> other_family("hopper-medium-v2") is None
         True
