@@ -12,7 +12,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,8 +90,9 @@ def convert(
         raise ValueError(f"output={output} must end in .hdf5, e.g. {output.with_suffix('.hdf5')}.")
     if output.exists():
         raise FileExistsError(f"output={output} exists: delete it, or choose another name.")
+    arrays: Mapping[str, Any]
     if isinstance(source, Mapping):
-        name, arrays = "the dictionary", dict(source)
+        name, arrays = "the dictionary", source
     else:
         path = Path(source).expanduser()
         name, arrays = str(path), _load(path)
@@ -161,7 +162,7 @@ def _load(path: Path) -> Mapping[str, Any]:
             raise UnsupportedFileError(
                 f"{path} is an HDF5 file already: use data.source=hdf5 data.path={path}."
             )
-        readers = {
+        readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {
             ".npz": _load_npz,
             ".safetensors": load_file,
             ".json": _load_json,
