@@ -79,6 +79,13 @@ def test_command(tmp_path, capsys, suffix):
     assert "exists: delete it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["log.npz", "log.pkl"])
+def test_other_types_of_files_are_to_be_converted(tmp_path, name):
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(ValueError, match=rf"pogo convert .*{name} .*log\.hdf5"):
+        read_hdf5(tmp_path / name)
+
+
 def test_dictionary(tmp_path):
     path, data = convert({**arrays(), "rewards": arrays()["reward"]}, tmp_path / "log.h5")
     assert (data.transitions == expected(tmp_path).transitions).all()

@@ -23,6 +23,7 @@ from pogo_torchrl.data.layout import (
 from pogo_torchrl.files import physical_memory
 from pogo_torchrl.hdf5_files import UnsupportedFileError, check_real, open_hdf5, size_in_memory
 
+_OTHER_TYPES = (".npz", ".npy", ".csv", ".json", ".safetensors", ".pkl", ".pickle", ".pt", ".pth")
 _FLAGS = ("terminals", "timeouts", "dones")
 
 
@@ -101,6 +102,11 @@ def read_hdf5(
         raise FileNotFoundError(
             f"data.path={str(path)!r} is not a file; give the path of an HDF5 file in D4RL's "
             "layout."
+        )
+    if path.suffix.lower() in _OTHER_TYPES and not h5py.is_hdf5(path):
+        raise UnsupportedFileError(
+            f"{path} is not an HDF5 file: convert it first, with pogo convert {path} "
+            f"{path.with_suffix('.hdf5')}."
         )
     with open_hdf5(path) as file:
         return read_open_file(file, path, max_episode_steps, next_observations)
