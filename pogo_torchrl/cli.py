@@ -23,6 +23,7 @@ POGO: policy optimization as a gradient flow in offline RL.
   pogo evaluate POLICY.safetensors        score a trained chain; video=FILE.mp4 records a video
   pogo sweep sweep=FILE                   many tasks, weights and seeds, locally or on Slurm
   pogo report                             tables and figures over all runs in logs/
+  pogo convert FILE.npz FILE.hdf5         convert your data: .npz, .csv, .json or .safetensors
   pogo check-dataset FILE.hdf5            check a dataset against the physics of the environment
 
 Write options as option=value or --option value. `pogo COMMAND --help` lists the options of a
@@ -94,12 +95,45 @@ def _check_dataset(arguments: Sequence[str]) -> None:
     sys.exit(0 if report.matches else 1)
 
 
+def _convert(arguments: Sequence[str]) -> None:
+    from pogo_torchrl.data import convert
+    from pogo_torchrl.experiments.config import option, option_lines, options
+    from pogo_torchrl.experiments.overrides import parse_options, wants_help
+
+    @dataclass
+    class ConvertConfig:
+        input: str | None = option(
+            None, "file of arrays: .npz, .csv, .json or .safetensors; `input=` may be omitted"
+        )
+        output: str | None = option(None, "HDF5 file to write; `output=` may be omitted")
+        max_episode_steps: int = option(
+            1000, "horizon of the task, for data that tell neither time-outs nor next observations"
+        )
+
+    if wants_help(arguments):
+        print("Convert a file of arrays to D4RL's HDF5 layout, for data.source=hdf5.\n")
+        print("  pogo convert INPUT OUTPUT.hdf5 [option=value ...]\n\nOptions:")
+        print("\n".join(option_lines(options(ConvertConfig))))
+        return
+    cfg = parse_options(arguments, ConvertConfig(), "input", "output")
+    if cfg.input is None or cfg.output is None:
+        raise ValueError("a file is missing: write pogo convert INPUT OUTPUT.hdf5.")
+    path, data = convert(cfg.input, cfg.output, max_episode_steps=cfg.max_episode_steps)
+    rows, episodes = data.transitions, len(data.episode_returns)
+    print(
+        f"{path}: {len(rows)} transitions{f', {episodes} episodes' if episodes else ''}; "
+        f"observations of size {rows['observation'].shape[-1]}, actions of size "
+        f"{rows['action'].shape[-1]}; use data.source=hdf5 data.path={path}"
+    )
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "sweep": _sweep,
     "report": _report,
     "check-dataset": _check_dataset,
+    "convert": _convert,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import uuid
@@ -140,8 +141,41 @@ def cannot_write(folder: Path, option: str, error: OSError) -> OSError:
         folder: the folder.
         option: name of the option that sets the folder, for the message.
         error: the original error.
+
+    Example:
+        >>> print(cannot_write(Path("data"), "data.cache_dir", OSError(28, "No space left")))
+        ... # doctest: +NORMALIZE_WHITESPACE
+        cannot write to data (No space left): free disk space, or choose another folder with
+        data.cache_dir.
     """
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free disk space, or choose" if full else "choose"
     return OSError(
-        f"cannot write to {folder} ({error.strerror or error}): free disk space, or choose another "
-        f"folder with {option}."
+        f"cannot write to {folder} ({error.strerror or error}): {remedy} another folder with "
+        f"{option}."
+    )
+
+
+def cannot_read(path: Path, error: OSError) -> OSError:
+    """Return the error to raise if the system refuses to read a file.
+
+    Args:
+        path: the file.
+        error: the original error.
+
+    Example:
+        >>> print(cannot_read(Path("a.hdf5"), PermissionError(13, "Permission denied")))
+        ... # doctest: +NORMALIZE_WHITESPACE
+        a.hdf5 cannot be read (Permission denied): ask its owner for permission to read it, or use
+        another file.
+    """
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if isinstance(error, PermissionError):
+        return PermissionError(
+            f"{path} cannot be read ({reason}): ask its owner for permission to read it, or use "
+            "another file."
+        )
+    return OSError(
+        f"{path} cannot be read ({reason}): the file may well be intact, so check the disk or file "
+        "system that holds it."
     )

@@ -506,6 +506,7 @@ HOPPER = (11, 3)
         ((11, 2), 1.0, "size (11, 2), but task=hopper-medium-v2 has (11, 3)"),
         ((17, 6), 1.0, "size (17, 6), but task=hopper-medium-v2 has (11, 3)"),
         (HOPPER, 2.0, "actions up to 1 beyond the bounds of task=hopper-medium-v2 (-1 to 1)"),
+        (HOPPER, 2.0, "in dimension 0: rescale them in the file, or clip them with data.clip_a"),
     ],
 )
 def test_data_of_another_environment(

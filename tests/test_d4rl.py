@@ -359,3 +359,32 @@ def test_unwritable_cache_dir(tmp_path):
 
 def test_torchrl_knows_every_task():
     assert set(TASKS) <= set(D4RL_DATASETS)
+
+
+def test_complete_caches_are_read_without_lock_and_without_writing(
+    tmp_path, official, rows, monkeypatch
+):
+    replay(tmp_path)
+    root = tmp_path / "cache" / "d4rl"
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+    def refuse(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("pogo_torchrl.data.d4rl.make_writable", refuse)
+    monkeypatch.setattr("pogo_torchrl.data.d4rl.FileLock", refuse)
+    assert_rows(replay(tmp_path), rows)
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def test_caches_that_may_not_be_read_are_not_called_damaged(tmp_path, official, monkeypatch):
+    replay(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pogo_torchrl.data.d4rl.sha256", refuse)
+    with pytest.raises(
+        PermissionError, match=r"cannot be read \(Permission denied\): ask its owner"
+    ):
+        replay(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from pogo_torchrl.data import Normalization, make_replay_buffer, read_hdf5
+from pogo_torchrl.experiments.build import check_data
+from pogo_torchrl.experiments.config import DataConfig
 
 ROWS = 40
 HORIZON = 5
@@ -307,3 +310,40 @@ def test_next_actions_are_those_of_the_next_row_of_the_episode(tmp_path, timeout
     assert (rb[:].exclude(("next", "action")) == plain[:]).all()
     assert ("next", "action") not in plain[:].keys(include_nested=True)
     assert rb.fingerprint() != plain.fingerprint()
+
+
+def test_clipped_actions(tmp_path):
+    rows = random_rows()
+    rows["actions"] *= 3
+    file = write(tmp_path / "data.hdf5", rows)
+    settings = {"source": "hdf5", "path": file, "batch_size": 8, "next_action": True}
+    raw = make_replay_buffer("hopper-medium-v2", **settings)[:]
+    one = make_replay_buffer("hopper-medium-v2", clip_actions=True, **settings)[:]
+    bounds = torch.tensor([-0.5, -2.0]), torch.tensor([0.25, 1.5])
+    other = make_replay_buffer("hopper-medium-v2", clip_actions=bounds, **settings)[:]
+    for key in ("action", ("next", "action")):  # NaN stays NaN
+        np.testing.assert_array_equal(one[key], raw[key].clamp(-1, 1))
+        np.testing.assert_array_equal(other[key], raw[key].clamp(*bounds))
+    assert (
+        one.exclude("action", ("next", "action")) == raw.exclude("action", ("next", "action"))
+    ).all()
+
+
+def test_actions_are_checked_in_each_dimension(tmp_path):
+    rows = random_rows()
+    rows["actions"] *= [0.02, 50]
+    file = write(tmp_path / "data.hdf5", rows)
+    rb = make_replay_buffer("hopper-medium-v2", source="hdf5", path=file, batch_size=8)
+    space = SimpleNamespace(low=torch.tensor([-0.001, -100.0]), high=torch.tensor([0.001, 100.0]))
+    evaluator = SimpleNamespace(
+        observation_dim=3, action_dim=2, task="own", action_spec=SimpleNamespace(space=space)
+    )
+    with pytest.raises(
+        ValueError, match=r"\(-0\.001 to 0\.001\) in dimension 0.*clip_actions=true"
+    ):
+        check_data(rb, evaluator, DataConfig())
+    space.high[0] = torch.inf
+    with pytest.raises(ValueError, match=r"\(-0\.001 to inf\) in dimension 0"):
+        check_data(rb, evaluator, DataConfig())
+    space.low[0] = -torch.inf
+    check_data(rb, evaluator, DataConfig())

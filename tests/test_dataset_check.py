@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,54 @@ def test_bad_input(tmp_path, capsys):
     other = columns | {"actions": np.zeros((20, 7))}
     error = message(write(tmp_path / "other.hdf5", other))
     assert "no environment has 6 positions, 6 velocities and 7 actions" in error
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("rewards", np.float64(1), "must have the same number"),
+        ("rewards", h5py.Empty("f4"), "must have the same number"),
+        ("rewards", np.full(20, b"a"), "rewards has dtype"),
+        ("terminals", np.full(20, b"True"), "terminals has dtype"),
+        ("rewards", np.zeros(20, complex), "rewards has dtype complex128"),
+        ("rewards", np.full(20, np.inf), r"rewards\[0\] is inf"),
+        ("timeouts", np.zeros((20, 2)), r"timeouts has shape \(20, 2\).*shape \(20,\)"),
+        ("timeouts", np.zeros(3), "must have the same number"),
+        ("actions", np.zeros(20), r"actions has shape \(20,\).*shape \(20, dim\)"),
+        ("actions", np.zeros((20, 0)), "actions has shape"),
+        ("infos/qpos", np.zeros((20, 2, 3)), "qpos has shape"),
+        ("infos/qpos", np.full((20, 6), 1e300), r"qpos\[0, 0\] is 1e\+300.*cannot be simulated"),
+        ("infos/qvel", np.full((20, 6), np.nan), r"qvel\[0, 0\] is nan"),
+        ("infos/goal", np.zeros((20, 3)), r"goal has shape \(20, 3\).*shape \(20, 2\)"),
+        ("infos/goal", np.zeros((4, 2)), "must have the same number"),
+    ],
+)
+def test_odd_arrays(tmp_path, capsys, key, values, message):
+    path = write(tmp_path / "odd.hdf5", record("hopper-medium-v2", 20) | {key: values})
+    assert exit_code("check-dataset", str(path)) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"odd\.hdf5.* {message}|odd\.hdf5.*{message}", error)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["huge", "link", "group"])
+def test_hostile_files(tmp_path, capsys, kind):
+    columns = record("hopper-medium-v2", 20)
+    del columns["rewards"]
+    path = write(tmp_path / "odd.hdf5", columns if kind != "huge" else {})
+    with h5py.File(path, "a") as file:
+        if kind == "link":
+            file["rewards"] = h5py.ExternalLink("/etc/passwd", "rewards")
+        elif kind == "group":
+            file.create_group("rewards")
+        else:
+            shapes = {"infos/qpos": (6,), "infos/qvel": (6,), "actions": (3,)}
+            for key in (*shapes, "rewards", "terminals"):
+                file.create_dataset(key, (10**11, *shapes.get(key, ())), "f4", chunks=True)
+    assert exit_code("check-dataset", str(path)) == 2
+    error = capsys.readouterr().err
+    assert re.search("declares .* GB|is a link|is not an array", error)
+    assert error.count("\n") == 1
 
 
 def test_documented_command(tmp_path):

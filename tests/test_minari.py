@@ -563,3 +563,37 @@ def test_local_datasets_need_no_remote(hub, root):
     shutil.copytree(hub.folder, root)
     read_minari(ID)
     assert hub.served == []
+
+
+def test_episodes_end_with_their_first_termination():
+    (each,) = random_episodes(shape=[(6, "truncated")])
+    each["terminations"][[2, 3]] = True
+    write([each])
+    returns = read_minari(ID).episode_returns
+    np.testing.assert_allclose(returns, [sum(each["rewards"][:3])], rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [13, 37, 38])
+def test_files_that_the_system_refuses_are_not_called_damaged(root, monkeypatch, number):
+    write(random_episodes())
+
+    def refuse(*args, **kwargs):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(OSError, match="cannot be read") as caught:
+        read_minari(ID)
+    assert ("HDF5_USE_FILE_LOCKING=FALSE" in str(caught.value)) == (number != 13)
+    assert "damaged" not in str(caught.value)
+
+
+def test_a_lock_left_in_a_read_only_folder_is_ignored(root, monkeypatch):
+    write(random_episodes())
+    (root / f".{ID.replace('/', '.')}.lock").touch()
+
+    class Refused:
+        def __init__(self, *args) -> None:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pogo_torchrl.data.minari.FileLock", Refused)
+    assert len(read_minari(ID).transitions) > 0

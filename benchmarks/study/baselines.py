@@ -336,7 +336,7 @@ def train(cfg: DictConfig) -> None:
 
 def read_settings(arguments: Sequence[str]) -> DictConfig:
     """Parse the command line to a :class:`Settings`."""
-    return parse_options(arguments, Settings(), positional="method")
+    return parse_options(arguments, Settings(), "method")
 
 
 def main(arguments: Sequence[str]) -> None:

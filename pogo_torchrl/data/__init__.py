@@ -1,5 +1,6 @@
 """Offline datasets as TorchRL replay buffers."""
 
+from pogo_torchrl.data.convert import convert
 from pogo_torchrl.data.d4rl import D4RLReplay
 from pogo_torchrl.data.hdf5 import read_hdf5
 from pogo_torchrl.data.replay_buffer import (
@@ -16,6 +17,7 @@ __all__ = [
     "Normalization",
     "OfflineReplayBuffer",
     "behaviour_dataset",
+    "convert",
     "make_replay_buffer",
     "read_hdf5",
 ]

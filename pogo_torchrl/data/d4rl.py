@@ -25,15 +25,22 @@ from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 from pogo_torchrl.data.download import download
 from pogo_torchrl.data.hdf5 import Dataset, read_hdf5
 from pogo_torchrl.envs import max_episode_steps, split_task
-from pogo_torchrl.files import atomic_write, cache_folder, digests, make_writable, sha256
+from pogo_torchrl.files import (
+    atomic_write,
+    cache_folder,
+    cannot_read,
+    digests,
+    make_writable,
+    sha256,
+)
 
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 """Public mirror of D4RL's locomotion files, for ``mirror``; D4RL's own server is often down."""
 
 _LOGGER = logging.getLogger(__name__)
 
-# Increment with every change that makes the same file yield different tensors.
-_VERSION = 1
+# Increment with every change that makes the same file yield different tensors or returns.
+_VERSION = 2
 _MANIFEST = "pogo_torchrl.json"
 
 
@@ -83,32 +90,45 @@ class D4RLReplay(D4RLExperienceReplay):
     ) -> None:
         task = "-".join((*split_task(task), "v2"))
         root = cache_folder(cache_dir) / "d4rl"
-        make_writable(root, "data.cache_dir")
         # TorchRL expects these attributes but does not set them for direct downloads.
         self.metadata: dict[str, Any] = {}
         self.specs = None
+        found = _locate(task, mirror, root)
+        manifest = _read_manifest(root / task, _origin(found[1])) if found else None
+        if manifest is not None:
+            # Without a lock or a permission to write: another user may have made the cache.
+            self._load(task, batch_size, root, manifest)
+            return
+        make_writable(root, "data.cache_dir")
         # When several runs start at once, only one downloads.
         with FileLock(root / f".{task}.lock"):
-            self._file, digest = _fetch(task, mirror, root, progress)
-            origin = {"version": _VERSION, "sha256": digest}
-            manifest = _read_manifest(root / task, origin)
+            self._file, digest = _locate(task, mirror, root) or _fetch(task, mirror, root, progress)
+            manifest = _read_manifest(root / task, _origin(digest))
             if manifest is None and (root / task).exists():
                 _LOGGER.warning("%s is damaged or outdated; recreating it.", root / task)
-            super().__init__(
-                task,
-                batch_size,
-                root=root,
-                download="force" if manifest is None else True,
-                direct_download=True,
-                use_truncated_as_done=False,
-            )
+            self._load(task, batch_size, root, manifest)
             if manifest is None:
-                self._finalize(root / task, origin)
-            else:
-                self.episode_returns = np.array(manifest["episode_returns"])
+                self._finalize(root / task, _origin(digest))
+
+    def _load(
+        self, task: str, batch_size: int, root: Path, manifest: dict[str, Any] | None
+    ) -> None:
+        """Load the cached tensors, or make them if there are none."""
+        super().__init__(
+            task,
+            batch_size,
+            root=root,
+            download="force" if manifest is None else True,
+            direct_download=True,
+            use_truncated_as_done=False,
+        )
+        if manifest is not None:
+            self.episode_returns = np.array(manifest["episode_returns"])
 
     def _get_dataset_direct_download(self, name: str, env_kwargs: dict[str, Any]) -> TensorDict:
-        data = read_hdf5(self._file, max_episode_steps=max_episode_steps(name))
+        data = read_hdf5(
+            self._file, max_episode_steps=max_episode_steps(name), next_observations=False
+        )
         self.episode_returns = data.episode_returns
         # TorchRL zeroes the next observation of rows marked done, so _finalize() sets them later.
         data.transitions["next", "done"].zero_()
@@ -153,27 +173,49 @@ def read_d4rl(
     return data
 
 
-def _fetch(task: str, mirror: str | Path | None, root: Path, progress: bool) -> tuple[Path, str]:
-    """Locate or download the HDF5 file of a task; returns its path and SHA-256."""
-    url = D4RL_DATASETS[task]
-    location = PurePosixPath(urllib.parse.urlparse(url).path)
-    names = (location.name, f"{location.parent.name}/{location.name}")
-    remote = mirror is None or "://" in str(mirror)
-    if not remote:
+def _origin(digest: str) -> dict[str, Any]:
+    """What cached tensors are made from."""
+    return {"version": _VERSION, "sha256": digest}
+
+
+def _locate(task: str, mirror: str | Path | None, root: Path) -> tuple[Path, str] | None:
+    """The intact HDF5 file of a task and its SHA-256, or ``None`` if it has to be downloaded."""
+    names = _file_names(task)
+    if mirror is not None and "://" not in str(mirror):
         folder = Path(str(mirror)).expanduser()
         for name in names:
             if (folder / name).is_file():
-                return folder / name, sha256(folder / name)
+                return folder / name, _sha256(folder / name)
         raise FileNotFoundError(
             f"data.mirror={str(mirror)!r} contains neither {names[0]} nor {names[1]}, the file of "
             f"{task}; give the URL or folder of a copy of D4RL's files."
         )
-    path = root / location.name
+    path = root / names[0]
+    if not path.exists():
+        return None
+    digest, checksum = _sha256(path), path.with_suffix(".sha256")
+    return (path, digest) if checksum.exists() and checksum.read_text().strip() == digest else None
+
+
+def _file_names(task: str) -> tuple[str, str]:
+    """Name of D4RL's file of a task, without and with its folder."""
+    location = PurePosixPath(urllib.parse.urlparse(D4RL_DATASETS[task]).path)
+    return location.name, f"{location.parent.name}/{location.name}"
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def _fetch(task: str, mirror: str | Path | None, root: Path, progress: bool) -> tuple[Path, str]:
+    """Download the HDF5 file of a task; returns its path and SHA-256."""
+    names, url = _file_names(task), D4RL_DATASETS[task]
+    path = root / names[0]
     checksum = path.with_suffix(".sha256")
     if path.exists():
-        digest = sha256(path)
-        if checksum.exists() and checksum.read_text().strip() == digest:
-            return path, digest
         _LOGGER.warning("%s is damaged; downloading it again.", path)
     base = str(mirror).rstrip("/")
     urls = [url] if mirror is None else [f"{base}/{name}" for name in names]
@@ -218,5 +260,7 @@ def _read_manifest(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | Non
         manifest = json.loads((folder / _MANIFEST).read_text())
         files = digests(folder, without=_MANIFEST)
         return manifest if (manifest["made"], manifest["files"]) == (origin, files) else None
+    except PermissionError as error:
+        raise cannot_read(folder, error) from error
     except (OSError, ValueError, KeyError, TypeError):
         return None

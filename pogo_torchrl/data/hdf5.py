@@ -1,12 +1,7 @@
-"""Read transitions from HDF5 files in D4RL's layout.
-
-The files are untrusted: only arrays stored in the file itself are read, and their declared sizes
-are checked before any memory is allocated.
-"""
+"""Read transitions from HDF5 files in D4RL's layout."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,53 +10,72 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
+from pogo_torchrl.data.layout import (
+    CHUNK_ROWS,
+    ends_of_episodes,
+    episode_returns,
+    find_arrays,
+    goes_on,
+    key_of,
+    read_ends,
+    trajectory_ends,
+)
 from pogo_torchrl.files import physical_memory
+from pogo_torchrl.hdf5_files import UnsupportedFileError, check_real, open_hdf5, size_in_memory
 
-REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals")
-CHUNK_ROWS = 65_536
-"""Number of rows processed at a time."""
-
-# HDF5's deflate compresses by a factor of about a thousand at most. Small arrays are not checked.
-_MAX_COMPRESSION, _SMALL = 1100, 64 << 20
-
-
-class UnsupportedFileError(ValueError):
-    """Raised when an HDF5 file is damaged, unsafe or not in D4RL's layout."""
+_OTHER_TYPES = (".npz", ".npy", ".csv", ".json", ".safetensors", ".pkl", ".pickle", ".pt", ".pth")
+_FLAGS = ("terminals", "timeouts", "dones")
 
 
 class Dataset(NamedTuple):
     """Transitions and episode returns of a dataset."""
 
     transitions: TensorDict
-    """Rows of ``d4rl.qlearning_dataset`` under TorchRL's keys, float32, batch size ``[rows]``."""
+    """Rows under TorchRL's keys, float32, batch size ``[rows]``."""
 
     episode_returns: np.ndarray
-    """Undiscounted return of each complete episode in the file, ``[episodes]``, float64."""
+    """Undiscounted return of each complete episode, ``[episodes]``, float64; empty if the rows are
+    single transitions, whose episodes are unknown."""
 
 
-def read_hdf5(path: str | Path, *, max_episode_steps: int = 1000) -> Dataset:
+def read_hdf5(
+    path: str | Path, *, max_episode_steps: int = 1000, next_observations: bool = True
+) -> Dataset:
     """Read the transitions of an HDF5 file in D4RL's layout.
 
-    The rows are exactly those of ``d4rl.qlearning_dataset``, in the same order. The next
-    observation of a row is the observation of the following row in the file. Rows that end an
-    episode by a time-out are dropped, because their true next observation is not the following
-    row, and so is the last row of the file. A time-out therefore never appears as a terminal state,
-    and every remaining non-terminal row bootstraps from its true next observation.
+    The rows of a file of episodes, in order and with all their ends, are exactly those of
+    ``d4rl.qlearning_dataset``, in the same order. The next observation of a row is the observation
+    of the following row in the file. Rows that end an episode by a time-out are dropped, because
+    their true next observation is not the following row, and so is the last row of the file.
+
+    A file that stores ``next_observations`` which are not those of the following rows, or that does
+    not tell all ends, is read as single transitions: all rows, in their order, with their stored
+    next observations; ``truncated`` where the file says so.
+
+    A time-out therefore never appears as a terminal state, and every non-terminal row bootstraps
+    from its true next observation.
 
     Args:
         path: an HDF5 file with ``observations [n, obs]``, ``actions [n, d]``, ``rewards [n]``,
-            ``terminals [n]`` (any dtype; nonzero is terminal) and, optionally, ``timeouts [n]``.
-        max_episode_steps: horizon of the task, in steps, used only for files without
-            ``timeouts``. Defaults to ``1000``.
+            ``terminals [n]`` (any dtype; nonzero is terminal) and, optionally, ``timeouts [n]`` and
+            ``next_observations [n, obs]``, under these or other common names
+            (:data:`~pogo_torchrl.data.layout.NAMES`).
+        max_episode_steps: horizon of the task, in steps, used only for files that store neither
+            time-outs nor next observations. Defaults to ``1000``.
+        next_observations: whether to use stored next observations. Defaults to ``True``;
+            ``d4rl.qlearning_dataset`` does not.
 
     Returns:
-        The transitions and the episode returns.
+        The transitions and the episode returns. An episode ends with its first terminal row, even
+        if the file marks further rows of the same trajectory, as D4RL's antmaze does.
 
     Raises:
         FileNotFoundError: when the file does not exist.
+        OSError: when the system refuses to read the file.
         ValueError: an :class:`UnsupportedFileError` naming the file and the key, when the file is
-            not valid HDF5, lacks keys, has shapes that do not match or values that are not finite,
-            links to other files, or does not fit into memory.
+            not valid HDF5, lacks keys, has keys of unknown meaning that may tell the ends of
+            episodes, has shapes that do not match or values that are not finite, links to other
+            files, or does not fit into memory.
 
     Source: Fu et al., *D4RL: Datasets for Deep Data-Driven Reinforcement Learning*, 2020,
     arXiv:2004.07219; ``d4rl.qlearning_dataset``.
@@ -89,77 +103,52 @@ def read_hdf5(path: str | Path, *, max_episode_steps: int = 1000) -> Dataset:
             f"data.path={str(path)!r} is not a file; give the path of an HDF5 file in D4RL's "
             "layout."
         )
-    try:
-        with h5py.File(path) as file:
-            return _read(file, path, max_episode_steps)
-    except UnsupportedFileError:
-        raise
-    # The exceptions that h5py raises for a damaged file.
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    if path.suffix.lower() in _OTHER_TYPES and not h5py.is_hdf5(path):
         raise UnsupportedFileError(
-            f"{path} is not a readable HDF5 file ({reason}): recreate it or download it again."
-        ) from error
-
-
-def get_local_array(file: h5py.File, key: str) -> h5py.Dataset | None:
-    """Look up an array that is stored in the file itself, without following any links.
-
-    Args:
-        file: an open HDF5 file.
-        key: path of the array inside the file, e.g. ``"infos/qpos"``.
-
-    Returns:
-        The array, or ``None`` if the key does not exist.
-
-    Raises:
-        ValueError: when the key is a link, its data are stored in another file, or it is not an
-            array.
-    """
-    name, location, item = str(file.filename), "", file
-    for part in key.split("/"):
-        location = f"{location}/{part}".lstrip("/")
-        if not isinstance(item, h5py.Group):
-            return None
-        link = item.get(part, getlink=True)
-        if link is None:
-            return None
-        if not isinstance(link, h5py.HardLink):
-            raise _link_error(name, key, f"{location} is a link ({type(link).__name__})")
-        item = item[part]
-    if not isinstance(item, h5py.Dataset):
-        raise UnsupportedFileError(
-            f"{name}: {key} is not an array; store an array under this key or remove the key."
+            f"{path} is not an HDF5 file: convert it first, with pogo convert {path} "
+            f"{path.with_suffix('.hdf5')}."
         )
-    if item.is_virtual or item.external:
-        raise _link_error(name, key, f"{key} stores its values in other files")
-    return item
+    with open_hdf5(path) as file:
+        return read_open_file(file, path, max_episode_steps, next_observations)
 
 
-def _link_error(name: str, key: str, reason: str) -> ValueError:
-    return UnsupportedFileError(
-        f"{name}: {reason}, and links are not followed; copy the array {key} into the file."
-    )
-
-
-def _read(file: h5py.File, path: Path, max_episode_steps: int) -> Dataset:
+def read_open_file(
+    file: h5py.File, path: Path, max_episode_steps: int = 1000, use_next: bool = True
+) -> Dataset:
+    """Read an open file; see :func:`read_hdf5`."""
     arrays = _check_layout(file, path)
-    rewards, terminals = (_column(arrays, key, path) for key in ("rewards", "terminals"))
-    terminals = terminals != 0
-    if "timeouts" in arrays:
-        timeouts = _column(arrays, "timeouts", path) != 0
+    if not use_next:
+        arrays.pop("next_observations", None)
+    stores_next = "next_observations" in arrays
+    rewards = _column(arrays, "rewards", path)
+    flags = {key: _column(arrays, key, path) != 0 for key in _FLAGS if key in arrays}
+    is_rlds = not stores_next and [arrays[k].name for k in flags] == ["/is_terminal", "/is_last"]
+    if is_rlds:
+        flags = _from_rlds(rewards, flags, path)
+    follows = _follows(arrays) if stores_next else np.ones(len(rewards), dtype=bool)
+    if flags.keys() == {"terminals"}:
+        flags = _with_episodes(arrays, flags, follows, path)
+    in_order = _in_order(follows, flags)
+    ends = read_ends(flags, in_order, max_episode_steps, path)
+    # Time-outs are only told by the file if both arrays are stored, as in D4RL's own files.
+    is_plain = stores_next and not (in_order and ends.stated)
+    if is_plain:
+        # A row marked as both may be either, depending on who wrote the file.
+        rows = np.flatnonzero(~(ends.terminals & ends.timeouts))
+        (observation,) = _gather(arrays, "observations", path, rows)
+        (next_observation,) = _gather(arrays, "next_observations", path, rows)
     else:
-        timeouts = _horizon_timeouts(terminals, max_episode_steps)
-    rows = np.flatnonzero(~timeouts[:-1])
+        rows = np.flatnonzero(~ends.timeouts[:-1])
+        observation, next_observation = _gather(arrays, "observations", path, rows, rows + 1)
     if rows.size == 0:
         raise UnsupportedFileError(
             f"{path} contains no transition to learn from: all but the last of its "
-            f"{len(timeouts)} rows are timeouts, whose next observation is unknown; use another "
+            f"{len(rewards)} rows are timeouts, whose next observation is unknown; use another "
             "file."
         )
-    observation, next_observation = _gather(arrays, "observations", path, rows, rows + 1)
     (action,) = _gather(arrays, "actions", path, rows)
-    terminated = torch.from_numpy(terminals[rows]).unsqueeze(-1)
+    terminated = torch.from_numpy(ends.terminals[rows]).unsqueeze(-1)
+    truncated = torch.from_numpy(ends.timeouts[rows]).unsqueeze(-1)
     transitions = TensorDict(
         {
             "observation": observation,
@@ -168,37 +157,71 @@ def _read(file: h5py.File, path: Path, max_episode_steps: int) -> Dataset:
                 {
                     "observation": next_observation,
                     "reward": torch.from_numpy(rewards[rows].astype(np.float32)).unsqueeze(-1),
-                    "done": terminated.clone(),
+                    "done": terminated | truncated,
                     "terminated": terminated,
-                    "truncated": torch.zeros_like(terminated),
+                    "truncated": truncated,
                 },
                 [len(rows)],
             ),
         },
         [len(rows)],
     )
-    return Dataset(transitions, _episode_returns(rewards, terminals | timeouts))
+    if not in_order:
+        return Dataset(transitions, np.empty(0))
+    moved = goes_on(observation, next_observation, terminated.squeeze(-1))
+    going_on = None
+    if moved is not None or not follows[ends.terminals].any():
+        going_on = np.zeros_like(follows)
+        going_on[rows] = False if moved is None else moved.numpy()
+        going_on &= follows
+    last = ends.timeouts if is_rlds else trajectory_ends(ends, going_on)
+    return Dataset(transitions, episode_returns(rewards, ends.terminals, last))
+
+
+def _in_order(follows: np.ndarray, flags: dict[str, np.ndarray]) -> bool:
+    """Whether every row is followed by the next one of its episode, or marked as an end."""
+    return bool(np.logical_or.reduce([follows, *flags.values()])[:-1].all())
+
+
+def _with_episodes(
+    arrays: dict[str, h5py.Dataset], flags: dict[str, np.ndarray], follows: np.ndarray, path: Path
+) -> dict[str, np.ndarray]:
+    """Add the ends that first rows or numbers of episodes tell, unless the rows are shuffled."""
+    keys = [key for key in ("starts", "episodes") if key in arrays]
+    try:
+        last = ends_of_episodes({key: _column(arrays, key, path) for key in keys}, path)
+    except UnsupportedFileError:
+        if "next_observations" not in arrays:
+            raise
+        return flags
+    found = flags if last is None else {**flags, "dones": last}
+    return found if _in_order(follows, found) else flags
+
+
+def _from_rlds(
+    rewards: np.ndarray, flags: dict[str, np.ndarray], path: Path
+) -> dict[str, np.ndarray]:
+    """Convert flags from RLDS, where the last row of an episode holds its last observation only."""
+    last = flags["dones"]
+    if rewards[last].any():
+        raise UnsupportedFileError(
+            f"{path}: is_last and is_terminal mark rows after the last action of an episode "
+            "(RLDS), but rewards has values there; store the ends as terminals and timeouts, in "
+            "the row of the last action."
+        )
+    terminals = np.append((flags["terminals"] & last)[1:], False)
+    return {"terminals": terminals, "timeouts": last}
 
 
 def _check_layout(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
     """Validate keys, dtypes, shapes and sizes without reading any values; returns the arrays."""
-    found = {key: get_local_array(file, key) for key in (*REQUIRED_KEYS, "timeouts")}
-    arrays = {key: array for key, array in found.items() if array is not None}
-    missing = [key for key in REQUIRED_KEYS if key not in arrays]
-    if missing:
-        raise UnsupportedFileError(
-            f"{path} lacks {', '.join(missing)}: a file in D4RL's layout has "
-            f"{', '.join(REQUIRED_KEYS)} and, optionally, timeouts."
-        )
+    arrays = find_arrays(file, path)
     shapes: dict[str, tuple[int, ...]] = {key: array.shape or () for key, array in arrays.items()}
     rows = shapes["observations"][0] if shapes["observations"] else 0
-    for key, array in arrays.items():
-        shape, dtype = shapes[key], array.dtype
-        if dtype.kind not in "biuf":
-            raise UnsupportedFileError(
-                f"{path}: {key} has dtype {dtype}; store real numbers or booleans."
-            )
-        is_matrix = key in ("observations", "actions")
+    for name, array in arrays.items():
+        shape, key = shapes[name], key_of(array)
+        check_real(array, key)
+        is_matrix = name in ("observations", "actions", "next_observations")
         fits = len(shape) == 2 and shape[1] > 0 if is_matrix else shape in ((rows,), (rows, 1))
         if not fits or shape[0] != rows:
             expected = f"({rows}, dim)" if is_matrix else f"({rows},)"
@@ -206,41 +229,47 @@ def _check_layout(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
                 f"{path}: {key} has shape {shape}, which does not match {rows} observations; "
                 f"store it with shape {expected}."
             )
+    if shapes.get("next_observations", shapes["observations"]) != shapes["observations"]:
+        raise UnsupportedFileError(
+            f"{path}: {key_of(arrays['next_observations'])} has shape "
+            f"{shapes['next_observations']}, but {key_of(arrays['observations'])} has "
+            f"{shapes['observations']}; store both with the same shape."
+        )
     if rows < 2:
         raise UnsupportedFileError(
             f"{path} has {rows} rows; at least 2 are needed, so use another file."
         )
-    _check_sizes(arrays, path)
-    return arrays
-
-
-def _check_sizes(arrays: dict[str, h5py.Dataset], path: Path) -> None:
-    """Check memory use: a small file can declare huge arrays, as HDF5 fills unwritten values."""
-    needed = 0.0
-    for key, array in arrays.items():
-        # HDF5 reads entire chunks, which may be larger than the array.
-        size = array.dtype.itemsize * max(array.size, math.prod(array.chunks or (0,)))
-        stored = array.id.get_storage_size()
-        if size > max(_SMALL, _MAX_COMPRESSION * stored):
-            raise UnsupportedFileError(
-                f"{path}: {key} declares {size / 1e9:.3g} GB (shape {array.shape}) but stores only "
-                f"{stored} bytes; the file is incomplete or damaged: recreate it or download it "
-                "again."
-            )
-        # Observations are copied twice, as current and as next observations.
-        needed += size + 4.0 * array.size * (2 if key == "observations" else 1)
+    needed = sum(
+        size_in_memory(array, key_of(array)) + 4.0 * array.size for array in arrays.values()
+    )
+    if "next_observations" not in arrays:  # copied twice, as current and as next observations
+        needed += 4.0 * arrays["observations"].size
     if needed > physical_memory():
         raise UnsupportedFileError(
             f"{path} needs {needed / 1e9:.3g} GB of memory, but this machine has "
             f"{physical_memory() / 1e9:.3g} GB; use a smaller file or a larger machine."
         )
+    return arrays
 
 
 def _column(arrays: dict[str, h5py.Dataset], key: str, path: Path) -> np.ndarray:
     column = arrays[key][()].reshape(-1)
     with np.errstate(over="ignore"):  # overflows to infinity, which the check rejects
-        _check_finite(column.astype(np.float32, copy=False), key, path, 0)
+        _check_finite(column.astype(np.float32, copy=False), key_of(arrays[key]), path, 0)
     return column
+
+
+def _follows(arrays: dict[str, h5py.Dataset]) -> np.ndarray:
+    """Rows whose stored next observation is, up to rounding, the observation of the next row."""
+    observations, following = arrays["observations"], arrays["next_observations"]
+    follows = np.zeros(len(observations), dtype=bool)
+    for start in range(0, len(follows) - 1, CHUNK_ROWS):
+        stop = min(start + CHUNK_ROWS, len(follows) - 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored = following[start:stop].astype(np.float32, copy=False)
+            next_row = observations[start + 1 : stop + 1].astype(np.float32, copy=False)
+            follows[start:stop] = np.isclose(stored, next_row, rtol=1e-5, atol=1e-6).all(axis=1)
+    return follows
 
 
 def _check_finite(array: np.ndarray, key: str, path: Path, first_row: int) -> None:
@@ -266,26 +295,8 @@ def _gather(
     for start in range(0, len(array), CHUNK_ROWS):
         with np.errstate(over="ignore"):
             chunk = array[start : start + CHUNK_ROWS].astype(np.float32, copy=False)
-        _check_finite(chunk, key, path, start)
+        _check_finite(chunk, key_of(array), path, start)
         for rows, tensor in zip(selections, out):
             first, last = np.searchsorted(rows, (start, start + len(chunk)))
             tensor[first:last] = torch.from_numpy(chunk[rows[first:last] - start])
     return out
-
-
-def _horizon_timeouts(terminals: np.ndarray, max_episode_steps: int) -> np.ndarray:
-    """Mark steps that end an episode by reaching the horizon, counting as d4rl does."""
-    timeouts = np.zeros_like(terminals)
-    step = 0
-    for i, terminal in enumerate(terminals):
-        timeouts[i] = step == max_episode_steps - 1
-        # d4rl resets its counter at a terminal row and then still counts that row.
-        step = 0 if timeouts[i] else (0 if terminal else step) + 1
-    return timeouts
-
-
-def _episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Returns of the complete episodes, or of the only, unfinished episode if there are none."""
-    cumulative = np.cumsum(rewards, dtype=np.float64)
-    last = np.flatnonzero(ends) if ends.any() else np.array([len(rewards) - 1])
-    return np.diff(cumulative[last], prepend=0.0)

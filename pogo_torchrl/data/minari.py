@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import io
 import logging
 import os
@@ -21,11 +22,15 @@ from filelock import FileLock
 from tensordict import TensorDict
 
 from pogo_torchrl.data.hdf5 import Dataset
+from pogo_torchrl.files import cannot_read, cannot_write
 
 _LOGGER = logging.getLogger(__name__)
 _ID = re.compile(r"([-\w]+/)*[-\w]+-v\d+", re.ASCII)
 # D4RL's antmaze observation is [x, y, rest]; Gymnasium-Robotics splits it into these two keys.
 _GOAL_KEYS = ("achieved_goal", "observation")
+# Reasons of the system to refuse a file, which say nothing about its content.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EAGAIN}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EIO, *_NO_LOCKS}
 _REPAIR_HINT = "delete {folder} to download it again, or restore it if it is your own"
 
 
@@ -134,6 +139,9 @@ def _load(minari: Any, dataset_id: str) -> Any:
             with FileLock(lock):
                 if not (folder / "data").exists():
                     _download(minari, dataset_id, folder)
+        except PermissionError as error:  # another user's folder, with a lock left behind
+            if not (folder / "data").exists():
+                raise cannot_write(root, "MINARI_DATASETS_PATH", error) from error
         finally:
             with contextlib.suppress(OSError):
                 lock.unlink()
@@ -144,7 +152,7 @@ def _load(minari: Any, dataset_id: str) -> Any:
             f"data.path={dataset_id!r} cannot be read: {_first_line(error)}"
         ) from error
     except Exception as error:
-        raise _damaged_error(dataset_id, folder, error) from error
+        raise _read_error(dataset_id, folder, error) from error
 
 
 def _download(minari: Any, dataset_id: str, folder: Path) -> None:
@@ -206,7 +214,15 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _damaged_error(dataset_id: str, folder: Path, error: Exception) -> ValueError:
+def _read_error(dataset_id: str, folder: Path, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        refused = cannot_read(folder, error)
+        if error.errno in _NO_LOCKS:
+            return OSError(
+                f"{refused} Minari opens files with HDF5's locks: set the environment variable "
+                "HDF5_USE_FILE_LOCKING=FALSE where the file system has none."
+            )
+        return refused
     return ValueError(
         f"data.path={dataset_id!r} is damaged or incompatible with this version of Minari "
         f"({type(error).__name__}: {_first_line(error)}); {_REPAIR_HINT.format(folder=folder)}."
@@ -247,8 +263,10 @@ def _read(dataset: Any, dataset_id: str) -> Dataset:
         if found > steps:
             break
         keep = ~arrays.pop("truncations")
-        returns[number] = arrays["rewards"].sum(dtype=np.float64)
-        complete[number] = arrays["terminations"][-1:].any() or not keep[-1:].all()
+        # As in an evaluation, an episode ends with its first termination.
+        stop = (*np.flatnonzero(arrays["terminations"]), length - 1)[0] + 1
+        returns[number] = arrays["rewards"][:stop].sum(dtype=np.float64)
+        complete[number] = arrays["terminations"].any() or not keep[-1:].all()
         if number == episodes - 1:
             keep[-1:] = False
         target = slice(rows, rows + int(keep.sum()))
@@ -300,7 +318,7 @@ def _episodes(dataset: Any, dataset_id: str, folder: Path) -> Iterator[Any]:
     try:
         yield from dataset.iterate_episodes()
     except Exception as error:  # a damaged file can make Minari raise anything
-        raise _damaged_error(dataset_id, folder, error) from error
+        raise _read_error(dataset_id, folder, error) from error
 
 
 def _to_arrays(episode: Any, has_goal: bool) -> dict[str, np.ndarray]:

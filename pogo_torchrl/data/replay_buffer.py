@@ -14,7 +14,8 @@ from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
 from pogo_torchrl.data.d4rl import read_d4rl
-from pogo_torchrl.data.hdf5 import CHUNK_ROWS, read_hdf5
+from pogo_torchrl.data.hdf5 import read_hdf5
+from pogo_torchrl.data.layout import CHUNK_ROWS
 from pogo_torchrl.data.minari import read_minari
 from pogo_torchrl.data.rollouts import behaviour_dataset
 from pogo_torchrl.envs import max_episode_steps
@@ -78,7 +79,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
     Args:
         transitions: the transitions, already normalised, batch size ``[rows]``.
         normalization: the normalisation applied to the observations.
-        episode_returns: undiscounted return of each episode of the dataset, ``[episodes]``.
+        episode_returns: undiscounted return of each episode of the dataset, ``[episodes]``; empty
+            if unknown.
         batch_size: number of rows per sample. Defaults to ``256``.
     """
 
@@ -150,6 +152,7 @@ def make_replay_buffer(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     next_action: bool = False,
+    clip_actions: bool | tuple[torch.Tensor, torch.Tensor] = False,
     device: torch.device | str = "cpu",
 ) -> OfflineReplayBuffer:
     """Load the offline dataset of a task into a TorchRL replay buffer.
@@ -184,14 +187,17 @@ def make_replay_buffer(
             ``POGOLoss(critic_bc_weight=...)`` needs. It is the action of the next row if that row
             continues the episode, and NaN otherwise: after a terminal state, and where an episode
             timed out or was cut. Defaults to ``False``.
+        clip_actions: clip the dataset's actions to these bounds ``(low, high)``, each ``[d]``, or
+            with ``True`` to [-1, 1], those of all D4RL tasks. Defaults to ``False``.
         device: device of the data. Defaults to ``"cpu"``.
 
     Returns:
-        A replay buffer with the rows of ``d4rl.qlearning_dataset``, in the same order, under the
-        keys ``observation``, ``action``, ``next.observation``, ``next.reward``, ``next.done``,
+        A replay buffer with the rows of ``d4rl.qlearning_dataset``, in the same order (or the
+        single transitions of a file, see :func:`~pogo_torchrl.data.hdf5.read_hdf5`), under the keys
+        ``observation``, ``action``, ``next.observation``, ``next.reward``, ``next.done``,
         ``next.terminated``, ``next.truncated`` and, on request, ``next.action``. Its attributes
         ``normalization`` and ``episode_returns`` hold the observation statistics and the episode
-        returns.
+        returns, empty if the episodes are unknown.
 
     Raises:
         ValueError: for an unknown source, an incompatible combination of source and path or mirror,
@@ -226,6 +232,9 @@ def make_replay_buffer(
     del data
     statistics = Normalization.of if normalize else Normalization.identity
     normalization = statistics(raw["observation"])
+    if clip_actions is not False:
+        low, high = (-1.0, 1.0) if clip_actions is True else clip_actions
+        raw["action"] = raw["action"].clamp(low, high)
     if next_action:
         raw["next", "action"] = _next_actions(raw)
     return OfflineReplayBuffer(
@@ -240,7 +249,7 @@ def _next_actions(raw: TensorDict) -> torch.Tensor:
     """The dataset's actions in the next states, or NaN; see :func:`make_replay_buffer`."""
     actions = torch.full(raw["action"].shape, torch.nan)
     continues = (raw["next", "observation"][:-1] == raw["observation"][1:]).all(-1)
-    continues &= ~raw["next", "terminated"][:-1].squeeze(-1)
+    continues &= ~raw["next", "done"][:-1].squeeze(-1)
     actions[:-1][continues] = raw["action"][1:][continues]
     return actions
 

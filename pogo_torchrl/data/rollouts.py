@@ -30,11 +30,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pogo_torchrl.data.hdf5 import get_local_array
 from pogo_torchrl.data.policies import LinearPolicy, load_manifest, load_policies
 from pogo_torchrl.envs import make_env, split_task
 from pogo_torchrl.envs.locomotion import clip
 from pogo_torchrl.files import atomic_write, cache_folder, cannot_write, make_writable
+from pogo_torchrl.hdf5_files import UnsupportedFileError, get_local_array, open_hdf5
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def behaviour_dataset(
         offered = [f"{name}-{part}-v2" for name in manifest for part in _PARTS]
         raise ValueError(
             f"task={task!r} has no bundled policies to generate data with; use one of "
-            f"{', '.join(offered)}, or another data source."
+            f"{', '.join(offered)}, or another data source, e.g. data.source=d4rl."
         )
     _check_integer("size", size, 1)
     _check_integer("seed", seed, 0)
@@ -291,14 +291,15 @@ def _to_hdf5(rows: Rows, metadata: dict[str, Any]) -> memoryview:
 
 
 def _is_intact(path: Path, size: int) -> bool:
+    if not path.exists():
+        return False
     try:
-        with h5py.File(path) as file:
+        with open_hdf5(path) as file:
             arrays: dict[str, Any] = {key: get_local_array(file, key) for key in _KEYS}
             if any(array is None or len(array) != size for array in arrays.values()):
                 return False
             return file.attrs["sha256"] == _digest({key: a[()] for key, a in arrays.items()})
-    # Raised by h5py for damaged files, and by get_local_array() for links.
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError):
+    except UnsupportedFileError:
         return False
 
 

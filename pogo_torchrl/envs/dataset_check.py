@@ -16,6 +16,13 @@ from numpy.typing import NDArray
 from pogo_torchrl.envs import make_env, split_task
 from pogo_torchrl.envs.antmaze import is_free
 from pogo_torchrl.envs.transitions import replay, replay_errors, row_errors
+from pogo_torchrl.hdf5_files import (
+    UnsupportedFileError,
+    check_real,
+    get_local_array,
+    open_hdf5,
+    size_in_memory,
+)
 
 __all__ = ["Report", "check", "find_task", "read_rows", "replay_errors"]
 
@@ -23,6 +30,8 @@ TOLERANCE = 1e-5
 """Tolerance on the median and 95th percentile of the errors, in addition to rounding errors."""
 DEFAULT_LIMIT = 2000
 """Number of rows checked by default."""
+MAX_VALUE = 1e10
+"""Largest magnitude that MuJoCo takes for a valid state (``mjMAXVAL``)."""
 _PROBE_ROWS = 50
 # One task per environment.
 _CANDIDATES = (
@@ -71,7 +80,9 @@ def read_rows(path: str | Path, limit: int = DEFAULT_LIMIT) -> Rows:
         ``next_qvel``. The next state is NaN for the last row of each episode and of the file.
 
     Raises:
-        ValueError: when the file does not exist, is not valid HDF5, or lacks a field.
+        ValueError: when the file does not exist, is not valid HDF5, lacks a field, or has fields of
+            other shapes or with values that cannot be simulated.
+        OSError: when the system refuses to read the file.
 
     Example:
         >>> read_rows("missing.hdf5")
@@ -84,37 +95,63 @@ def read_rows(path: str | Path, limit: int = DEFAULT_LIMIT) -> Rows:
         raise ValueError(f"{path} {problem}; give the path of an HDF5 file in D4RL's layout.")
     if limit < 1:
         raise ValueError(f"limit={limit} must be an integer >= 1.")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path} is not a readable HDF5 file ({error}).") from error
-    with file:
-        missing = [name for name in _FIELDS.values() if name not in file]
+    with open_hdf5(Path(path)) as file:
+        names = (*_FIELDS.values(), "timeouts", "infos/goal")
+        found = {
+            name: array for name in names if (array := get_local_array(file, name)) is not None
+        }
+        missing = [name for name in _FIELDS.values() if name not in found]
         if missing:
-            raise ValueError(
+            raise UnsupportedFileError(
                 f"{path} lacks {', '.join(missing)}; use a file in D4RL's layout that includes the "
                 "states of the simulator."
             )
-        sizes = {name: len(file[name]) for name in _FIELDS.values()}
+        sizes = {name: (array.shape or (0,))[0] for name, array in found.items()}
         n = sizes["actions"]
         if n == 0 or len(set(sizes.values())) > 1:
-            raise ValueError(
+            raise UnsupportedFileError(
                 f"{path} has {sizes} rows; all fields must have the same number, at least 1."
             )
-        ends = file["terminals"][:].reshape(n).astype(bool)
-        if "timeouts" in file:
-            ends = ends | file["timeouts"][:].reshape(n).astype(bool)
-        ends[-1] = True
-        chosen = np.unique(np.linspace(0, n - 1, min(limit, n)).round().astype(int))
-        rows = {key: file[name][:][chosen] for key, name in _FIELDS.items()}
-        for key in ("qpos", "qvel"):
-            following = file[_FIELDS[key]][:][np.minimum(chosen + 1, n - 1)]
-            rows[f"next_{key}"] = np.where(ends[chosen, None], np.nan, following)
-        if "infos/goal" in file:
-            rows["goal"] = file["infos/goal"][:][chosen]
-    rows["reward"] = rows["reward"].reshape(-1)
-    rows["terminated"] = rows["terminated"].reshape(-1).astype(bool)
+        columns = {name: _values(array, name, n) for name, array in found.items()}
+    ends = columns["terminals"].astype(bool)
+    if "timeouts" in columns:
+        ends = ends | columns["timeouts"].astype(bool)
+    ends[-1] = True
+    chosen = np.unique(np.linspace(0, n - 1, min(limit, n)).round().astype(int))
+    rows = {key: columns[name][chosen] for key, name in _FIELDS.items()}
+    for key in ("qpos", "qvel"):
+        following = columns[_FIELDS[key]][np.minimum(chosen + 1, n - 1)]
+        rows[f"next_{key}"] = np.where(ends[chosen, None], np.nan, following)
+    if "infos/goal" in columns:
+        rows["goal"] = columns["infos/goal"][chosen]
+    rows["terminated"] = rows["terminated"].astype(bool)
     return rows
+
+
+def _values(array: h5py.Dataset, name: str, rows: int) -> NDArray[Any]:
+    """Read a field, after checking that it can be simulated."""
+    check_real(array, name)
+    is_matrix = name.startswith("infos/") or name == "actions"
+    fits = array.ndim == 2 and array.shape[1] > 0 if is_matrix else array.size == rows
+    if not fits or (name == "infos/goal" and array.shape[1] != 2):
+        expected = (
+            f"({rows}, {2 if name == 'infos/goal' else 'dim'})" if is_matrix else f"({rows},)"
+        )
+        raise UnsupportedFileError(
+            f"{array.file.filename}: {name} has shape {array.shape}; store it with shape "
+            f"{expected}."
+        )
+    size_in_memory(array, name)
+    values: NDArray[Any] = array[()]
+    # The simulator resets a state with larger values, as it does one with NaN.
+    allowed = np.isfinite(values) & (np.abs(values.astype(np.float64)) < MAX_VALUE)
+    if not allowed.all():
+        bad = np.argwhere(~allowed)[0].tolist()
+        raise UnsupportedFileError(
+            f"{array.file.filename}: {name}{bad} is {values[tuple(bad)]}, which cannot be "
+            f"simulated; repair or drop that row (values must be below {MAX_VALUE:g})."
+        )
+    return values if is_matrix else values.reshape(-1)
 
 
 def find_task(rows: Rows) -> str:

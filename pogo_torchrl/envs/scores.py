@@ -8,6 +8,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pogo_torchrl.envs.families import other_family
+
 _LOCOMOTION_LEVELS = (
     "random",
     "medium",
@@ -71,6 +73,8 @@ def split_task(task: str) -> tuple[str, str]:
     """
     name = task if task.endswith("-v2") else f"{task}-v2"
     if name not in TASKS:
+        if reason := other_family(task):
+            raise ValueError(reason)
         nearest = difflib.get_close_matches(name, TASKS, n=3) or TASKS
         raise ValueError(
             f"task={task!r} is not a D4RL version 2 task; valid names include {', '.join(nearest)}."

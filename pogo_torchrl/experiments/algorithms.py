@@ -324,7 +324,7 @@ def scale_rewards(cfg: DictConfig, replay_buffer: OfflineReplayBuffer) -> float:
         The factor; 1 for other algorithms and tasks.
     """
     returns = replay_buffer.episode_returns
-    span = float(returns.max() - returns.min())
+    span = float(returns.max() - returns.min()) if len(returns) else 0.0
     if cfg.algorithm != "iql" or cfg.task.startswith("antmaze") or span <= 0:
         return 1.0
     replay_buffer.append_transform(

@@ -342,12 +342,15 @@ def check_data(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator, cfg: Di
             f"{origin} has observations and actions of size {data}, but task={evaluator.task} has "
             f"{task}: use data of this task, or set task (or env.id) to match the data."
         )
-    spec = evaluator.action_spec.space
+    space = evaluator.action_spec.space
+    low, high = space.low.cpu(), space.high.cpu()
     actions = replay_buffer[:]["action"].cpu()
-    beyond = torch.maximum(spec.low - actions, actions - spec.high).max()
-    if beyond > 1e-4 * (spec.high - spec.low).max():
+    beyond = torch.maximum(low - actions, actions - high).amax(dim=0)
+    width = torch.where((high - low).isfinite(), high - low, 1.0)
+    worst = int((beyond / width).argmax())
+    if beyond[worst] > 1e-4 * width[worst]:
         raise ValueError(
-            f"{origin} has actions up to {beyond:.3g} beyond the bounds of task="
-            f"{evaluator.task} ({spec.low.min():g} to {spec.high.max():g}): rescale or clip them "
-            "in the file."
+            f"{origin} has actions up to {beyond[worst]:.3g} beyond the bounds of task="
+            f"{evaluator.task} ({low[worst]:g} to {high[worst]:g}) in dimension {worst}: rescale "
+            "them in the file, or clip them with data.clip_actions=true."
         )

@@ -72,6 +72,9 @@ class DataConfig:
         True, "normalise observations by the mean and standard deviation of the data"
     )
     reward_shift: float = option(0.0, "constant added to every reward (antmaze presets: -1)")
+    clip_actions: bool = option(
+        False, "clip the actions of the data to the environment's bounds; false: reject others"
+    )
 
 
 @dataclass
@@ -417,6 +420,20 @@ def algorithms() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith("yaml"))
 
 
+def all_tasks() -> list[str]:
+    """Names of all tasks of D4RL that have an environment here.
+
+    Those without a preset, for which no weights are published, have the defaults of all options.
+
+    Example:
+        >>> "hopper-random-v2" in all_tasks(), "hopper-random-v2" in tasks()
+        (True, False)
+    """
+    environments = sorted({task.split("-")[0] for task in tasks()} - {"antmaze"})
+    levels = ("random", "expert", "full-replay")
+    return [*tasks(), *(f"{name}-{level}-v2" for name in environments for level in levels)]
+
+
 def _help() -> str:
     return "\n".join(
         [
@@ -428,7 +445,7 @@ def _help() -> str:
             *option_lines(options()),
             "",
             "Tasks:",
-            *(f"  {task}" for task in tasks()),
+            *(f"  {task}" for task in all_tasks()),
         ]
     )
 
@@ -437,6 +454,9 @@ def _register() -> None:
     # Hydra interpolates the template, so the help texts must not contain ${...}.
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
+    for task in set(all_tasks()) - set(tasks()):
+        env = {"id": f"pogo_torchrl/{task}", "max_episode_steps": 1000}
+        store.store(group="task", name=task, node={"task": task, "env": env}, package="_global_")
     store.store(
         group="hydra/help",
         name="pogo",

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pogo_torchrl.experiments.config import (
     RunConfig,
     SweepConfig,
+    all_tasks,
     algorithms,
     iter_options,
     tasks,
@@ -114,13 +115,13 @@ def check_name(name: str, known: Collection[str]) -> None:
         raise ValueError(f"unknown option {name!r}; {hint}(--help lists all)")
 
 
-def parse_options(arguments: Sequence[str], defaults: Any, positional: str = "") -> DictConfig:
+def parse_options(arguments: Sequence[str], defaults: Any, *positional: str) -> DictConfig:
     """Parse the options of a command without Hydra; values need no quoting.
 
     Args:
         arguments: ``option=value``, ``--option value`` or, for ``positional``, the value alone.
         defaults: instance of the dataclass of the options.
-        positional: option whose name may be omitted. Defaults to none.
+        *positional: options whose names may be omitted, in their order.
 
     Returns:
         The options as a structured config.
@@ -135,10 +136,11 @@ def parse_options(arguments: Sequence[str], defaults: Any, positional: str = "")
     """
     cfg, schema = OmegaConf.structured(defaults), type(defaults)
     known = {name: (hint, default) for name, _, hint, default in iter_options(schema)}
+    unnamed = list(positional)
     for argument in from_flags(arguments, schema, hydra=False):
         name, equals, value = argument.partition("=")
-        if name not in known and positional and (not equals or not name.isidentifier()):
-            name, value, positional = positional, argument, ""
+        if name not in known and unnamed and (not equals or not name.isidentifier()):
+            name, value = unnamed.pop(0), argument
         elif not equals:
             raise ValueError(f"cannot parse {argument}: write option=value (--help lists all).")
         check_name(name, known)
@@ -387,6 +389,10 @@ def _describe_type(hint: Any) -> str:
 
 
 def _check_task(task: str) -> None:
-    if task not in tasks():
-        near = difflib.get_close_matches(task, tasks(), n=3, cutoff=0.3) or tasks()
+    if task not in all_tasks():
+        from pogo_torchrl.envs.families import other_family  # loads MuJoCo
+
+        if reason := other_family(task):
+            raise ValueError(reason)
+        near = difflib.get_close_matches(task, all_tasks(), n=3, cutoff=0.3) or tasks()
         raise ValueError(f"task={task} is unknown; did you mean {' or '.join(near)}?")

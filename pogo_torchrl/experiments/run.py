@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from functools import partial
@@ -254,17 +255,20 @@ class RunInProgress:
             self.folder.root,
         )
         if replay_buffer is None:
+            space = self.evaluator.action_spec.space
+            bounds = (space.low.cpu(), space.high.cpu())
             replay_buffer = make_replay_buffer(
                 cfg.task,
                 batch_size=cfg.batch_size,
                 next_action=cfg.critic_bc_weight > 0,
                 device=self.device,
-                **cfg.data,
+                **{**cfg.data, "clip_actions": cfg.data.clip_actions and bounds},
             )
             check_data(replay_buffer, self.evaluator, cfg.data)
         self.replay_buffer = replay_buffer
         self.reward_scale = algorithms.scale_rewards(cfg, replay_buffer)
-        self.behaviour = score(cfg.task, float(replay_buffer.episode_returns.mean()))
+        returns = replay_buffer.episode_returns
+        self.behaviour = score(cfg.task, float(returns.mean())) if len(returns) else math.nan
         rewards = replay_buffer[:]["next", "reward"]
         # The penalty on the next action is part of the values: at most 4 per action dimension.
         penalty = cfg.critic_bc_weight * 4 * self.evaluator.action_dim
@@ -294,9 +298,10 @@ class RunInProgress:
         with self.logged():
             with atomic_write(training / "config.yaml", "x") as file:
                 file.write(OmegaConf.to_yaml(cfg, resolve=True))
-            LOGGER.info("Data: %d transitions, %d episodes, mean D4RL score %.1f",
-                        len(self.replay_buffer), len(self.replay_buffer.episode_returns),
-                        self.behaviour)  # fmt: skip
+            episodes = len(self.replay_buffer.episode_returns)
+            LOGGER.info("Data: %d transitions, %s", len(self.replay_buffer),
+                        f"{episodes} episodes, mean D4RL score {self.behaviour:.1f}" if episodes
+                        else "not in episodes, so their score is unknown")  # fmt: skip
             if self.averaged:
                 LOGGER.info("Evaluations show the averaged actors (average_actors=%g).",
                             cfg.average_actors)  # fmt: skip

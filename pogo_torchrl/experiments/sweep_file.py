@@ -222,10 +222,10 @@ def _tasks(environments: Any) -> Iterator[tuple[str, Any, str]]:
     """Task, section and key of each entry, ``hopper: {medium: ...}`` or ``hopper-medium: ...``."""
     for name, levels in _section(environments, "environments").items():
         where = f"environments.{name}"
-        if _task_name(name) in config.tasks():
+        if _task_name(name) in config.all_tasks():
             yield _task_name(name), levels, where
             continue
-        known = {task for task in config.tasks() if task.startswith(f"{name}-")}
+        known = {task for task in config.all_tasks() if task.startswith(f"{name}-")}
         if not known:
             names = sorted({task.partition("-")[0] for task in config.tasks()})
             near = difflib.get_close_matches(name, [*names, *config.tasks()], n=1, cutoff=0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -40,7 +40,7 @@ def curves_figure(settings: Sequence[Setting]) -> Figure:
         for m, axes in enumerate(row):
             for actor in range(setting.num_actors):
                 _curve(axes, setting, actor, m)
-            axes.axhline(setting.data_score, color="0.35", linestyle=":", label=_DATA)
+            _data_line(axes.axhline, setting)
             seeds = f"{len(setting.runs)} seed{'s' * (len(setting.runs) > 1)}"
             axes.set_title(f"{MODES[m]}, {_row_label(setting)}, {seeds}", fontsize="small")
         row[0].set_ylabel(SCORE)
@@ -95,7 +95,7 @@ def weights_figure(settings: Sequence[Setting]) -> Figure:
         for y, setting in enumerate(members):
             _dot(axes, setting.last[:, -1, 0], y - 0.12, 0, "last checkpoint")
             _dot(axes, setting.best[:, -1, 0], y + 0.12, 1, "best checkpoint (by test return)")
-        axes.axvline(members[0].data_score, color="0.35", linestyle=":", label=_DATA)
+        _data_line(axes.axvline, members[0])
         axes.set_title(members[0].task, fontsize="small")
     grid[-1, 0].set_xlabel(f"{SCORE} of the last actor, deterministic, {_SPREAD}")
     _legend(figure, grid.flat)
@@ -192,6 +192,12 @@ def _curve(axes: Axes, setting: Setting, actor: int, mode: int) -> None:
     if len(setting.runs) > 1:
         low, high = spreads[:, 0] - spreads[:, 1], spreads[:, 0] + spreads[:, 1]
         axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _data_line(line: Callable[..., Any], setting: Setting) -> None:
+    """Mark the score of the data, if their episodes are known."""
+    if np.isfinite(setting.data_score):
+        line(setting.data_score, color="0.35", linestyle=":", label=_DATA)
 
 
 def _dot(axes: Axes, values: np.ndarray, y: float, style: int, label: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -59,7 +60,7 @@ def score_table(path: str | Path, behaviour_score: float) -> str:
 
     Args:
         path: the run's ``evaluations.csv``.
-        behaviour_score: mean D4RL score of the episodes in the dataset.
+        behaviour_score: mean D4RL score of the episodes in the dataset; NaN if unknown.
 
     Returns:
         The table as text.
@@ -94,7 +95,8 @@ def score_table(path: str | Path, behaviour_score: float) -> str:
             for value in (curves[actor, mode].scores[-1], max(curves[actor, mode].scores))
         ]
         lines.append(f"  actor {actor:<6}" + "{:>6.1f}{:>8.1f}{:>8.1f}{:>8.1f}".format(*cells))
-    lines.append(f"  {'dataset':<12}{behaviour_score:>6.1f}")
+    if not math.isnan(behaviour_score):
+        lines.append(f"  {'dataset':<12}{behaviour_score:>6.1f}")
     if shows_averages(path):
         lines.append("(averaged weights of the actors; evaluations.csv also has the raw ones)")
     return "\n".join(lines)
@@ -107,7 +109,8 @@ def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_scor
         path: the run's ``evaluations.csv``.
         out: the figure to write; its suffix selects the format.
         title: title of the figure.
-        behaviour_score: mean D4RL score of the episodes in the dataset, drawn as a horizontal line.
+        behaviour_score: mean D4RL score of the episodes in the dataset, drawn as a horizontal line;
+            NaN if unknown.
 
     Raises:
         FileNotFoundError: if ``path`` does not exist.
@@ -125,7 +128,8 @@ def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_scor
             markersize=4,
             label=f"actor {actor}, {mode}",
         )
-    axes.axhline(behaviour_score, color="0.5", linestyle=":", label="dataset's behaviour")
+    if not math.isnan(behaviour_score):
+        axes.axhline(behaviour_score, color="0.5", linestyle=":", label="dataset's behaviour")
     weights = " (averaged weights)" if shows_averages(path) else ""
     axes.set(xlabel="updates", ylabel=f"D4RL score{weights}", title=title)
     axes.grid(alpha=0.3)
