@@ -22,8 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pogo_torchrl.experiments.config import (
     RunConfig,
     SweepConfig,
-    all_tasks,
     algorithms,
+    all_tasks,
     iter_options,
     tasks,
     to_text,
