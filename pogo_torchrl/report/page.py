@@ -46,6 +46,8 @@ def page(
             show(last),
             "Every actor: [tables/groups.md](tables/groups.md).",
         ]
+    if "ranking" in tables:
+        sections += ["## Which actor to deploy, from the data alone", show(tables["ranking"])]
     titles = {
         "intervals": "",
         "published": "## Comparison with published scores",

@@ -15,11 +15,21 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from pogo_torchrl.report.intervals import Estimate
 from pogo_torchrl.report.published import TASKS
 
 MODES = ("deterministic", "stochastic")
 
 Array = NDArray[np.floating]
+
+
+class Ranking(NamedTuple):
+    """The last ranking of the actors of a run by fitted Q evaluation."""
+
+    step: int
+    """Completed updates."""
+    values: list[Estimate]
+    """Value of each actor with its 95 % interval."""
 
 
 class Evaluations(NamedTuple):
@@ -56,6 +66,8 @@ class RunRecord:
     """Mean score of the episodes in the dataset; NaN if unknown."""
     error: str
     """Why the last attempt failed; empty if it did not."""
+    ranking: Ranking | None = None
+    """The last ranking in ``ranking.csv``; ``None`` if there is none."""
 
     @property
     def label(self) -> str:
@@ -166,6 +178,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         data_score=_read_data_score(training / "train.log"),
         # A failed run may have been completed since.
         error="" if done else _one_line(_read_json(folder / "failed.json").get("error", "")),
+        ranking=read_ranking(training / "ranking.csv", len(cfg["w2_weights"])),
     )
 
 
@@ -243,6 +256,31 @@ def read_evaluations(path: Path, actors: int) -> Evaluations:
     return Evaluations(
         *_to_arrays(complete, actors), f"evaluations.csv: {', '.join(damage)}" if damage else ""
     )
+
+
+def read_ranking(path: Path, actors: int) -> Ranking | None:
+    """Read the last complete ranking of a run's ``ranking.csv``.
+
+    Args:
+        path: the file.
+        actors: number of actors N in the chain.
+
+    Returns:
+        The ranking; ``None`` if there is no file, or no complete ranking in it.
+    """
+    found: dict[int, dict[int, Estimate]] = {}
+    for row in csv.DictReader(_read_text(path).replace("\0", "\ufffd").splitlines()):
+        try:
+            values = Estimate(*(float(row[name]) for name in ("value", "low", "high")))
+            if math.isfinite(values.value):
+                found.setdefault(int(row["step"]), {})[int(row["actor"])] = values
+        except (ValueError, KeyError, TypeError):  # a damaged row
+            continue
+    complete = [step for step in found if found[step].keys() == set(range(actors))]
+    if not complete:
+        return None
+    step = max(complete)
+    return Ranking(step, [found[step][actor] for actor in range(actors)])
 
 
 def _to_arrays(

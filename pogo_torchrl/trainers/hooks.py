@@ -215,7 +215,7 @@ class Evaluate(TrainerHookBase):
         step = self.trainer.collected_frames
         if step > 0 and not self.up_to_date():
             try:
-                self._evaluate(step)
+                self.evaluate_at(step)
             except EvaluationInterrupted:
                 self.trainer.collector.stop()  # the evaluation of this step is still missing
 
@@ -223,7 +223,7 @@ class Evaluate(TrainerHookBase):
         if not self._due() or self.trainer.stopping:
             return
         try:
-            self._evaluate(self.trainer.collected_frames)
+            self.evaluate_at(self.trainer.collected_frames)
         except EvaluationInterrupted:
             pass  # the run is stopping; this evaluation is repeated on resume
         except FloatingPointError as error:
@@ -236,7 +236,12 @@ class Evaluate(TrainerHookBase):
                 "checkpoint of this update was saved: use resume=true to repeat the evaluation."
             ) from error
 
-    def _evaluate(self, step: int) -> None:
+    def evaluate_at(self, step: int) -> None:
+        """Evaluate the chain and write the rows of this step.
+
+        Args:
+            step: number of completed updates.
+        """
         started = time.perf_counter()
         evaluations = self.evaluate()
         seconds = time.perf_counter() - started
