@@ -21,6 +21,8 @@ POGO: policy optimization as a gradient flow in offline RL.
   pogo train data.source=hdf5 data.path=FILE
                                           train on your own data, in D4RL's layout
   pogo evaluate POLICY.safetensors        score a trained chain; video=FILE.mp4 records a video
+  pogo rank RUN_FOLDER                    which actor to deploy, from the data alone
+  pogo finetune RUN_FOLDER                continue the training in the environment
   pogo sweep sweep=FILE                   many tasks, weights and seeds, locally or on Slurm
   pogo report                             tables and figures over all runs in logs/
   pogo convert FILE.npz FILE.hdf5         convert your data: .npz, .csv, .json or .safetensors
@@ -45,6 +47,18 @@ def _sweep(arguments: Sequence[str]) -> None:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     from pogo_torchrl.experiments.evaluate import main
+
+    main(arguments)
+
+
+def _rank(arguments: Sequence[str]) -> None:
+    from pogo_torchrl.experiments.rank import main
+
+    main(arguments)
+
+
+def _finetune(arguments: Sequence[str]) -> None:
+    from pogo_torchrl.experiments.finetune import main
 
     main(arguments)
 
@@ -130,6 +144,8 @@ def _convert(arguments: Sequence[str]) -> None:
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "rank": _rank,
+    "finetune": _finetune,
     "sweep": _sweep,
     "report": _report,
     "check-dataset": _check_dataset,

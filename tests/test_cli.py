@@ -22,7 +22,7 @@ from pogo_torchrl.experiments.film import check_film, film
 from pogo_torchrl.experiments.overrides import from_flags
 from pogo_torchrl.export import on_raw_observations, policy_environment, save_actors
 
-COMMANDS = ("train", "evaluate", "sweep", "report", "check-dataset")
+COMMANDS = ("train", "evaluate", "rank", "finetune", "sweep", "report", "check-dataset")
 
 
 def module(*arguments: str, **options) -> subprocess.CompletedProcess:

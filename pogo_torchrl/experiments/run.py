@@ -255,6 +255,20 @@ class RunInProgress:
                 **{**cfg.data, "clip_actions": cfg.data.clip_actions and bounds},
             )
             check_data(replay_buffer, self.evaluator, cfg.data)
+        self.make_trainer(replay_buffer, replay_buffer, fingerprint(cfg, replay_buffer))
+        self.resumed = self.trainer.resume() if cfg.resume else None
+
+    def make_trainer(
+        self, replay_buffer: OfflineReplayBuffer, batches: Any, fingerprint: dict[str, Any]
+    ) -> None:
+        """Create the trainer with its hooks.
+
+        Args:
+            replay_buffer: the data.
+            batches: the replay buffer that the trainer samples from.
+            fingerprint: what a checkpoint must share with a run that resumes from it.
+        """
+        cfg = self.cfg
         self.replay_buffer = replay_buffer
         returns = replay_buffer.episode_returns
         self.behaviour = score(cfg.task, float(returns.mean())) if len(returns) else math.nan
@@ -269,13 +283,12 @@ class RunInProgress:
         hooks = [guard, self.metrics, self.step_control, self.evaluate]
         self.trainer = POGOTrainer(
             self.loss,
-            replay_buffer,
+            batches,
             cfg.total_steps,
-            fingerprint=fingerprint(cfg, replay_buffer),
+            fingerprint=fingerprint,
             hooks=[hook for hook in hooks if hook is not None],
             **self.settings,
         )
-        self.resumed = self.trainer.resume() if cfg.resume else None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -347,6 +360,10 @@ class RunInProgress:
             raise Stopped(trainer.collected_frames, trainer.stop_reason)
         chain = self._chain(averaged=self.averaged)
         _write_results(self.cfg, self.folder, chain, self.behaviour)
+
+    def deployed_actors(self) -> list[TransportActor]:
+        """The current actors to be deployed, on normalised observations."""
+        return [self.loss.actor(i, averaged=self.averaged) for i in range(self.loss.num_actors)]
 
     def _chain(self, *, averaged: bool) -> list[TransportActor]:
         """The current chain, acting on raw observations."""

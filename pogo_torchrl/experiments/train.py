@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import hydra
 import torch
@@ -18,10 +19,11 @@ from pogo_torchrl.experiments.signals import Stopped
 from pogo_torchrl.trainers.hooks import DivergenceError, EvaluationError
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def _hydra_main(cfg: DictConfig) -> None:
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn the errors of a training run into one-line messages and exit codes."""
     try:
-        run(cfg)
+        yield
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
@@ -41,6 +43,12 @@ def _hydra_main(cfg: DictConfig) -> None:
         )
     except KeyboardInterrupt:
         exit_with_error(KeyboardInterrupt("stopped immediately"), 128 + signal.SIGINT)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def _hydra_main(cfg: DictConfig) -> None:
+    with exit_codes():
+        run(cfg)
 
 
 def main(arguments: Sequence[str]) -> None:
