@@ -70,8 +70,8 @@ def _report(arguments: Sequence[str]) -> None:
 
     @dataclass
     class ReportConfig:
-        log_dir: str = option("logs", "folder that contains the runs")
-        results_dir: str = option("results", "folder to write the report to")
+        log_dir: str = option("logs", "folder that contains the runs", path=True)
+        results_dir: str = option("results", "folder to write the report to", path=True)
 
     if wants_help(arguments):
         print("Write tables, figures and a summary of all runs, finished or not.\n")
@@ -90,7 +90,7 @@ def _check_dataset(arguments: Sequence[str]) -> None:
     @dataclass
     class CheckConfig:
         file: str | None = option(
-            None, "HDF5 file in D4RL's layout with infos/qpos; `file=` may be omitted"
+            None, "HDF5 file in D4RL's layout with infos/qpos; `file=` may be omitted", path=True
         )
         task: str | None = option(None, "D4RL task name; null: inferred from the file")
         limit: int = option(DEFAULT_LIMIT, "number of rows to check, evenly spaced over the file")
@@ -187,7 +187,7 @@ def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> 
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone, as in `pogo train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except KeyboardInterrupt:
         exit_with_error(KeyboardInterrupt("stopped immediately"), 128 + signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:

@@ -121,6 +121,7 @@ def test_unknown_command(word, answer, capsys):
         (["--resume", "--bf16", "seed=1"], ["resume=true", "bf16=true", "seed=1"]),
         (["--resume", "false"], ["resume=false"]),
         (["--cfg", "job", "-m"], ["--cfg", "job", "-m"]),
+        (["lr=1,2", "-m", "seed=1"], ["-m", "lr=1,2", "seed=1"]),
         (["--config-dir=here"], ["--config-dir=here"]),
     ],
 )

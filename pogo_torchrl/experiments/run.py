@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,7 @@ from pogo_torchrl.experiments.run_folder import (
     lock_run_folder,
 )
 from pogo_torchrl.experiments.signals import Stopped, stop_on_signals
+from pogo_torchrl.experiments.typed_text import expand_paths
 from pogo_torchrl.export import on_raw_observations, save_actors
 from pogo_torchrl.files import atomic_write, cannot_write
 from pogo_torchrl.modules import TransportActor
@@ -195,7 +197,8 @@ class RunInProgress:
 
     def __init__(self, cfg: DictConfig, *, stacked: bool = False) -> None:
         check_options(cfg)
-        self.cfg = cfg = resolve_step_sizes(cfg)
+        self.cfg = cfg = resolve_step_sizes(copy.deepcopy(cfg))
+        expand_paths(cfg)
         self.folder = RunFolder.of(cfg)
         self.averaged = cfg.average_actors is not None
         self.evaluator = Evaluator(
@@ -359,7 +362,7 @@ class RunInProgress:
         if trainer.collected_frames < self.cfg.total_steps or not self.evaluate.up_to_date():
             raise Stopped(trainer.collected_frames, trainer.stop_reason)
         chain = self._chain(averaged=self.averaged)
-        _write_results(self.cfg, self.folder, chain, self.behaviour)
+        _write_results(self.cfg, self.folder, chain, self.behaviour, trainer.collected_frames)
 
     def deployed_actors(self) -> list[TransportActor]:
         """The current actors to be deployed, on normalised observations."""
@@ -396,7 +399,11 @@ def _first_equal(actor: TransportActor, chain: Sequence[TransportActor]) -> Tran
 
 
 def _write_results(
-    cfg: DictConfig, folder: RunFolder, chain: list[TransportActor], behaviour: float
+    cfg: DictConfig,
+    folder: RunFolder,
+    chain: list[TransportActor],
+    behaviour: float,
+    updates: int,
 ) -> None:
     evaluations, curves = folder.training / "evaluations.csv", folder.training / "curves.png"
     policy = folder.checkpoints / "policy.safetensors"
@@ -419,4 +426,4 @@ def _write_results(
     if cfg.save_model:
         LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
     with atomic_write(folder.done, "x") as file:  # last: it marks the run as complete
-        json.dump({"total_steps": cfg.total_steps}, file)
+        json.dump({"total_steps": updates}, file)

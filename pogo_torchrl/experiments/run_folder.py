@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from pogo_torchrl.files import make_writable
 _MAY_CHANGE_ON_RESUME = {
     "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
     "resume", "device", "compile", "log_dir", "checkpoint_dir", "save_model", "logger",
-    "progress_bar", "env",
+    "progress_bar", "env", "variant",
     "data",  # the content of the data is compared, not its location
 }  # fmt: skip
 
@@ -58,8 +59,18 @@ class RunFolder(NamedTuple):
 
         Args:
             cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
+
+        Raises:
+            ValueError: if ``variant`` cannot be part of a folder's name.
         """
         weights = "_".join(f"{w:g}" for w in cfg.w2_weights)
+        if cfg.variant is not None:
+            if not re.fullmatch(r"[\w.+=-]{1,150}", cfg.variant):
+                raise ValueError(
+                    f"variant={cfg.variant!r} becomes part of a folder's name: use letters, digits "
+                    "and _ . + = - only, at most 150."
+                )
+            weights += f"_{cfg.variant}"
         root = Path(cfg.log_dir) / cfg.task / f"w2_{weights}" / f"seed_{cfg.seed}"
         checkpoints = cfg.checkpoint_dir or root / "checkpoints"
         return cls(root / "training", Path(checkpoints))
@@ -118,7 +129,7 @@ def check_run_folder(folder: RunFolder, cfg: DictConfig) -> None:
     if not cfg.resume:
         raise FileExistsError(
             f"{folder.training.parent} already contains a run. Continue it with resume=true, "
-            "choose another seed or log_dir, or delete that folder."
+            "choose another seed, variant or log_dir, or delete that folder."
         )
     try:
         stored: Any = OmegaConf.load(file)

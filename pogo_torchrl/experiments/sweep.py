@@ -34,6 +34,7 @@ from pogo_torchrl.experiments.planner import Plan, format_duration, remaining_up
 from pogo_torchrl.experiments.signals import on_signals
 from pogo_torchrl.experiments.slurm import run_by_submitit, run_on_slurm
 from pogo_torchrl.experiments.sweep_file import Run, group_stackable, read_sweep
+from pogo_torchrl.report.run_logs import weights_label
 
 ENGINES: dict[str, Callable[[Sequence[Job], DictConfig, ProgressReporter], list[Outcome]]] = {
     "local": run_locally,
@@ -194,7 +195,8 @@ def _table(states: dict[Run, str]) -> str:
     """Table of the runs by task and weights, with the states of their seeds."""
     rows = []
     for (task, weights), runs in groupby(
-        states, lambda run: (run.cfg.task, ", ".join(f"{w:g}" for w in run.cfg.w2_weights))
+        states,
+        lambda run: (run.cfg.task, weights_label(tuple(run.cfg.w2_weights), run.cfg.variant or "")),
     ):
         seeds: dict[str, list[str]] = {}
         for run in runs:

@@ -13,6 +13,7 @@ A sweep file is YAML::
           w2_weights_base: [0.2, 0.2]
           w2_weights_third: [0.1, 0.2, 0.3]
           learning_rate: 3e-4
+          grid: {alpha: [0.5, 1], batch_size: [128, 256]}    # all combinations
 
 Options of a task take precedence over ``common``, and the command line over both.
 """
@@ -38,10 +39,13 @@ from pogo_torchrl.experiments import config
 from pogo_torchrl.experiments.build import resolve_step_sizes
 from pogo_torchrl.experiments.overrides import check_options, check_overrides, compose
 from pogo_torchrl.experiments.run_folder import RunFolder
+from pogo_torchrl.experiments.typed_text import load_yaml
 
 # Option names of the original code, and of the section sinkhorn.
 _ALIASES = {"max_timesteps": "total_steps", "eval_freq": "eval_interval", "learning_rate": "lr"}
 _SINKHORN = {"K": "num_samples", "blur": "blur", "backend": "w2_backend"}
+# Prefix of options in the section grid, each of which has a list of values.
+_GRID = "grid."
 _WEIGHTS = ("w2_weights", "w2_weights_base", "w2_weights_third", "w2_weights_grid")
 
 # Options that distinguish the runs or separate their files are set by the sweep.
@@ -157,9 +161,8 @@ def _find(name: str) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    # OmegaConf reads 3e-4 as a number, unlike PyYAML, and rejects duplicate keys.
     try:
-        content = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")), resolve=True)
+        content = load_yaml(path.read_text("utf-8"))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     return _section(content, str(path), ("common", "sinkhorn", "environments"))
@@ -238,16 +241,34 @@ def _options(section: Any, where: str) -> dict[str, Any]:
     """Options of a section under their command-line names, with types checked."""
     options: dict[str, Any] = {}
     for given, value in _flatten(_section(section, where)):
-        key = _ALIASES.get(given, given)
-        if key in _RESERVED:
-            raise ValueError(f"{where}: {key} is not allowed here: {_RESERVED[key]}.")
-        if key not in (*_WEIGHTS, "seeds"):
+        prefix = _GRID if given.startswith(_GRID) else ""
+        option = given.removeprefix(prefix)
+        option = _ALIASES.get(option, option)
+        key = prefix + option
+        if option in _RESERVED:
+            raise ValueError(f"{where}: {key} is not allowed here: {_RESERVED[option]}.")
+        if prefix:
+            _check_grid(option, value, where)
+        elif key not in (*_WEIGHTS, "seeds"):
             try:
                 check_overrides([f"{key}={_to_override(value)}"])
             except ValueError as error:
                 raise ValueError(f"{where}.{given}: {error}") from error
         options = _merge(options, {key: value}, where)
     return options
+
+
+def _check_grid(option: str, values: Any, where: str) -> None:
+    if option in (*_WEIGHTS, "seeds", "variant", "log_dir"):
+        hint = "w2_weights_grid" if option in _WEIGHTS else f"{option}, outside of the grid"
+        raise ValueError(f"{where}.grid: {option} is not allowed here: write {hint}.")
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{where}.grid: {option}={values} must be a list of values.")
+    for value in values:
+        try:
+            check_overrides([f"{option}={_to_override(value)}"])
+        except ValueError as error:
+            raise ValueError(f"{where}.grid: {error}") from error
 
 
 def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -279,8 +300,21 @@ def _task_runs(task: str, settings: dict[str, Any], overrides: Sequence[str]) ->
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
         raise ValueError(f"seeds={seeds} must be a list of integers, e.g. [0, 1, 2].")
     weights = _weights({key: settings.pop(key) for key in _WEIGHTS if key in settings})
-    given = [f"{key}={_to_override(value)}" for key, value in settings.items()]
+    grid = {key: settings.pop(key) for key in list(settings) if key.startswith(_GRID)}
+    names = [key.removeprefix(_GRID) for key in grid]
+    given = [f"{key}={_to_override(value)}" for key, value in settings.items() if key not in names]
     given = [f"task={task}", "progress_bar=false", *given]
+    if grid:
+        given.append(f"variant='${{variant_of:{','.join(names)}}}'")
+    for point in itertools.product(*grid.values()):
+        own = [f"{name}={_to_override(value)}" for name, value in zip(names, point)]
+        yield from _chains([*given, *own], seeds, weights, overrides)
+
+
+def _chains(
+    given: list[str], seeds: list[int], weights: list[list[float]], overrides: Sequence[str]
+) -> Iterator[Run]:
+    """Runs of all chains and seeds with the same options otherwise."""
     cfg = compose([*given, *overrides, "resume=true"])
     if cfg.step_sizes is not None and weights:
         raise ValueError(f"step_sizes={cfg.step_sizes} set w2_weights; give one of the two.")
@@ -365,7 +399,8 @@ def group_stackable(runs: Sequence[Run]) -> list[list[Run]]:
     """
     found: dict[str, list[list[Run]]] = {}
     for run in runs:
-        shared = {k: v for k, v in run.cfg.items() if k not in ("seed", "w2_weights", "alpha")}
+        own = ("seed", "w2_weights", "alpha", "variant")
+        shared = {k: v for k, v in run.cfg.items() if k not in own}
         key = OmegaConf.to_yaml({**shared, "actors": len(run.cfg.w2_weights)})
         groups = found.setdefault(key, [[]])
         if len(groups[-1]) == MAX_STACK_SIZE:

@@ -13,10 +13,14 @@ import torch
 from omegaconf import DictConfig
 
 from pogo_torchrl.experiments.console import exit_with_error
+from pogo_torchrl.experiments.multirun import FailedJobs, with_variant, without_files
 from pogo_torchrl.experiments.overrides import check_overrides, from_flags
 from pogo_torchrl.experiments.run import run
 from pogo_torchrl.experiments.signals import Stopped
+from pogo_torchrl.experiments.typed_text import keep_text
 from pogo_torchrl.trainers.hooks import DivergenceError, EvaluationError
+
+_FAILED = FailedJobs()
 
 
 @contextmanager
@@ -47,7 +51,7 @@ def exit_codes() -> Iterator[None]:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def _hydra_main(cfg: DictConfig) -> None:
-    with exit_codes():
+    with _FAILED.collected(), exit_codes():
         run(cfg)
 
 
@@ -56,7 +60,8 @@ def main(arguments: Sequence[str]) -> None:
 
     Exit codes: 1 if an evaluation failed, 2 for invalid input or files that cannot be read or
     written, 3 if training diverged, each with a one-line message; 128 + signal number if stopped by
-    a signal.
+    a signal. With ``--multirun``, a run that fails does not keep the others from
+    running, and the exit code is 1 if any has failed.
 
     Args:
         arguments: options of :class:`~pogo_torchrl.experiments.config.RunConfig` as
@@ -65,7 +70,10 @@ def main(arguments: Sequence[str]) -> None:
     try:
         arguments = from_flags(arguments)
         check_overrides(arguments)
+        arguments = with_variant(keep_text(arguments))
     except ValueError as error:
         exit_with_error(error)
-    sys.argv = ["pogo train", *arguments]  # Hydra reads them from here
-    _hydra_main()
+    with without_files(arguments) as arguments:
+        sys.argv = ["pogo train", *arguments]  # Hydra reads them from here
+        _hydra_main()
+    _FAILED.report()

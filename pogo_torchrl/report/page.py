@@ -81,7 +81,7 @@ def _overview(runs: Sequence[RunRecord], left_out: Mapping[str, str]) -> str:
     done = sum(run.done for run in runs)
     failed = sum(bool(run.error) for run in runs)
     tasks = Counter(run.task for run in runs)
-    settings = {(run.task, run.weights) for run in runs}
+    settings = {(run.task, run.label) for run in runs}
     sources = sorted({run.data_source for run in runs})
     steps = sorted({run.total_steps for run in runs})
     lines = [

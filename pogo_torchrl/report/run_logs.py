@@ -68,11 +68,13 @@ class RunRecord:
     """Why the last attempt failed; empty if it did not."""
     ranking: Ranking | None = None
     """The last ranking in ``ranking.csv``; ``None`` if there is none."""
+    variant: str = ""
+    """Name of runs that differ in other options (``variant``)."""
 
     @property
     def label(self) -> str:
-        """The weights as text, such as ``0.2, 0.2, 0.1``."""
-        return weights_label(self.weights)
+        """The weights as text, such as ``0.2, 0.2, 0.1``, and the variant, if any."""
+        return weights_label(self.weights, self.variant)
 
     @property
     def evaluated(self) -> bool:
@@ -98,14 +100,16 @@ class RunRecord:
         return f"failed at {progress}" if self.error else progress
 
 
-def weights_label(weights: tuple[float, ...]) -> str:
-    """Format weights as text.
+def weights_label(weights: tuple[float, ...], variant: str = "") -> str:
+    """Format weights, and the variant of the run, if any, as text.
 
     Example:
         >>> weights_label((0.2, 1.0))
         '0.2, 1'
+        >>> weights_label((0.2, 1.0), "lr_0.001")
+        '0.2, 1 (lr_0.001)'
     """
-    return ", ".join(f"{w:g}" for w in weights)
+    return ", ".join(f"{w:g}" for w in weights) + (f" ({variant})" if variant else "")
 
 
 def task_order(task: str) -> tuple[int, str]:
@@ -141,7 +145,7 @@ def read_runs(log_dir: str | Path) -> tuple[list[RunRecord], dict[str, str]]:
         except ValueError as error:
             failure = _read_json(folder / "failed.json").get("error")
             left_out[name] = f"failed: {_one_line(failure)}" if failure else str(error)
-    runs.sort(key=lambda run: (task_order(run.task), run.weights, run.seed))
+    runs.sort(key=lambda run: (task_order(run.task), run.weights, run.variant, run.seed))
     return runs, left_out
 
 
@@ -179,6 +183,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         # A failed run may have been completed since.
         error="" if done else _one_line(_read_json(folder / "failed.json").get("error", "")),
         ranking=read_ranking(training / "ranking.csv", len(cfg["w2_weights"])),
+        variant=cfg["variant"],
     )
 
 
@@ -194,7 +199,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, int, str, float, float] | None]
         FileNotFoundError: if the file does not exist.
     """
     # A last line without a newline was truncated, possibly in the middle of a number.
-    complete, _, rest = path.read_text(errors="replace").rpartition("\n")
+    complete, _, rest = path.read_text("utf-8", "replace").rpartition("\n")
     reader = csv.DictReader(complete.replace("\0", "\ufffd").splitlines())
     while True:
         try:
@@ -297,7 +302,7 @@ def _to_arrays(
 def _read_config(path: Path) -> dict[str, Any]:
     """Read the settings that identify a run."""
     try:
-        cfg = yaml.safe_load(path.read_text())
+        cfg = yaml.safe_load(path.read_text("utf-8"))
         data = cfg.get("data") or {}
         found = {
             "task": str(cfg["task"]),
@@ -306,6 +311,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             "total_steps": int(cfg["total_steps"]),
             "data_source": str(data.get("source", "unknown")),
             "averaged": cfg.get("average_actors") is not None,
+            "variant": str(cfg.get("variant") or ""),
         }
     except FileNotFoundError:
         raise ValueError("not started: training/config.yaml does not exist") from None
@@ -331,7 +337,7 @@ def _one_line(text: object) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(errors="replace")
+        return path.read_text("utf-8", "replace")
     except OSError:
         return ""
 

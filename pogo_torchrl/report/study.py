@@ -15,11 +15,12 @@ _LOCOMOTION = ("halfcheetah", "hopper", "walker2d")
 
 
 class Setting(NamedTuple):
-    """The evaluated runs of one task with the same weights, one per seed."""
+    """The evaluated runs of one task with the same weights and variant, one per seed."""
 
     task: str
     weights: tuple[float, ...]
     runs: list[RunRecord]
+    variant: str = ""
 
     @property
     def family(self) -> str:
@@ -28,8 +29,8 @@ class Setting(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The weights as text, such as ``0.2, 0.2, 0.1``."""
-        return weights_label(self.weights)
+        """The weights as text, such as ``0.2, 0.2, 0.1``, and the variant, if any."""
+        return weights_label(self.weights, self.variant)
 
     @property
     def averaged(self) -> bool:
@@ -79,7 +80,7 @@ class GroupScore(NamedTuple):
 
 
 def settings(runs: Iterable[RunRecord]) -> list[Setting]:
-    """Group the evaluated runs by task and weights, keeping their order.
+    """Group the evaluated runs by task, weights and variant, keeping their order.
 
     Args:
         runs: the runs, sorted as by :func:`~pogo_torchrl.report.read_runs`.
@@ -89,8 +90,10 @@ def settings(runs: Iterable[RunRecord]) -> list[Setting]:
     """
     evaluated = (run for run in runs if run.evaluated)
     return [
-        Setting(task, weights, list(group))
-        for (task, weights), group in groupby(evaluated, key=lambda run: (run.task, run.weights))
+        Setting(task, weights, list(group), variant)
+        for (task, weights, variant), group in groupby(
+            evaluated, key=lambda run: (run.task, run.weights, run.variant)
+        )
     ]
 
 
