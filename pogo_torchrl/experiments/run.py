@@ -255,6 +255,7 @@ class RunInProgress:
                 batch_size=cfg.batch_size,
                 next_action=cfg.critic_bc_weight > 0,
                 device=self.device,
+                progress=cfg.progress_bar,
                 **{**cfg.data, "clip_actions": cfg.data.clip_actions and bounds},
             )
             check_data(replay_buffer, self.evaluator, cfg.data)
@@ -281,6 +282,7 @@ class RunInProgress:
         guard = StopOnDivergence(
             self.metrics,
             (float(rewards.abs().max()) + penalty) / (1 - cfg.gamma) if cfg.gamma < 1 else None,
+            untrained=1.0,  # tiny rewards are no reason to stop
             warn=LOGGER.warning,
         )
         hooks = [guard, self.metrics, self.step_control, self.evaluate]
@@ -314,7 +316,17 @@ class RunInProgress:
             elif self.resumed is not None:
                 LOGGER.info("Resumed at update %d.", self.resumed)
             backend = cfg.logger.backend
-            logger = self._logger = make_logger(backend, training, cfg.task) if backend else None
+            if backend:
+                settings: Any = OmegaConf.to_container(cfg, resolve=True)
+                self._logger = make_logger(
+                    backend,
+                    training,
+                    cfg.task,
+                    run=self.folder.root.relative_to(cfg.log_dir).as_posix(),
+                    settings=settings,
+                    resume=self.resumed is not None,
+                )
+            logger = self._logger
             for hook, name in ((self.metrics, "metrics"), (self.evaluate, "evaluations")):
                 sink = CSVSink(training / f"{name}.csv", resume_step=self.resumed)
                 hook.sinks = [sink, LoggerSink(logger, name)] if logger else [sink]

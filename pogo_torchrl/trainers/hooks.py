@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pogo_torchrl import functional
 from pogo_torchrl.modules import noise_reader
+from pogo_torchrl.progress import progress_bar
 from pogo_torchrl.trainers.stepper import RunningMean
 
 
@@ -300,7 +301,7 @@ class ProgressBar(TrainerHookBase):
 
     def _start(self) -> None:
         done, total = self.trainer.collected_frames, self.trainer.total_frames
-        self._bar = tqdm(total=total, initial=done, unit=" updates")
+        self._bar = progress_bar(total=total, initial=done, unit=" updates")
 
     def _update(self) -> None:
         if self._bar is not None:
@@ -326,6 +327,8 @@ class StopOnDivergence(TrainerHookBase):
             ``None``: unknown, the critics are not checked.
 
     Keyword Args:
+        untrained: magnitude of the values of untrained critics, whatever the rewards: up to it,
+            values are not compared with ``largest_return``. Defaults to ``0.0``.
         warn: called with the text of the warning. Defaults to ``print``.
 
     Raises:
@@ -343,10 +346,12 @@ class StopOnDivergence(TrainerHookBase):
         metrics: LogMetrics,
         largest_return: float | None = None,
         *,
+        untrained: float = 0.0,
         warn: Callable[[str], None] = print,
     ) -> None:
         self.metrics = metrics
         self.largest_return = largest_return or None  # all rewards are 0: no bound
+        self.untrained = untrained
         self.warn = warn
         self._warned = False
 
@@ -372,13 +377,13 @@ class StopOnDivergence(TrainerHookBase):
                 f"NaN since the last row of metrics.csv. {_DIVERGENCE_HINT}"
             )
         value = abs(means.get("pred_value", 0.0))
-        if self.largest_return is None or value <= self.largest_return:
+        if self.largest_return is None or value <= max(self.largest_return, self.untrained):
             return
         size = (
             f"at update {step} the mean Q value is {value:.3g}, but the rewards of the dataset "
             f"allow no return beyond {self.largest_return:.3g}"
         )
-        if value > self.explosion * self.largest_return:
+        if value > self.explosion * max(self.largest_return, self.untrained):
             raise DivergenceError(f"Training has diverged: {size}. {_DIVERGENCE_HINT}")
         if not self._warned:
             self._warned = True
