@@ -100,11 +100,15 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
               0  deterministic       3.0 ± 1.0      1.5 ± 0.5     11.0 ± 1.0
               0  stochastic          3.0 ± 1.0      1.5 ± 0.5     11.0 ± 1.0
     """
-    lines = [f"  {'actor':>5}  {'mode':13}{'return':>16}{'D4RL score':>15}{'length':>15}"]
+    rows = [["return", "D4RL score", "length"]]
     for e in evaluations:
-        values = [f"{v.mean():.1f} ± {v.std():.1f}" for v in (e.returns, e.scores, e.lengths)]
-        lines.append(f"  {e.actor:>5}  {e.mode:13}{values[0]:>16}{values[1]:>15}{values[2]:>15}")
-    return "\n".join(lines)
+        rows.append([f"{v.mean():.1f} ± {v.std():.1f}" for v in (e.returns, e.scores, e.lengths)])
+    widths = [max(14, *map(len, column)) + 1 for column in zip(*rows)]
+    names = [f"  {'actor':>5}  {'mode':14}", *(f"  {e.actor:>5}  {e.mode:14}" for e in evaluations)]
+    return "\n".join(
+        name + "".join(f"{cell:>{width}}" for cell, width in zip(row, widths))
+        for name, row in zip(names, rows)
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
