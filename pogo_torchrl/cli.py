@@ -117,9 +117,11 @@ def _convert(arguments: Sequence[str]) -> None:
     @dataclass
     class ConvertConfig:
         input: str | None = option(
-            None, "file of arrays: .npz, .csv, .json or .safetensors; `input=` may be omitted"
+            None,
+            "file of arrays: .npz, .csv, .json or .safetensors; `input=` may be omitted",
+            path=True,
         )
-        output: str | None = option(None, "HDF5 file to write; `output=` may be omitted")
+        output: str | None = option(None, "HDF5 file to write; `output=` may be omitted", path=True)
         max_episode_steps: int = option(
             1000, "horizon of the task, for data that tell neither time-outs nor next observations"
         )

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from pogo_torchrl.cli import main
 from pogo_torchrl.data import behaviour_dataset
-from pogo_torchrl.experiments.config import RunConfig, variant_of
-from pogo_torchrl.experiments.multirun import with_variant
+from pogo_torchrl.experiments.config import RunConfig
+from pogo_torchrl.experiments.multirun import variant_of, with_variant
 from pogo_torchrl.experiments.overrides import compose
 from pogo_torchrl.experiments.run_folder import RunFolder
 from pogo_torchrl.report import read_runs

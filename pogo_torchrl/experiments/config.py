@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 import textwrap
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -22,32 +20,6 @@ OmegaConf.register_new_resolver(
     lambda source, local, other: local if source == "local" else other,
     replace=True,
 )
-
-
-def variant_of(*names: str, _root_: Any) -> str:
-    """Text for ``variant`` that tells the values of options, ``lr_0.0001_batch_size_64``.
-
-    Characters that are not allowed in folders on some systems are replaced; a checksum then keeps
-    values apart.
-
-    Args:
-        names: names of the options.
-        _root_: the configuration that contains them.
-    """
-    parts = []
-    for name in names:
-        value = OmegaConf.select(_root_, name)
-        values = list(value) if OmegaConf.is_list(value) else [value]
-        text = "-".join(f"{v:g}" if isinstance(v, float) else to_text(v) for v in values)
-        clean = re.sub(r"[^\w.+-]+", "-", text)[:40]
-        if clean != text:
-            clean += f"-{zlib.crc32(text.encode()):08x}"
-        parts.append(f"{name.rpartition('.')[2]}_{clean}")
-    return "_".join(parts)
-
-
-# ``variant: ${variant_of:lr,batch_size}`` names a folder by these options.
-OmegaConf.register_new_resolver("variant_of", variant_of, replace=True)
 
 
 def option(

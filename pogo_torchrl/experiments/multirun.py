@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from pogo_torchrl.experiments.config import to_text
 
 # Options by which the folders of runs differ anyway.
 _IN_FOLDER = {"task", "w2_weights", "step_sizes", "seed", "log_dir", "variant"}
+
+
+def variant_of(*names: str, _root_: Any) -> str:
+    """Text for ``variant`` that tells the values of options, ``lr_0.0001_batch_size_64``.
+
+    Characters that are not allowed in folders on some systems are replaced; a checksum then keeps
+    values apart.
+
+    Args:
+        names: names of the options.
+        _root_: the configuration that contains them.
+    """
+    parts = []
+    for name in names:
+        value = OmegaConf.select(_root_, name)
+        values = list(value) if OmegaConf.is_list(value) else [value]
+        text = "-".join(f"{v:g}" if isinstance(v, float) else to_text(v) for v in values)
+        clean = re.sub(r"[^\w.+-]+", "-", text)[:40]
+        if clean != text:
+            clean += f"-{zlib.crc32(text.encode()):08x}"
+        parts.append(f"{name.rpartition('.')[2]}_{clean}")
+    return "_".join(parts)
+
+
+# ``variant: ${variant_of:lr,batch_size}`` names a folder by these options.
+OmegaConf.register_new_resolver("variant_of", variant_of, replace=True)
 
 
 def is_multirun(arguments: Sequence[str]) -> bool:
