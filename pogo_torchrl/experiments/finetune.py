@@ -42,7 +42,7 @@ class FinetuneConfig:
     """Options of ``pogo finetune``."""
 
     run: str | None = option(
-        None, "folder of a run, LOG_DIR/TASK/w2_WEIGHTS/seed_SEED; `run=` may be omitted"
+        None, "folder of a run, LOG_DIR/TASK/w2_WEIGHTS/seed_SEED; `run=` may be omitted", path=True
     )
     env_steps: int = option(20_000, "steps in the environment, in total")
     updates_per_step: int = option(1, "training updates per step in the environment", highest=100)
@@ -52,7 +52,7 @@ class FinetuneConfig:
     seed: int = option(
         0, "seed of the environment, sampling, noise and evaluation", lowest=0, highest=2**32 - 1
     )
-    out: str | None = option(None, "folder to write to; null: RUN/finetune/seed_SEED")
+    out: str | None = option(None, "folder to write to; null: RUN/finetune/seed_SEED", path=True)
     eval_interval: int = option(2000, "updates between evaluations; the first is before training")
     eval_episodes: int = option(
         10, "episodes of an evaluation, per actor and action mode", highest=10_000

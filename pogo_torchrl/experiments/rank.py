@@ -26,7 +26,7 @@ class RankConfig:
     """Options of ``pogo rank``."""
 
     run: str | None = option(
-        None, "folder of a run, LOG_DIR/TASK/w2_WEIGHTS/seed_SEED; `run=` may be omitted"
+        None, "folder of a run, LOG_DIR/TASK/w2_WEIGHTS/seed_SEED; `run=` may be omitted", path=True
     )
     updates: int = option(3000, "number of updates of the critics")
     critics: int = option(
