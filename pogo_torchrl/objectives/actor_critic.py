@@ -141,7 +141,10 @@ class ActorCriticLoss(KeyedLoss):
         """TD target and the value of the next state, each of shape ``[*B]``."""
         following = batch.get("next")
         state = following.select(*self.actor_network.in_keys, strict=False)
-        with self.target_actor_network_params.to_module(self.actor_network):
+        with self.target_actor_network_params.to_module(
+            self.actor_network,
+            preserve_module_state=False,  # it would make them parameters
+        ):
             clean = self.actor_network(state).get(self.tensor_keys.action)
         action = functional.smoothed_target_action(
             clean,
