@@ -21,6 +21,8 @@ POGO: policy optimization as a gradient flow in offline RL.
   pogo train data.source=hdf5 data.path=FILE
                                           train on your own data, in D4RL's layout
   pogo evaluate POLICY.safetensors        score a trained chain; video=FILE.mp4 records a video
+  pogo rank RUN_FOLDER                    which actor to deploy, from the data alone
+  pogo finetune RUN_FOLDER                continue the training in the environment
   pogo sweep sweep=FILE                   many tasks, weights and seeds, locally or on Slurm
   pogo report                             tables and figures over all runs in logs/
   pogo convert FILE.npz FILE.hdf5         convert your data: .npz, .csv, .json or .safetensors
@@ -49,6 +51,18 @@ def _evaluate(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
+def _rank(arguments: Sequence[str]) -> None:
+    from pogo_torchrl.experiments.rank import main
+
+    main(arguments)
+
+
+def _finetune(arguments: Sequence[str]) -> None:
+    from pogo_torchrl.experiments.finetune import main
+
+    main(arguments)
+
+
 def _report(arguments: Sequence[str]) -> None:
     from pogo_torchrl.experiments.config import option, option_lines, options
     from pogo_torchrl.experiments.overrides import parse_options, wants_help
@@ -56,8 +70,8 @@ def _report(arguments: Sequence[str]) -> None:
 
     @dataclass
     class ReportConfig:
-        log_dir: str = option("logs", "folder that contains the runs")
-        results_dir: str = option("results", "folder to write the report to")
+        log_dir: str = option("logs", "folder that contains the runs", path=True)
+        results_dir: str = option("results", "folder to write the report to", path=True)
 
     if wants_help(arguments):
         print("Write tables, figures and a summary of all runs, finished or not.\n")
@@ -76,7 +90,7 @@ def _check_dataset(arguments: Sequence[str]) -> None:
     @dataclass
     class CheckConfig:
         file: str | None = option(
-            None, "HDF5 file in D4RL's layout with infos/qpos; `file=` may be omitted"
+            None, "HDF5 file in D4RL's layout with infos/qpos; `file=` may be omitted", path=True
         )
         task: str | None = option(None, "D4RL task name; null: inferred from the file")
         limit: int = option(DEFAULT_LIMIT, "number of rows to check, evenly spaced over the file")
@@ -103,9 +117,11 @@ def _convert(arguments: Sequence[str]) -> None:
     @dataclass
     class ConvertConfig:
         input: str | None = option(
-            None, "file of arrays: .npz, .csv, .json or .safetensors; `input=` may be omitted"
+            None,
+            "file of arrays: .npz, .csv, .json or .safetensors; `input=` may be omitted",
+            path=True,
         )
-        output: str | None = option(None, "HDF5 file to write; `output=` may be omitted")
+        output: str | None = option(None, "HDF5 file to write; `output=` may be omitted", path=True)
         max_episode_steps: int = option(
             1000, "horizon of the task, for data that tell neither time-outs nor next observations"
         )
@@ -130,6 +146,8 @@ def _convert(arguments: Sequence[str]) -> None:
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "rank": _rank,
+    "finetune": _finetune,
     "sweep": _sweep,
     "report": _report,
     "check-dataset": _check_dataset,
@@ -171,7 +189,7 @@ def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> 
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone, as in `pogo train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except KeyboardInterrupt:
         exit_with_error(KeyboardInterrupt("stopped immediately"), 128 + signal.SIGINT)
     except (ValueError, OSError, ImportError) as error:

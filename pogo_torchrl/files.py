@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+# Errors of file systems, such as those of networks, that cannot flush folders.
+_CANNOT_FLUSH = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
+
 
 @contextmanager
 def atomic_write(path: Path, mode: Literal["xb", "x"] = "xb", **options: Any) -> Iterator[IO[Any]]:
@@ -47,10 +50,19 @@ def atomic_write(path: Path, mode: Literal["xb", "x"] = "xb", **options: Any) ->
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file to disk, or a folder, on systems that can."""
+    try:
+        # Windows flushes only files that are open for writing, and does not open folders.
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _CANNOT_FLUSH:
+            raise
     finally:
         os.close(descriptor)
 
@@ -101,19 +113,6 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     # As the XDG specification requires, an empty variable counts as unset.
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "pogo_torchrl"
-
-
-def physical_memory() -> float:
-    """Return the machine's memory in bytes, or infinity if the system does not report it.
-
-    Example:
-        >>> physical_memory() > 1e6
-        True
-    """
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return float("inf")
 
 
 def make_writable(folder: Path, option: str) -> None:

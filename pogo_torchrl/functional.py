@@ -434,3 +434,63 @@ def weights_to_step_sizes(
     first, *others = w2_weights
     costs = [2 * first, *(w * action_dim for w in others)]
     return tuple(alpha / cost if cost else math.inf for cost in costs)
+
+
+def value_scale(reward: Tensor, terminated: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    r"""Centre and scale of the values of a dataset, to start a fit of Q functions from.
+
+    The centre c is the constant that solves Bellman's equation on average over the dataset, the
+    scale is the standard deviation of a sum of independent, discounted residuals of it:
+
+    .. math::
+        c = \frac{\sum r}{\sum (1 - \gamma (1 - terminated))}, \qquad
+        \sigma^2 = \frac{\mathrm{var}(\tilde r)}{1 - \mathrm{mean}\,\gamma^2 (1 - terminated)}
+
+    with :math:`\tilde r` of :func:`centred_reward`.
+
+    Args:
+        reward: rewards, of shape ``[*B]``.
+        terminated: boolean terminal flags, of shape ``[*B]``.
+        gamma: discount factor per step.
+
+    Returns:
+        The centre and the scale, scalars. The centre is 0 where no constant solves the equation,
+        the scale 1 where all residuals are equal.
+
+    Example:
+        >>> import torch
+        >>> centre, _ = value_scale(torch.ones(3), torch.zeros(3, dtype=torch.bool), gamma=0.5)
+        >>> centre.item()
+        2.0
+    """
+    discount = gamma * (~terminated).to(reward.dtype)
+    ends = (1 - discount).sum()
+    centre = reward.sum() / ends if ends > 0 else reward.new_zeros(())
+    residual = centred_reward(reward, terminated, gamma, centre)
+    scale = residual.std() / (1 - (discount**2).mean()).clamp_min(1e-4).sqrt()
+    return centre, scale if scale > 0 else reward.new_ones(())
+
+
+def centred_reward(
+    reward: Tensor, terminated: Tensor, gamma: float, centre: float | Tensor
+) -> Tensor:
+    r"""Rewards whose Q functions are those of the given rewards minus a constant c, exactly.
+
+    .. math::
+        \tilde r = r - c\,(1 - \gamma (1 - terminated)), \qquad \tilde Q^\pi = Q^\pi - c
+
+    Args:
+        reward: rewards, of shape ``[*B]``.
+        terminated: boolean terminal flags, of shape ``[*B]``.
+        gamma: discount factor per step.
+        centre: c.
+
+    Returns:
+        The rewards :math:`\tilde r`, of shape ``[*B]``.
+
+    Example:
+        >>> import torch
+        >>> centred_reward(torch.ones(2), torch.tensor([False, True]), 0.5, 2.0).tolist()
+        [0.0, -1.0]
+    """
+    return reward - centre * (1 - gamma * (~terminated).to(reward.dtype))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import re
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from runs import SMALL, run_folder
@@ -17,12 +19,13 @@ from pogo_torchrl.cli import main
 from pogo_torchrl.experiments import film as film_module
 from pogo_torchrl.experiments.build import env_fn
 from pogo_torchrl.experiments.config import EnvConfig
-from pogo_torchrl.experiments.evaluate import evaluate
+from pogo_torchrl.experiments.evaluate import evaluate, evaluation_table
 from pogo_torchrl.experiments.film import check_film, film
 from pogo_torchrl.experiments.overrides import from_flags
 from pogo_torchrl.export import on_raw_observations, policy_environment, save_actors
+from pogo_torchrl.trainers.hooks import Evaluation
 
-COMMANDS = ("train", "evaluate", "sweep", "report", "check-dataset")
+COMMANDS = ("train", "evaluate", "rank", "finetune", "sweep", "report", "check-dataset")
 
 
 def module(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -121,6 +124,7 @@ def test_unknown_command(word, answer, capsys):
         (["--resume", "--bf16", "seed=1"], ["resume=true", "bf16=true", "seed=1"]),
         (["--resume", "false"], ["resume=false"]),
         (["--cfg", "job", "-m"], ["--cfg", "job", "-m"]),
+        (["lr=1,2", "-m", "seed=1"], ["-m", "lr=1,2", "seed=1"]),
         (["--config-dir=here"], ["--config-dir=here"]),
     ],
 )
@@ -167,6 +171,18 @@ def test_policy_is_evaluated_in_its_training_environment_by_default(tmp_path):
     assert one.lengths.tolist() == [3, 3]
     (one, *_) = evaluate([str(path), "episodes=2", "--task", "hopper-expert-v2"])
     assert one.lengths.max() > 5
+
+
+def test_large_values_keep_the_columns_of_the_table():
+    values = np.array([-1234567.0, 3e6])
+    both = [
+        Evaluation(0, "deterministic", values, values, 1e3 * values),
+        Evaluation(1, "stochastic", np.ones(2), np.ones(2), np.ones(2)),
+    ]
+    lines = evaluation_table(both).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    ends = [[found.end() for found in re.finditer(r"± \S+", line)] for line in lines[1:]]
+    assert ends[0] == ends[1]
 
 
 def test_errors_of_evaluate(tmp_path, monkeypatch, capsys):

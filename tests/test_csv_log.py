@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from torchrl.record.loggers import get_logger
 
+from pogo_torchrl.experiments import csv_log
 from pogo_torchrl.experiments.csv_log import (
     LOGGERS,
     CSVSink,
@@ -163,6 +164,43 @@ def test_wandb_keeps_runs_apart(tmp_path, monkeypatch):
     for logger in (first, second):
         LoggerSink(logger, "metrics").write(4, [{"loss": 0.5}])
         close_logger(logger)
+
+
+def test_wandb_has_one_run_per_run_across_resumes(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(csv_log, "check_logger", lambda *args, **kwargs: None)
+    monkeypatch.setattr(csv_log, "get_logger", lambda *args, **kwargs: made.append((args, kwargs)))
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    settings = {"lr": 1e-3, "logger": {"project": None, "group": "mine", "tags": ["a", "b"]}}
+    for resume in (False, True, False):
+        make_logger(
+            "wandb", tmp_path, "task", run="task/w2_1/seed_0", settings=settings, resume=resume
+        )
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    make_logger("wandb", tmp_path, "task", resume=True)
+    assert [args[2] for args, _ in made] == [*["task/w2_1/seed_0"] * 3, "task"]
+    first, resumed, again, other = (kwargs["wandb_kwargs"] for _, kwargs in made)
+    assert (first["project"], first["group"], first["tags"]) == ("pogo", "mine", ["a", "b"])
+    assert first["config"] == settings
+    assert (first["id"], first["resume"]) == (resumed["id"], "allow")
+    assert again["id"] != first["id"]  # started anew
+    assert (other["project"], other["group"], other["id"]) == ("theirs", "task", again["id"])
+
+
+def test_wandb_records_and_resumes(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = {"total_steps": 10, "logger": {"project": "p", "group": "g", "tags": ["t"]}}
+    ids = []
+    for resume in (False, True):
+        settings["total_steps"] *= 2
+        logger = make_logger("wandb", tmp_path, "run", settings=settings, resume=resume)
+        run = logger.experiment
+        assert (run.project, run.group, list(run.tags)) == ("p", "g", ["t"])
+        assert run.config["total_steps"] == settings["total_steps"]
+        ids.append(run.id)
+        close_logger(logger)
+    assert ids[0] == ids[1]
 
 
 def test_row_truncated_by_a_full_disk_is_dropped_on_resume(tmp_path):

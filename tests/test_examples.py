@@ -26,6 +26,14 @@ def test_the_chain_over_iql_runs_and_is_short(tmp_path):
     assert len(EXAMPLE.with_name("jko_chain_iql.py").read_text().splitlines()) < 80
 
 
+def test_fine_tuning_runs_and_is_short(tmp_path):
+    module = example("pogo_finetune")
+    scores = module.main(2, env_steps=50, episodes=1, batch_size=8, size=300, cache_dir=tmp_path)
+    assert len(scores) == 2
+    assert all(math.isfinite(value) for value in scores)
+    assert len(EXAMPLE.with_name("pogo_finetune.py").read_text().splitlines()) < 80
+
+
 @pytest.mark.parametrize("delay_actor", [False, True])
 def test_the_single_file_runs_from_a_dataset_to_scores(tmp_path, capsys, delay_actor):
     module = example("pogo_single_file")

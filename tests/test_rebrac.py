@@ -262,3 +262,12 @@ def test_errors_of_networks_and_batches():
         loss(random_batch().exclude(("next", "action")))
     with pytest.raises(KeyError, match="ReBRACLoss needs the key 'observation'"):
         loss(random_batch().exclude("observation"))
+
+
+def test_targets_stay_free_of_gradients():
+    loss = ReBRACLoss(*networks(), action_spec=SPEC)
+    loss(random_batch())
+    for name in ("actor", "qvalue"):
+        target = getattr(loss, f"target_{name}_network_params")
+        assert not any(value.requires_grad for value in target.values(True, True))
+    assert not [name for name, _ in loss.named_parameters() if "target" in name]

@@ -374,7 +374,7 @@ def jobs(tmp_path_factory):
 )
 def test_processes_share_cores_and_gpus(jobs, monkeypatch, most, cores, gpus, threads, count, each):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(local, "_usable_cores", lambda: cores)
+    monkeypatch.setattr(local, "usable_cores", lambda: cores)
     monkeypatch.setattr(local, "_gpus", lambda: gpus)
     anywhere, on_cpu = jobs
     environments = local.process_environments(most, anywhere)

@@ -218,3 +218,50 @@ def test_step_sizes_set_the_weights(tmp_path):
     file.write_text(common + section % "w2_weights: [1, 1]")
     with pytest.raises(ValueError, match=r"step_sizes=.* set w2_weights; give one of the two"):
         read_sweep(str(file))
+
+
+def test_a_grid_makes_runs_of_all_combinations_with_folders_of_their_own(tmp_path):
+    runs = expand(
+        tmp_path,
+        """
+        common: {seeds: [0, 1], learning_rate: 1, grid: {learning_rate: [1e-4, 3e-4]}}
+        environments:
+          hopper:
+            medium: {w2_weights: [1], grid: {data: {size: [10, 1e3]}}}
+            medium-replay: {w2_weights: [2], grid: {lr: [0.5]}}
+        """,
+    )
+    names = [
+        f"hopper-medium-v2/w2_1_lr_{lr}_size_{size}/seed_{seed}"
+        for lr in ("0.0001", "0.0003")
+        for size in (10, 1000)
+        for seed in (0, 1)
+    ]
+    replay = [f"hopper-medium-replay-v2/w2_2_lr_0.5/seed_{seed}" for seed in (0, 1)]
+    assert [run.name for run in runs] == names + replay
+    assert [(run.cfg.lr, run.cfg.data.size) for run in runs[2:6]] == [
+        (1e-4, 1000), (1e-4, 1000), (3e-4, 10), (3e-4, 10),
+    ]  # fmt: skip
+    for run in runs:
+        assert compose(run.arguments) == run.cfg
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ("{lr: 1}", ["lr=1 must be a list of values"]),
+        ("{lr: []}", ["must be a list of values"]),
+        ("{lr: [1, fast]}", ["lr=", "a number"]),
+        ("{lrr: [1]}", ["did you mean lr"]),
+        ("{w2_weights: [[1], [2]]}", ["w2_weights_grid"]),
+        ("{seeds: [0, 1]}", ["seeds, outside of the grid"]),
+        ("{checkpoint_dir: [a, b]}", ["below log_dir"]),
+    ],
+)
+def test_errors_of_grids(tmp_path, grid, words):
+    with pytest.raises(ValueError, match=r"sweep\.yaml") as error:
+        expand(
+            tmp_path,
+            f"common: {{seeds: [0], grid: {grid}}}\n" + "environments: {hopper: {medium: }}",
+        )
+    assert all(word in str(error.value) for word in words)

@@ -346,6 +346,13 @@ def test_critics_far_beyond_the_largest_return_stop_the_run(make_trainer):
     assert not warnings
 
 
+def test_values_of_untrained_critics_are_no_divergence_if_rewards_are_tiny(make_trainer):
+    metrics, warnings = LogMetrics([Rows()], 4), []
+    guard = StopOnDivergence(metrics, 1e-12, untrained=100.0, warn=warnings.append)
+    make_trainer(12, hooks=[guard, metrics]).train()
+    assert not warnings
+
+
 def test_an_interrupted_evaluation_is_repeated_on_resume(make_trainer, tmp_path):
     import numpy as np
 

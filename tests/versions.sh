@@ -4,7 +4,7 @@
 #     tests/versions.sh [PYTEST ARGUMENTS]
 #
 # Makes one virtual environment after the other in a temporary folder, some GB each. Needs
-# python3.10 and python3.12 (PYTHON_OLD, PYTHON_NEW name others); ONLY=nightly runs one of them.
+# python3.10 and python3.12 (PYTHON_OLD, PYTHON_NEW name others, such as python3.13); ONLY=nightly runs one of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -23,8 +23,9 @@ from safetensors.numpy import load_file
 
 from pogo_torchrl.data.hdf5 import Dataset, read_open_file
 from pogo_torchrl.data.layout import NAMES
-from pogo_torchrl.files import atomic_write, cannot_read, cannot_write, physical_memory
+from pogo_torchrl.files import atomic_write, cannot_read, cannot_write
 from pogo_torchrl.hdf5_files import UnsupportedFileError
+from pogo_torchrl.machine import physical_memory
 
 Arrays = dict[str, np.ndarray]
 

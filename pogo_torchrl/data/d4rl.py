@@ -148,7 +148,11 @@ class D4RLReplay(D4RLExperienceReplay):
 
 
 def read_d4rl(
-    task: str, *, mirror: str | Path | None = None, cache_dir: str | Path | None = None
+    task: str,
+    *,
+    mirror: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
 ) -> Dataset:
     """Load the transitions of a D4RL task.
 
@@ -157,6 +161,7 @@ def read_d4rl(
         mirror: see :class:`D4RLReplay`. Defaults to D4RL's own server.
         cache_dir: see :class:`D4RLReplay`. Defaults to ``$XDG_CACHE_HOME/pogo_torchrl`` or
             ``~/.cache/pogo_torchrl``.
+        progress: see :class:`D4RLReplay`. Defaults to ``True``.
 
     Returns:
         The transitions and the episode returns.
@@ -165,7 +170,7 @@ def read_d4rl(
         ValueError: see :class:`D4RLReplay`.
         OSError: see :class:`D4RLReplay`.
     """
-    replay = D4RLReplay(task, mirror=mirror, cache_dir=cache_dir)
+    replay = D4RLReplay(task, mirror=mirror, cache_dir=cache_dir, progress=progress)
     data = Dataset(replay[:], replay.episode_returns)
     # The replay buffer is part of reference cycles that keep its large tensors alive.
     del replay

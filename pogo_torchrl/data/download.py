@@ -10,9 +10,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pogo_torchrl.files import atomic_write
+from pogo_torchrl.progress import progress_bar
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -75,7 +74,9 @@ def _attempt(url: str, path: Path, timeout: float, progress: bool) -> None:
     with urllib.request.urlopen(url, timeout=timeout) as response:
         length = response.headers.get("Content-Length")
         total = int(length) if length is not None else None
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=not progress)
+        bar = progress_bar(
+            total=total, unit="B", unit_scale=True, desc=path.name, disable=not progress
+        )
         with bar, atomic_write(path) as file:
             while block := response.read(1 << 20):
                 file.write(block)

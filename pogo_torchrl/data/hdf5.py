@@ -20,8 +20,8 @@ from pogo_torchrl.data.layout import (
     read_ends,
     trajectory_ends,
 )
-from pogo_torchrl.files import physical_memory
 from pogo_torchrl.hdf5_files import UnsupportedFileError, check_real, open_hdf5, size_in_memory
+from pogo_torchrl.machine import physical_memory
 
 _OTHER_TYPES = (".npz", ".npy", ".csv", ".json", ".safetensors", ".pkl", ".pickle", ".pt", ".pth")
 _FLAGS = ("terminals", "timeouts", "dones")

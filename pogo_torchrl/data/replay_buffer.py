@@ -154,6 +154,7 @@ def make_replay_buffer(
     next_action: bool = False,
     clip_actions: bool | tuple[torch.Tensor, torch.Tensor] = False,
     device: torch.device | str = "cpu",
+    progress: bool = True,
 ) -> OfflineReplayBuffer:
     """Load the offline dataset of a task into a TorchRL replay buffer.
 
@@ -190,6 +191,7 @@ def make_replay_buffer(
         clip_actions: clip the dataset's actions to these bounds ``(low, high)``, each ``[d]``, or
             with ``True`` to [-1, 1], those of all D4RL tasks. Defaults to ``False``.
         device: device of the data. Defaults to ``"cpu"``.
+        progress: show progress bars of rollouts and downloads. Defaults to ``True``.
 
     Returns:
         A replay buffer with the rows of ``d4rl.qlearning_dataset``, in the same order (or the
@@ -213,12 +215,14 @@ def make_replay_buffer(
     """
     _check_arguments(source, path, mirror, batch_size)
     if source == "d4rl":
-        data = read_d4rl(task, mirror=mirror, cache_dir=cache_dir)
+        data = read_d4rl(task, mirror=mirror, cache_dir=cache_dir, progress=progress)
     elif source == "minari":
         data = read_minari(str(path))
     else:
         if source == "local":
-            path = behaviour_dataset(task, size=size, seed=seed, cache_dir=cache_dir)
+            path = behaviour_dataset(
+                task, size=size, seed=seed, cache_dir=cache_dir, progress=progress
+            )
         try:
             data = read_hdf5(str(path), max_episode_steps=max_episode_steps(task))
         except ValueError as error:

@@ -55,6 +55,10 @@ def step_in_parallel(
         >>> observations.shape, rewards.shape, over.tolist()
         ((2, 11), (2,), [False, False])
     """
+    if "fork" not in multiprocessing.get_all_start_methods() or not hasattr(
+        signal, "pthread_sigmask"
+    ):
+        processes = 1  # as on Windows
     workers: list[BaseProcess] = []
     pipes: list[Connection] = []
 

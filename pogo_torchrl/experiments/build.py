@@ -24,8 +24,8 @@ from pogo_torchrl.data import OfflineReplayBuffer
 from pogo_torchrl.envs import BACKENDS, make_env, max_episode_steps, split_task
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments.console import LOGGER
-from pogo_torchrl.files import physical_memory
 from pogo_torchrl.functional import step_sizes_to_weights
+from pogo_torchrl.machine import physical_memory
 from pogo_torchrl.modules import make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.objectives.checks import check_step_sizes

@@ -22,7 +22,14 @@ OmegaConf.register_new_resolver(
 )
 
 
-def option(default: Any, help: str, *, lowest: int = 1, highest: int | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    lowest: int = 1,
+    highest: int | None = None,
+    path: bool = False,
+) -> Any:
     """Dataclass field of an option.
 
     Args:
@@ -30,11 +37,13 @@ def option(default: Any, help: str, *, lowest: int = 1, highest: int | None = No
         help: what the option does, as ``--help`` prints it.
         lowest: smallest allowed value of an integer. Defaults to ``1``.
         highest: largest allowed value of an integer; ``None``: no limit. Defaults to ``None``.
+        path: whether the value is a file or folder, in which ``~`` and environment variables are
+            expanded. Defaults to ``False``.
 
     Returns:
         A :func:`dataclasses.field` with this metadata.
     """
-    metadata = {"help": help, "lowest": lowest, "highest": highest}
+    metadata = {"help": help, "lowest": lowest, "highest": highest, "path": path}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -50,10 +59,12 @@ class DataConfig:
         "(downloaded), minari (a Minari dataset) or hdf5 (a file in D4RL's layout)",
     )
     path: str | None = option(
-        None, "HDF5 file (data.source=hdf5) or Minari dataset ID (data.source=minari)"
+        None, "HDF5 file (data.source=hdf5) or Minari dataset ID (data.source=minari)", path=True
     )
     mirror: str | None = option(
-        None, "URL or folder of a copy of D4RL's files (data.source=d4rl); null: D4RL's own server"
+        None,
+        "URL or folder of a copy of D4RL's files (data.source=d4rl); null: D4RL's own server",
+        path=True,
     )
     size: int = option(
         100_000, "number of transitions to roll out (data.source=local)", highest=100_000_000
@@ -67,6 +78,7 @@ class DataConfig:
     cache_dir: str | None = option(
         None,
         "folder for rollouts and downloads; null: pogo_torchrl in your cache folder (~/.cache)",
+        path=True,
     )
     normalize: bool = option(
         True, "normalise observations by the mean and standard deviation of the data"
@@ -101,6 +113,11 @@ class LoggerConfig:
     backend: str | None = option(
         None, "logger besides the CSV files: csv, mlflow, trackio, tensorboard, wandb; null: none"
     )
+    project: str | None = option(
+        None, "project (wandb, trackio); null: the environment's (WANDB_PROJECT), or pogo"
+    )
+    group: str | None = option(None, "group of the run (wandb); null: the task")
+    tags: list[str] | None = option(None, "tags of the run (wandb), [a,b]; null: none")
 
 
 @dataclass
@@ -152,9 +169,16 @@ class RunConfig:
         False, "bitwise reproducible runs on a GPU, at lower speed; runs on a CPU always are"
     )
     log_dir: str = option(
-        "logs", "folder for all runs; a run writes to LOG_DIR/TASK/w2_WEIGHTS/seed_SEED"
+        "logs", "folder for all runs; a run writes to LOG_DIR/TASK/w2_WEIGHTS/seed_SEED", path=True
     )
-    checkpoint_dir: str | None = option(None, "folder for checkpoints; null: in the run's folder")
+    variant: str | None = option(
+        None,
+        "name of runs that differ in other options than task, w2_weights and seed, which becomes "
+        "part of their folder: TASK/w2_WEIGHTS_VARIANT/seed_SEED; set by --multirun",
+    )
+    checkpoint_dir: str | None = option(
+        None, "folder for checkpoints; null: in the run's folder", path=True
+    )
     save_model: bool = option(
         True, "write the trained chain to policy.safetensors next to the checkpoints"
     )
@@ -300,9 +324,11 @@ class SweepConfig(RunConfig):
     """Options of ``pogo sweep``: its own, and those of its runs."""
 
     sweep: str | None = option(
-        None, "sweep file (YAML), or the name of a bundled one: locomotion, antmaze"
+        None, "sweep file (YAML), or the name of a bundled one: locomotion, antmaze", path=True
     )
-    results_dir: str = option("results", "folder for tables and figures over all runs in log_dir")
+    results_dir: str = option(
+        "results", "folder for tables and figures over all runs in log_dir", path=True
+    )
     launcher: str = option(
         "local",
         "where the runs execute: local (processes on this machine), slurm (a cluster) or "

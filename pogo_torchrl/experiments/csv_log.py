@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import os
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,14 +175,30 @@ def check_logger(name: str, *, stacked: bool = False) -> None:
         )
 
 
-def make_logger(name: str, folder: str | Path, experiment: str) -> Logger:
-    r"""Create one of TorchRL's loggers; each call starts a new run in it.
+def make_logger(
+    name: str,
+    folder: str | Path,
+    experiment: str,
+    *,
+    run: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+) -> Logger:
+    r"""Create one of TorchRL's loggers; each call starts a new run in it, unless it resumes one.
 
     Args:
         name: name of the logger, one of :data:`LOGGERS`.
         folder: folder for the logger's files. Trackio has its own (``$TRACKIO_DIR``), and MLflow
             logs to ``$MLFLOW_TRACKING_URI`` if that is set.
         experiment: display name of the run.
+
+    Keyword Args:
+        run: display name in wandb, whose projects have runs of many tasks, weights and seeds.
+            Defaults to ``experiment``.
+        settings: the options of the run, which wandb records; its ``logger`` has the project, the
+            group and the tags. Defaults to none.
+        resume: continue the run that a previous call has started in this folder (wandb). Defaults
+            to ``False``.
 
     Raises:
         ValueError: if the logger is unknown.
@@ -203,13 +220,36 @@ def make_logger(name: str, folder: str | Path, experiment: str) -> Logger:
         logger = MLFlowLogger(experiment, f"sqlite:///{folder / 'mlflow.db'}")
         os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow sets it, also for the next run
         return logger
-    return get_logger(
-        name,
-        str(folder),
-        experiment,
-        wandb_kwargs={"project": "pogo", "reinit": "create_new"},  # by default, runs are merged
-        trackio_kwargs={"project": "pogo", "resume": "never"},
-    )
+    settings = dict(settings or {})
+    options = settings.get("logger", {})
+    project = options.get("project") or os.environ.get("WANDB_PROJECT") or "pogo"
+    if name == "wandb":
+        return get_logger(
+            name,
+            str(folder),
+            run or experiment,
+            wandb_kwargs={
+                "project": project,
+                "group": options.get("group") or experiment,
+                "tags": options.get("tags"),
+                "config": settings,
+                "allow_val_change": True,  # of total_steps, for example
+                "id": _wandb_id(folder, resume),
+                "resume": "allow",
+                "reinit": "create_new",  # by default, runs of one process are merged
+            },
+        )
+    trackio = {"project": project, "resume": "never"}
+    return get_logger(name, str(folder), experiment, trackio_kwargs=trackio)
+
+
+def _wandb_id(folder: Path, resume: bool) -> str:
+    """Name by which wandb recognises the run in a folder when it is resumed."""
+    path = folder / "wandb_id.txt"
+    if not (resume and path.exists()):
+        with atomic_write(path, "x") as file:
+            file.write(uuid.uuid4().hex[:12])
+    return path.read_text()
 
 
 def close_logger(logger: Logger) -> None:

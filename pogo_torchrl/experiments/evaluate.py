@@ -20,7 +20,9 @@ from pogo_torchrl.modules import TransportActor
 class EvaluateConfig:
     """Options of ``pogo evaluate``."""
 
-    policy: str | None = option(None, "policy.safetensors file of a run; `policy=` may be omitted")
+    policy: str | None = option(
+        None, "policy.safetensors file of a run; `policy=` may be omitted", path=True
+    )
     task: str | None = option(
         None,
         "D4RL task that sets the environment and the score; null: the task of the policy's run",
@@ -30,7 +32,7 @@ class EvaluateConfig:
     )
     seed: int = option(0, "seed of initial states and action noise", lowest=0, highest=2**32 - 1)
     video: str | None = option(
-        None, "MP4 file to write, showing one episode of every actor; null: no video"
+        None, "MP4 file to write, showing one episode of every actor; null: no video", path=True
     )
     env: EnvConfig = field(default_factory=EnvConfig)
 
@@ -65,7 +67,7 @@ def evaluate(arguments: Sequence[str]) -> list[Evaluation]:
         cfg.task, episodes=cfg.episodes, seed=cfg.seed, env_fn=env_fn(cfg.task, cfg.env)
     )
     _check_sizes(cfg.policy, actors, evaluator)
-    path = None if cfg.video is None else Path(cfg.video).expanduser()
+    path = None if cfg.video is None else Path(cfg.video)
     if path is not None:
         drawing = env_fn(cfg.task, cfg.env, render_mode="rgb_array")
         check_film(path, drawing)
@@ -98,11 +100,15 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
               0  deterministic       3.0 ± 1.0      1.5 ± 0.5     11.0 ± 1.0
               0  stochastic          3.0 ± 1.0      1.5 ± 0.5     11.0 ± 1.0
     """
-    lines = [f"  {'actor':>5}  {'mode':13}{'return':>16}{'D4RL score':>15}{'length':>15}"]
+    rows = [["return", "D4RL score", "length"]]
     for e in evaluations:
-        values = [f"{v.mean():.1f} ± {v.std():.1f}" for v in (e.returns, e.scores, e.lengths)]
-        lines.append(f"  {e.actor:>5}  {e.mode:13}{values[0]:>16}{values[1]:>15}{values[2]:>15}")
-    return "\n".join(lines)
+        rows.append([f"{v.mean():.1f} ± {v.std():.1f}" for v in (e.returns, e.scores, e.lengths)])
+    widths = [max(14, *map(len, column)) + 1 for column in zip(*rows)]
+    names = [f"  {'actor':>5}  {'mode':14}", *(f"  {e.actor:>5}  {e.mode:14}" for e in evaluations)]
+    return "\n".join(
+        name + "".join(f"{cell:>{width}}" for cell, width in zip(row, widths))
+        for name, row in zip(names, rows)
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

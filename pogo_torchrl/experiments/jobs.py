@@ -228,7 +228,7 @@ class Worker:
         with self._lock:
             self._signal = number
             if self._process is not None:
-                self._process.send_signal(number)
+                _send_signal(self._process, number)
 
     def __call__(
         self,
@@ -288,7 +288,7 @@ class Worker:
                 start_new_session=True,
             )
             if self._signal is not None:  # set by a handler that ran in the lines above
-                self._process.send_signal(self._signal)
+                _send_signal(self._process, self._signal)
         with self._process as process:
             code = process.wait()
         seconds = time.monotonic() - start
@@ -307,6 +307,15 @@ class Worker:
         if all(outcome.status != FAILED for outcome in outcomes):
             log.unlink()
         return outcomes
+
+
+def _send_signal(process: subprocess.Popen, number: int) -> None:
+    """Let a worker save and stop; Windows cannot send signals, but workers watch their stdin."""
+    if sys.platform == "win32":
+        assert process.stdin is not None
+        process.stdin.close()
+    else:
+        process.send_signal(number)
 
 
 # Write tracebacks of crashes and of Python errors to stderr.
@@ -337,10 +346,11 @@ def _record_failure(folder: RunFolder, error: str, code: int) -> None:
 def _failure_reason(code: int, log: Path, run: Run) -> str:
     """Reason why a process did not complete a run."""
     if code < 0:
-        name = signal.Signals(-code).name
+        known = {number.value: number.name for number in signal.Signals}
+        name = known.get(-code, f"signal {-code}")
         cause = " (the system may have run out of memory)" if name == "SIGKILL" else ""
         return f"the process was killed by {name}{cause}; see {log}"
-    lines = log.read_text(errors="replace").split("\n")
+    lines = log.read_text("utf-8", "replace").split("\n")
     lines = [line.split("\r")[-1].strip() for line in lines if line.strip()]
     of_run = [line for line in lines if line.startswith(f"pogo: {run.name}: ")]  # in a stack
     last = (of_run or lines or [f"the process ended with exit code {code}"])[-1]

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from pogo_torchrl.experiments.jobs import Interrupted, Job, Outcome, ProgressReporter, Worker
 from pogo_torchrl.experiments.signals import on_signals
+from pogo_torchrl.machine import usable_cores
 
 
 def run_locally(
@@ -85,7 +86,7 @@ def process_environments(most: int | None, jobs: Sequence[Job]) -> list[dict[str
     """
     devices = {run.cfg.device for job in jobs for run in job.runs}
     gpus = _gpus() if devices != {"cpu"} else []
-    cores = _usable_cores()
+    cores = usable_cores()
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     threads = max(int(wanted), 1) if wanted.isdecimal() else None
     count = most or len(gpus) or max(cores // (threads or 1), 1)
@@ -112,9 +113,3 @@ def _gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     indices = [str(i) for i in range(torch.cuda.device_count())]
     return visible.split(",")[: len(indices)] if visible else indices
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -29,6 +29,8 @@ from pogo_torchrl.experiments.config import (
     to_text,
     top_level_options,
 )
+from pogo_torchrl.experiments.multirun import is_multirun
+from pogo_torchrl.experiments.typed_text import expand_paths, fill_braces, keep_text
 
 # Every weight stands for one network and is part of the run folder's name; published chains have
 # three.
@@ -60,7 +62,8 @@ def from_flags(
         arguments: command-line arguments.
         schema: dataclass of the command's options. A boolean flag without a value means ``true``.
             Defaults to :class:`~pogo_torchrl.experiments.config.RunConfig`.
-        hydra: whether to keep Hydra's own flags unchanged. Defaults to ``True``.
+        hydra: whether to keep Hydra's own flags, which come first in the result: Hydra does not
+            accept them between options. Defaults to ``True``.
 
     Returns:
         The converted arguments.
@@ -73,6 +76,7 @@ def from_flags(
         ['seed=3', 'data.source=minari', 'resume=true', 'lr=1e-4']
     """
     known = {name: hint for name, _, hint, _ in iter_options(schema)}
+    flags: list[str] = []
     found: list[str] = []
     rest = list(arguments)
     while rest:
@@ -82,9 +86,9 @@ def from_flags(
             found.append(argument)
             continue
         if hydra and flag in _HYDRA_FLAGS | _HYDRA_VALUES:
-            found.append(argument)
+            flags.append(argument)
             if flag in _HYDRA_VALUES and not equals and rest:
-                found.append(rest.pop(0))
+                flags.append(rest.pop(0))
             continue
         name = flag.lstrip("-").replace("-", "_")
         check_name(name, known)
@@ -96,7 +100,7 @@ def from_flags(
             else:
                 raise ValueError(f"{flag} needs a value: write {name}=VALUE.")
         found.append(f"{name}={value}")
-    return found
+    return [*flags, *found]
 
 
 def check_name(name: str, known: Collection[str]) -> None:
@@ -147,10 +151,11 @@ def parse_options(arguments: Sequence[str], defaults: Any, *positional: str) -> 
         if not value:
             raise ValueError(f"{name} needs a value: write {name}=VALUE.")
         try:
-            OmegaConf.update(cfg, name, None if value == "null" else value)
+            OmegaConf.update(cfg, name, None if value == "null" else fill_braces(value, schema))
         except OmegaConfBaseException as error:
             raise ValueError(_type_error(name, value, *known[name])) from error
     check_options(cfg, schema)
+    expand_paths(cfg, schema)
     return cfg
 
 
@@ -200,7 +205,9 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         _outside_hydra(),
         initialize_config_module("pogo_torchrl.experiments.conf", version_base="1.3"),
     ):
-        return hydra_compose("config", overrides=list(overrides))
+        cfg = hydra_compose("config", overrides=keep_text(overrides))
+    expand_paths(cfg)
+    return cfg
 
 
 def sweep_options(arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
@@ -225,12 +232,13 @@ def sweep_options(arguments: Sequence[str]) -> tuple[DictConfig, list[str]]:
     run_options, others = set(top_level_options()), []
     cfg = OmegaConf.structured(SweepConfig)
     for argument in arguments:
-        override = OverridesParser.create().parse_override(argument)
+        override = OverridesParser.create().parse_override(*keep_text([argument], SweepConfig))
         if override.is_hydra_override() or override.key_or_group.split(".")[0] in run_options:
             others.append(argument)
         else:
             OmegaConf.update(cfg, override.key_or_group, override.value())
     check_options(cfg, SweepConfig)
+    expand_paths(cfg, SweepConfig)
     return cfg, others
 
 
@@ -307,6 +315,7 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
         ValueError: total_steps=many must be an integer, e.g. 3000.
     """
     parser = OverridesParser.create()
+    arguments = keep_text(arguments, schema)
     for previous, argument in zip(("", *arguments), arguments):
         if argument.startswith("-") or (previous.startswith("-") and "=" not in argument):
             continue  # Hydra's flags and their values
@@ -318,8 +327,7 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
                 f"contain special characters, e.g. 'data.path=\"a=b.hdf5\"' (--help lists all)"
             ) from error
         if not override.is_hydra_override():
-            multirun = not {"-m", "--multirun"}.isdisjoint(arguments)
-            _check_override(override, schema, multirun)
+            _check_override(override, schema, is_multirun(arguments))
     keys = {argument.partition("=")[0] for argument in arguments}
     if {"step_sizes", "w2_weights"} <= keys:
         raise ValueError("step_sizes set w2_weights; give one of the two.")
@@ -378,6 +386,7 @@ def _describe_type(hint: Any) -> str:
         str: "text",
         list[int]: "a list of integers",
         list[float]: "a list of numbers",
+        list[str] | None: "a list of texts or null",
         list[int] | None: "a list of integers or null",
         list[float] | None: "a list of numbers or null",
         int | None: "an integer or null",

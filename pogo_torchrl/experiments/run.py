@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,7 @@ from pogo_torchrl.experiments.run_folder import (
     lock_run_folder,
 )
 from pogo_torchrl.experiments.signals import Stopped, stop_on_signals
+from pogo_torchrl.experiments.typed_text import expand_paths
 from pogo_torchrl.export import on_raw_observations, save_actors
 from pogo_torchrl.files import atomic_write, cannot_write
 from pogo_torchrl.modules import TransportActor
@@ -195,7 +197,8 @@ class RunInProgress:
 
     def __init__(self, cfg: DictConfig, *, stacked: bool = False) -> None:
         check_options(cfg)
-        self.cfg = cfg = algorithms.resolve(cfg)
+        self.cfg = cfg = algorithms.resolve(copy.deepcopy(cfg))
+        expand_paths(cfg)
         self.is_pogo = cfg.algorithm == algorithms.POGO
         self.folder = RunFolder.of(cfg)
         self.averaged = cfg.average_actors is not None
@@ -262,9 +265,24 @@ class RunInProgress:
                 batch_size=cfg.batch_size,
                 next_action=cfg.critic_bc_weight > 0,
                 device=self.device,
+                progress=cfg.progress_bar,
                 **{**cfg.data, "clip_actions": cfg.data.clip_actions and bounds},
             )
             check_data(replay_buffer, self.evaluator, cfg.data)
+        self.make_trainer(replay_buffer, replay_buffer, fingerprint(cfg, replay_buffer))
+        self.resumed = self.trainer.resume() if cfg.resume else None
+
+    def make_trainer(
+        self, replay_buffer: OfflineReplayBuffer, batches: Any, fingerprint: dict[str, Any]
+    ) -> None:
+        """Create the trainer with its hooks.
+
+        Args:
+            replay_buffer: the data.
+            batches: the replay buffer that the trainer samples from.
+            fingerprint: what a checkpoint must share with a run that resumes from it.
+        """
+        cfg = self.cfg
         self.replay_buffer = replay_buffer
         self.reward_scale = algorithms.scale_rewards(cfg, replay_buffer)
         returns = replay_buffer.episode_returns
@@ -275,19 +293,19 @@ class RunInProgress:
         guard = StopOnDivergence(
             self.metrics,
             (float(rewards.abs().max()) + penalty) / (1 - cfg.gamma) if cfg.gamma < 1 else None,
+            untrained=1.0,  # tiny rewards are no reason to stop
             warn=LOGGER.warning,
             hint=POGO_HINT if self.is_pogo else "Try critic_layer_norm=true or a smaller lr.",
         )
         hooks = [guard, self.metrics, self.step_control, self.evaluate]
         self.trainer = algorithms.make_trainer(cfg)(
             self.loss,
-            replay_buffer,
+            batches,
             cfg.total_steps,
-            fingerprint=fingerprint(cfg, replay_buffer),
+            fingerprint=fingerprint,
             hooks=[hook for hook in hooks if hook is not None],
             **self.settings,
         )
-        self.resumed = self.trainer.resume() if cfg.resume else None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -310,7 +328,17 @@ class RunInProgress:
             elif self.resumed is not None:
                 LOGGER.info("Resumed at update %d.", self.resumed)
             backend = cfg.logger.backend
-            logger = self._logger = make_logger(backend, training, cfg.task) if backend else None
+            if backend:
+                settings: Any = OmegaConf.to_container(cfg, resolve=True)
+                self._logger = make_logger(
+                    backend,
+                    training,
+                    cfg.task,
+                    run=self.folder.root.relative_to(cfg.log_dir).as_posix(),
+                    settings=settings,
+                    resume=self.resumed is not None,
+                )
+            logger = self._logger
             for hook, name in ((self.metrics, "metrics"), (self.evaluate, "evaluations")):
                 sink = CSVSink(training / f"{name}.csv", resume_step=self.resumed)
                 hook.sinks = [sink, LoggerSink(logger, name)] if logger else [sink]
@@ -358,7 +386,11 @@ class RunInProgress:
         if trainer.collected_frames < self.cfg.total_steps or not self.evaluate.up_to_date():
             raise Stopped(trainer.collected_frames, trainer.stop_reason)
         chain = self._chain(averaged=self.averaged)
-        _write_results(self.cfg, self.folder, chain, self.behaviour)
+        _write_results(self.cfg, self.folder, chain, self.behaviour, trainer.collected_frames)
+
+    def deployed_actors(self) -> list[TransportActor]:
+        """The current actors to be deployed, on normalised observations."""
+        return [self.policy(i, averaged=self.averaged) for i in range(self.loss.num_actors)]
 
     def _chain(self, *, averaged: bool) -> list[TransportActor]:
         """The current chain, acting on raw observations."""
@@ -396,7 +428,11 @@ def _first_equal(actor: TransportActor, chain: Sequence[TransportActor]) -> Tran
 
 
 def _write_results(
-    cfg: DictConfig, folder: RunFolder, chain: list[TransportActor], behaviour: float
+    cfg: DictConfig,
+    folder: RunFolder,
+    chain: list[TransportActor],
+    behaviour: float,
+    updates: int,
 ) -> None:
     evaluations, curves = folder.training / "evaluations.csv", folder.training / "curves.png"
     policy = folder.checkpoints / "policy.safetensors"
@@ -419,4 +455,4 @@ def _write_results(
     if cfg.save_model:
         LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
     with atomic_write(folder.done, "x") as file:  # last: it marks the run as complete
-        json.dump({"total_steps": cfg.total_steps}, file)
+        json.dump({"total_steps": updates}, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from pogo_torchrl.files import make_writable
 _MAY_CHANGE_ON_RESUME = {
     "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
     "resume", "device", "compile", "log_dir", "checkpoint_dir", "save_model", "logger",
-    "progress_bar", "env",
+    "progress_bar", "env", "variant",
     "data",  # the content of the data is compared, not its location
 }  # fmt: skip
 
@@ -61,13 +62,22 @@ class RunFolder(NamedTuple):
         Args:
             cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig` with its chain in numbers,
                 see :func:`pogo_torchrl.experiments.algorithms.resolve`.
+
+        Raises:
+            ValueError: if ``variant`` cannot be part of a folder's name.
         """
         weights = "_".join(f"{w:g}" for w in cfg.w2_weights)
-        name = f"w2_{weights}" if weights else ""
+        parts = [f"w2_{weights}"] if weights else []
         if cfg.algorithm != "pogo":
-            chain = f"{cfg.algorithm}_chain_{cfg.chain}"
-            name = f"{chain}_{name}" if name else chain
-        root = Path(cfg.log_dir) / cfg.task / name / f"seed_{cfg.seed}"
+            parts.insert(0, f"{cfg.algorithm}_chain_{cfg.chain}")
+        if cfg.variant is not None:
+            if not re.fullmatch(r"[\w.+=-]{1,150}", cfg.variant):
+                raise ValueError(
+                    f"variant={cfg.variant!r} becomes part of a folder's name: use letters, digits "
+                    "and _ . + = - only, at most 150."
+                )
+            parts.append(cfg.variant)
+        root = Path(cfg.log_dir) / cfg.task / "_".join(parts) / f"seed_{cfg.seed}"
         checkpoints = cfg.checkpoint_dir or root / "checkpoints"
         return cls(root / "training", Path(checkpoints))
 
@@ -125,7 +135,7 @@ def check_run_folder(folder: RunFolder, cfg: DictConfig) -> None:
     if not cfg.resume:
         raise FileExistsError(
             f"{folder.training.parent} already contains a run. Continue it with resume=true, "
-            "choose another seed or log_dir, or delete that folder."
+            "choose another seed, variant or log_dir, or delete that folder."
         )
     try:
         stored: Any = OmegaConf.load(file)

@@ -44,7 +44,8 @@ def on_signals(handler: Callable[[int], None]) -> Iterator[dict[int, Any]]:
     Returns:
         Context manager that yields the previous handlers by signal number, and restores them.
     """
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
     previous = {

@@ -13,6 +13,7 @@ A sweep file is YAML::
           w2_weights_base: [0.2, 0.2]
           w2_weights_third: [0.1, 0.2, 0.3]
           learning_rate: 3e-4
+          grid: {alpha: [0.5, 1], batch_size: [128, 256]}    # all combinations
 
 Options of a task take precedence over ``common``, and the command line over both. ``algorithm``
 and ``chain`` may be lists, such as ``algorithm: [td3_bc, iql]``: each combination is a setting.
@@ -38,10 +39,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pogo_torchrl.experiments import algorithms, config
 from pogo_torchrl.experiments.overrides import check_options, check_overrides, compose
 from pogo_torchrl.experiments.run_folder import RunFolder
+from pogo_torchrl.experiments.typed_text import load_yaml
+from pogo_torchrl.report.run_logs import weights_label
 
 # Option names of the original code, and of the section sinkhorn.
 _ALIASES = {"max_timesteps": "total_steps", "eval_freq": "eval_interval", "learning_rate": "lr"}
 _SINKHORN = {"K": "num_samples", "blur": "blur", "backend": "w2_backend"}
+# Prefix of options in the section grid, each of which has a list of values.
+_GRID = "grid."
 _CHOICES = ("algorithm", "chain")  # options that may list several values
 _WEIGHTS = ("w2_weights", "w2_weights_base", "w2_weights_third", "w2_weights_grid")
 
@@ -80,7 +85,7 @@ class Run:
     @property
     def label(self) -> str:
         """The weights and, except for POGO, the algorithm: ``td3_bc + 2 (3.33, 3.33)``."""
-        weights = ", ".join(f"{w:g}" for w in self.cfg.w2_weights)
+        weights = weights_label(tuple(self.cfg.w2_weights), self.cfg.variant or "").strip()
         if self.cfg.algorithm == algorithms.POGO:
             return weights
         added = f" + {self.cfg.chain} ({weights})" if self.cfg.chain else ""
@@ -167,9 +172,8 @@ def _find(name: str) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    # OmegaConf reads 3e-4 as a number, unlike PyYAML, and rejects duplicate keys.
     try:
-        content = OmegaConf.to_container(OmegaConf.create(path.read_text("utf-8")), resolve=True)
+        content = load_yaml(path.read_text("utf-8"))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     return _section(content, str(path), ("common", "sinkhorn", "environments"))
@@ -248,10 +252,15 @@ def _options(section: Any, where: str) -> dict[str, Any]:
     """Options of a section under their command-line names, with types checked."""
     options: dict[str, Any] = {}
     for given, value in _flatten(_section(section, where)):
-        key = _ALIASES.get(given, given)
-        if key in _RESERVED:
-            raise ValueError(f"{where}: {key} is not allowed here: {_RESERVED[key]}.")
-        if key not in (*_WEIGHTS, "seeds"):
+        prefix = _GRID if given.startswith(_GRID) else ""
+        option = given.removeprefix(prefix)
+        option = _ALIASES.get(option, option)
+        key = prefix + option
+        if option in _RESERVED:
+            raise ValueError(f"{where}: {key} is not allowed here: {_RESERVED[option]}.")
+        if prefix:
+            _check_grid(option, value, where)
+        elif key not in (*_WEIGHTS, "seeds"):
             values = value if key in _CHOICES and isinstance(value, list) else [value]
             try:
                 if not values:
@@ -261,6 +270,19 @@ def _options(section: Any, where: str) -> dict[str, Any]:
                 raise ValueError(f"{where}.{given}: {error}") from error
         options = _merge(options, {key: value}, where)
     return options
+
+
+def _check_grid(option: str, values: Any, where: str) -> None:
+    if option in (*_WEIGHTS, "seeds", "variant", "log_dir"):
+        hint = "w2_weights_grid" if option in _WEIGHTS else f"{option}, outside of the grid"
+        raise ValueError(f"{where}.grid: {option} is not allowed here: write {hint}.")
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{where}.grid: {option}={values} must be a list of values.")
+    for value in values:
+        try:
+            check_overrides([f"{option}={_to_override(value)}"])
+        except ValueError as error:
+            raise ValueError(f"{where}.grid: {error}") from error
 
 
 def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -299,16 +321,21 @@ def _task_runs(task: str, settings: dict[str, Any], overrides: Sequence[str]) ->
         for key, value in choices.items()
         if key not in fixed
     ]
-    given = [f"{key}={_to_override(value)}" for key, value in settings.items()]
+    grid = {key: settings.pop(key) for key in list(settings) if key.startswith(_GRID)}
+    names = [key.removeprefix(_GRID) for key in grid]
+    given = [f"{key}={_to_override(value)}" for key, value in settings.items() if key not in names]
+    if grid:
+        given.append(f"variant='${{variant_of:{','.join(names)}}}'")
+    lists += [[f"{n}={_to_override(v)}" for v in vs] for n, vs in zip(names, grid.values())]
     for chosen in itertools.product(*lists):
-        arguments = [f"task={task}", "progress_bar=false", *chosen, *given]
-        yield from _setting_runs(arguments, overrides, weights, seeds)
+        arguments = [f"task={task}", "progress_bar=false", *given, *chosen]
+        yield from _chains(arguments, seeds, weights, overrides)
 
 
-def _setting_runs(
-    given: Sequence[str], overrides: Sequence[str], weights: list[list[float]], seeds: list[int]
+def _chains(
+    given: Sequence[str], seeds: list[int], weights: list[list[float]], overrides: Sequence[str]
 ) -> Iterator[Run]:
-    """Runs of one task and algorithm: one for each chain and seed."""
+    """Runs of all chains and seeds with the same options otherwise."""
     cfg = compose([*given, *overrides, "resume=true"])
     if cfg.step_sizes is not None and weights:
         raise ValueError(f"step_sizes={cfg.step_sizes} set w2_weights; give one of the two.")
@@ -396,7 +423,8 @@ def group_stackable(runs: Sequence[Run]) -> list[list[Run]]:
     """
     found: dict[str, list[list[Run]]] = {}
     for run in runs:
-        shared = {k: v for k, v in run.cfg.items() if k not in ("seed", "w2_weights", "alpha")}
+        own = ("seed", "w2_weights", "alpha", "variant")
+        shared = {k: v for k, v in run.cfg.items() if k not in own}
         key = OmegaConf.to_yaml({**shared, "actors": len(run.cfg.w2_weights)})
         groups = found.setdefault(key, [[]])
         if len(groups[-1]) == MAX_STACK_SIZE:

@@ -27,7 +27,10 @@ def stop_with_parent() -> None:
         # Not through sys.stdin, whose lock would then be held at interpreter shutdown.
         while os.read(0, 1024):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        if sys.platform == "win32":
+            signal.raise_signal(signal.SIGTERM)  # os.kill would end the process at once
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -35,6 +35,6 @@ def critic_values(
     values = []
     for critic in critics.unbind(0) if critics.ndim else (critics,):
         inputs = state.select(*network.in_keys, strict=False).set(action_key, action)
-        with critic.to_module(network):
+        with critic.to_module(network, preserve_module_state=False):
             values.append(network(inputs).get(value_key).squeeze(-1))
     return torch.stack(values)

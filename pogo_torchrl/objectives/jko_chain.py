@@ -325,7 +325,12 @@ class JKOChain(ProtectedLossModule):
         if self.actor_q == "min":
             return q
         state = batch.select(*base.value_network.in_keys, strict=False)
-        with torch.no_grad(), base.value_network_params.data.to_module(base.value_network):
+        with (
+            torch.no_grad(),
+            base.value_network_params.data.to_module(
+                base.value_network, preserve_module_state=False
+            ),
+        ):
             return q - base.value_network(state).get(self.tensor_keys.value).squeeze(-1)
 
     # ------------------------------------------------------------------ actors and parameters

@@ -8,7 +8,7 @@ import numpy as np
 
 from pogo_torchrl.report.intervals import RESAMPLES, spread
 from pogo_torchrl.report.published import ALGORITHMS, GROUP_MEANS, PER_TASK, PER_TASK_SOURCE
-from pogo_torchrl.report.run_logs import MODES, POGO, weights_label
+from pogo_torchrl.report.run_logs import MODES, POGO, RunRecord, weights_label
 from pogo_torchrl.report.study import GroupScore, Setting, by_method, by_task
 from pogo_torchrl.report.tables import Cell, Table
 
@@ -232,6 +232,34 @@ def weights_table(settings: Sequence[Setting]) -> Table:
         ("task", "rank", "w2_weights", "seeds", "last checkpoint", "behind the best"),
         rows,
         (SELECTION,),
+    )
+
+
+def ranking_table(runs: Sequence[RunRecord]) -> Table:
+    """Values of fitted Q evaluation beside the true scores, for runs that have been ranked.
+
+    Args:
+        runs: all runs of the study.
+    """
+    rows: list[tuple[Cell, ...]] = []
+    for run in runs:
+        if run.ranking is None:
+            continue
+        values = [estimate.value for estimate in run.ranking.values]
+        steps, scores, *_ = run.evaluations
+        at_step = scores[steps == run.ranking.step, :, 0]
+        true = at_step[0].tolist() if len(at_step) else [None] * len(values)
+        for actor, estimate in enumerate(run.ranking.values):
+            rank = 1 + sum(value > estimate.value for value in values)
+            first = (run.task, run.label, run.seed, run.ranking.step, actor)
+            rows.append((*first, estimate, rank, true[actor]))
+    return Table(
+        "ranking",
+        "Actors ranked without an environment, by fitted Q evaluation on the run's data: mean "
+        f"discounted return from the start states with its 95 % interval, beside {SCORE} of "
+        "deterministic actions at the same step.",
+        ("task", "w2_weights", "seed", "step", "actor", "FQE value", "FQE rank", "score"),
+        rows,
     )
 
 

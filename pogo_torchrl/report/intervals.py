@@ -113,3 +113,29 @@ def bootstrap(
         statistic(np.concatenate(resamples, axis=-1)), [outside, 100 - outside]
     )
     return Estimate(value, float(low), float(high))
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    r"""Spearman's rank correlation of two samples; equal values share their mean rank.
+
+    The same as ``scipy.stats.spearmanr(x, y).statistic``.
+
+    Args:
+        x: the n values of one quantity.
+        y: the n values of the other.
+
+    Returns:
+        The correlation in [-1, 1]; NaN if one of the samples is constant.
+
+    Example:
+        >>> rank_correlation([1.0, 2.0, 3.0], [10.0, 30.0, 20.0])
+        0.5
+    """
+    ranks = []
+    for sample in (x, y):
+        _, inverse, counts = np.unique(sample, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return math.nan
+    first, second = (rank - rank.mean() for rank in ranks)
+    return float((first @ second / np.sqrt(first @ first * (second @ second))).round(12))

@@ -50,7 +50,7 @@ def shows_averages(path: str | Path) -> bool:
     Raises:
         FileNotFoundError: if the file does not exist.
     """
-    with Path(path).open(newline="", errors="replace") as file:
+    with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
         shown = [row.get("weights") for row in csv.DictReader(file)]
     return bool(shown) and shown[-1] == "averaged"
 

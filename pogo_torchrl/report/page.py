@@ -48,6 +48,8 @@ def page(
             show(last),
             "Every actor: [tables/groups.md](tables/groups.md).",
         ]
+    if "ranking" in tables:
+        sections += ["## Which actor to deploy, from the data alone", show(tables["ranking"])]
     titles = {
         "intervals": "",
         "published": "## Comparison with published scores",
@@ -81,7 +83,7 @@ def _overview(runs: Sequence[RunRecord], left_out: Mapping[str, str]) -> str:
     done = sum(run.done for run in runs)
     failed = sum(bool(run.error) for run in runs)
     tasks = Counter(run.task for run in runs)
-    settings = {(run.task, run.algorithm, run.weights) for run in runs}
+    settings = {(run.task, run.algorithm, run.label) for run in runs}
     pogo_only = all(run.algorithm == POGO for run in runs)
     sources = sorted({run.data_source for run in runs})
     steps = sorted({run.total_steps for run in runs})

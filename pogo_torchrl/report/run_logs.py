@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from pogo_torchrl.report.intervals import Estimate
 from pogo_torchrl.report.published import TASKS
 
 MODES = ("deterministic", "stochastic")
@@ -25,6 +26,15 @@ POGO = "pogo"
 _WEIGHTED = (POGO, "paper")
 
 Array = NDArray[np.floating]
+
+
+class Ranking(NamedTuple):
+    """The last ranking of the actors of a run by fitted Q evaluation."""
+
+    step: int
+    """Completed updates."""
+    values: list[Estimate]
+    """Value of each actor with its 95 % interval."""
 
 
 class Evaluations(NamedTuple):
@@ -61,13 +71,22 @@ class RunRecord:
     """Mean score of the episodes in the dataset; NaN if unknown."""
     error: str
     """Why the last attempt failed; empty if it did not."""
+    ranking: Ranking | None = None
+    """The last ranking in ``ranking.csv``; ``None`` if there is none."""
+    variant: str = ""
+    """Name of runs that differ in other options (``variant``)."""
     algorithm: str = POGO
-    """The algorithm of actor 0 and the critics; those other than POGO have no weight for it."""
+    """The algorithm of actor 0 and the critics."""
 
     @property
     def num_actors(self) -> int:
         """Number of actors N."""
         return count_actors(self.algorithm, self.weights)
+
+    @property
+    def label(self) -> str:
+        """The weights as text, such as ``0.2, 0.2, 0.1``, and the variant, if any."""
+        return weights_label(self.weights, self.variant)
 
     @property
     def evaluated(self) -> bool:
@@ -93,14 +112,16 @@ class RunRecord:
         return f"failed at {progress}" if self.error else progress
 
 
-def weights_label(weights: tuple[float, ...]) -> str:
-    """Format weights as text.
+def weights_label(weights: tuple[float, ...], variant: str = "") -> str:
+    """Format weights, and the variant of the run, if any, as text.
 
     Example:
         >>> weights_label((0.2, 1.0))
         '0.2, 1'
+        >>> weights_label((0.2, 1.0), "lr_0.001")
+        '0.2, 1 (lr_0.001)'
     """
-    return ", ".join(f"{w:g}" for w in weights)
+    return ", ".join(f"{w:g}" for w in weights) + (f" ({variant})" if variant else "")
 
 
 def count_actors(algorithm: str, weights: Sequence[float]) -> int:
@@ -155,7 +176,7 @@ def _order(run: RunRecord) -> tuple[Any, ...]:
     """Sort key for runs: POGO before other algorithms, and those with shorter chains first."""
     other = run.algorithm != POGO
     length = len(run.weights) if other else 0
-    return task_order(run.task), other, run.algorithm, length, run.weights, run.seed
+    return (task_order(run.task), other, run.algorithm, length, run.weights, run.variant, run.seed)
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
@@ -192,6 +213,8 @@ def read_run(folder: Path, name: str) -> RunRecord:
         data_score=_read_data_score(training / "train.log"),
         # A failed run may have been completed since.
         error="" if done else _one_line(_read_json(folder / "failed.json").get("error", "")),
+        ranking=read_ranking(training / "ranking.csv", actors),
+        variant=cfg["variant"],
         algorithm=cfg["algorithm"],
     )
 
@@ -208,7 +231,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, int, str, float, float] | None]
         FileNotFoundError: if the file does not exist.
     """
     # A last line without a newline was truncated, possibly in the middle of a number.
-    complete, _, rest = path.read_text(errors="replace").rpartition("\n")
+    complete, _, rest = path.read_text("utf-8", "replace").rpartition("\n")
     reader = csv.DictReader(complete.replace("\0", "\ufffd").splitlines())
     while True:
         try:
@@ -272,6 +295,31 @@ def read_evaluations(path: Path, actors: int) -> Evaluations:
     )
 
 
+def read_ranking(path: Path, actors: int) -> Ranking | None:
+    """Read the last complete ranking of a run's ``ranking.csv``.
+
+    Args:
+        path: the file.
+        actors: number of actors N in the chain.
+
+    Returns:
+        The ranking; ``None`` if there is no file, or no complete ranking in it.
+    """
+    found: dict[int, dict[int, Estimate]] = {}
+    for row in csv.DictReader(_read_text(path).replace("\0", "\ufffd").splitlines()):
+        try:
+            values = Estimate(*(float(row[name]) for name in ("value", "low", "high")))
+            if math.isfinite(values.value):
+                found.setdefault(int(row["step"]), {})[int(row["actor"])] = values
+        except (ValueError, KeyError, TypeError):  # a damaged row
+            continue
+    complete = [step for step in found if found[step].keys() == set(range(actors))]
+    if not complete:
+        return None
+    step = max(complete)
+    return Ranking(step, [found[step][actor] for actor in range(actors)])
+
+
 def _to_arrays(
     evaluations: Mapping[int, Mapping[tuple[int, str], tuple[float, float]]], actors: int
 ) -> tuple[NDArray[np.integer], Array, Array]:
@@ -286,7 +334,7 @@ def _to_arrays(
 def _read_config(path: Path) -> dict[str, Any]:
     """Read the settings that identify a run."""
     try:
-        cfg = yaml.safe_load(path.read_text())
+        cfg = yaml.safe_load(path.read_text("utf-8"))
         data = cfg.get("data") or {}
         found: dict[str, Any] = {
             "task": str(cfg["task"]),
@@ -295,6 +343,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             "total_steps": int(cfg["total_steps"]),
             "data_source": str(data.get("source", "unknown")),
             "averaged": cfg.get("average_actors") is not None,
+            "variant": str(cfg.get("variant") or ""),
             "algorithm": str(cfg.get("algorithm", POGO)),
         }
     except FileNotFoundError:
@@ -321,7 +370,7 @@ def _one_line(text: object) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(errors="replace")
+        return path.read_text("utf-8", "replace")
     except OSError:
         return ""
 

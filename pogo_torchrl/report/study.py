@@ -22,11 +22,12 @@ _LOCOMOTION = ("halfcheetah", "hopper", "walker2d")
 
 
 class Setting(NamedTuple):
-    """The evaluated runs of one task with the same algorithm and weights, one per seed."""
+    """The evaluated runs of one task, algorithm, weights and variant, one per seed."""
 
     task: str
     weights: tuple[float, ...]
     runs: list[RunRecord]
+    variant: str = ""
     algorithm: str = POGO
 
     @property
@@ -47,11 +48,11 @@ class Setting(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The weights as text: ``0.2, 0.1``, or ``iql + 2 (0.2, 0.1)`` for another algorithm."""
-        weights = weights_label(self.weights)
+        """The weights and the variant, if any: ``0.2, 0.1``; others as ``iql + 2 (0.2, 0.1)``."""
+        label = weights_label(self.weights, self.variant)
         if self.algorithm == POGO:
-            return weights
-        return f"{self.method} ({weights})" if weights else self.method
+            return label
+        return f"{self.method} ({label.strip()})" if label else self.method
 
     @property
     def averaged(self) -> bool:
@@ -101,7 +102,7 @@ class GroupScore(NamedTuple):
 
 
 def settings(runs: Iterable[RunRecord]) -> list[Setting]:
-    """Group the evaluated runs by task, algorithm and weights, keeping their order.
+    """Group the evaluated runs by task, algorithm, weights and variant, keeping their order.
 
     Args:
         runs: the runs, sorted as by :func:`~pogo_torchrl.report.read_runs`.
@@ -111,9 +112,9 @@ def settings(runs: Iterable[RunRecord]) -> list[Setting]:
     """
     evaluated = (run for run in runs if run.evaluated)
     return [
-        Setting(task, weights, list(group), algorithm)
-        for (task, algorithm, weights), group in groupby(
-            evaluated, key=lambda run: (run.task, run.algorithm, run.weights)
+        Setting(task, weights, list(group), variant, algorithm)
+        for (task, algorithm, weights, variant), group in groupby(
+            evaluated, key=lambda run: (run.task, run.algorithm, run.weights, run.variant)
         )
     ]
 

@@ -32,7 +32,7 @@ def summary_csv(runs: Iterable[RunRecord]) -> str:
     writer.writerow([*COLUMNS, *(["algorithm"] if others else [])])
     for run in runs:
         # Spelled as in the names of the run folders.
-        weights = "_".join(f"{w:g}" for w in run.weights)
+        weights = "_".join(filter(None, [*(f"{w:g}" for w in run.weights), run.variant]))
         data_score = "" if math.isnan(run.data_score) else f"{run.data_score:.1f}"
         for actor in range(run.num_actors):
             for m, mode in enumerate(MODES):

@@ -12,7 +12,7 @@ from pogo_torchrl.files import atomic_write, make_writable
 from pogo_torchrl.report import content, figures
 from pogo_torchrl.report.page import page
 from pogo_torchrl.report.published import PER_TASK
-from pogo_torchrl.report.run_logs import POGO, read_runs
+from pogo_torchrl.report.run_logs import POGO, RunRecord, read_runs
 from pogo_torchrl.report.study import (
     GroupScore,
     Setting,
@@ -57,7 +57,7 @@ give the folder that the runs were written to.
     found = settings(runs)
     selected = best_settings(found)
     scores = group_scores(selected)
-    tables = {table.name: table for table in _tables(found, selected, scores) if table.rows}
+    tables = {table.name: table for table in _tables(runs, found, selected, scores) if table.rows}
     drawn = dict(_figures(found, selected, scores))
 
     _write(results_dir / "summary.csv", summary_csv(runs))
@@ -75,7 +75,10 @@ give the folder that the runs were written to.
 
 
 def _tables(
-    found: Sequence[Setting], selected: Sequence[Setting], scores: Sequence[GroupScore]
+    runs: Sequence[RunRecord],
+    found: Sequence[Setting],
+    selected: Sequence[Setting],
+    scores: Sequence[GroupScore],
 ) -> list[Table]:
     return [
         content.headline_table(found),
@@ -84,6 +87,7 @@ def _tables(
         content.groups_table(scores),
         content.chain_table(found),
         content.weights_table(found),
+        content.ranking_table(runs),
         content.published_table(selected),
         content.published_groups_table(),
     ]

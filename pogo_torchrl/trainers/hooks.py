@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pogo_torchrl import functional
 from pogo_torchrl.modules import noise_reader
+from pogo_torchrl.progress import progress_bar
 from pogo_torchrl.trainers.stepper import RunningMean
 
 POGO_HINT = (
@@ -224,7 +225,7 @@ class Evaluate(TrainerHookBase):
         step = self.trainer.collected_frames
         if step > 0 and not self.up_to_date():
             try:
-                self._evaluate(step)
+                self.evaluate_at(step)
             except EvaluationInterrupted:
                 self.trainer.collector.stop()  # the evaluation of this step is still missing
 
@@ -232,7 +233,7 @@ class Evaluate(TrainerHookBase):
         if not self._due() or self.trainer.stopping:
             return
         try:
-            self._evaluate(self.trainer.collected_frames)
+            self.evaluate_at(self.trainer.collected_frames)
         except EvaluationInterrupted:
             pass  # the run is stopping; this evaluation is repeated on resume
         except FloatingPointError as error:
@@ -245,7 +246,12 @@ class Evaluate(TrainerHookBase):
                 "checkpoint of this update was saved: use resume=true to repeat the evaluation."
             ) from error
 
-    def _evaluate(self, step: int) -> None:
+    def evaluate_at(self, step: int) -> None:
+        """Evaluate the chain and write the rows of this step.
+
+        Args:
+            step: number of completed updates.
+        """
         started = time.perf_counter()
         evaluations = self.evaluate()
         seconds = time.perf_counter() - started
@@ -304,7 +310,7 @@ class ProgressBar(TrainerHookBase):
 
     def _start(self) -> None:
         done, total = self.trainer.collected_frames, self.trainer.total_frames
-        self._bar = tqdm(total=total, initial=done, unit=" updates")
+        self._bar = progress_bar(total=total, initial=done, unit=" updates")
 
     def _update(self) -> None:
         if self._bar is not None:
@@ -330,6 +336,8 @@ class StopOnDivergence(TrainerHookBase):
             ``None``: unknown, the critics are not checked.
 
     Keyword Args:
+        untrained: magnitude of the values of untrained critics, whatever the rewards: up to it,
+            values are not compared with ``largest_return``. Defaults to ``0.0``.
         warn: called with the text of the warning. Defaults to ``print``.
         hint: remedies that messages name. Defaults to those of POGO.
 
@@ -348,11 +356,13 @@ class StopOnDivergence(TrainerHookBase):
         metrics: LogMetrics,
         largest_return: float | None = None,
         *,
+        untrained: float = 0.0,
         warn: Callable[[str], None] = print,
         hint: str = POGO_HINT,
     ) -> None:
         self.metrics = metrics
         self.largest_return = largest_return or None  # all rewards are 0: no bound
+        self.untrained = untrained
         self.warn, self.hint = warn, hint
         self._warned = False
 
@@ -378,13 +388,13 @@ class StopOnDivergence(TrainerHookBase):
                 f"NaN since the last row of metrics.csv. {self.hint}"
             )
         value = abs(means.get("pred_value", 0.0))
-        if self.largest_return is None or value <= self.largest_return:
+        if self.largest_return is None or value <= max(self.largest_return, self.untrained):
             return
         size = (
             f"at update {step} the mean Q value is {value:.3g}, but the rewards of the dataset "
             f"allow no return beyond {self.largest_return:.3g}"
         )
-        if value > self.explosion * self.largest_return:
+        if value > self.explosion * max(self.largest_return, self.untrained):
             raise DivergenceError(f"Training has diverged: {size}. {self.hint}")
         if not self._warned:
             self._warned = True

@@ -1,0 +1,194 @@
+"""Fine-tuning of a trained chain in an environment."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import gymnasium
+import pytest
+import torch
+from runs import SMALL, rows, run_folder
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from pogo_torchrl import load_actors
+from pogo_torchrl.cli import main
+from pogo_torchrl.data.replay_buffer import Normalization, OfflineReplayBuffer
+from pogo_torchrl.experiments.finetune import FineTuning, OnlineBuffer, finetune, make_collector
+from pogo_torchrl.experiments.signals import Stopped
+from pogo_torchrl.experiments.trained_run import open_run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small trained run with episodes of 5 steps."""
+    folder = tmp_path_factory.mktemp("run")
+    data = [f"data.cache_dir={folder / 'cache'}", f"log_dir={folder / 'logs'}"]
+    main(["train", *SMALL, *data, "total_steps=6", "env.max_episode_steps=5"])
+    return run_folder(folder)
+
+
+SETTINGS = [
+    "log_interval=10", "eval_interval=10", "eval_episodes=1", "checkpoint_interval=5",
+    "progress_bar=false", "compile=false",
+]  # fmt: skip
+
+
+def test_a_chain_continues_from_its_checkpoint(trained, tmp_path):
+    out = tmp_path / "tuned"
+    last = finetune([str(trained), "env_steps=20", *SETTINGS, f"out={out}"])
+    assert [(e.actor, e.mode) for e in last] == [
+        (i, mode) for i in (0, 1) for mode in ("deterministic", "stochastic")
+    ]
+    evaluations = rows(out / "training" / "evaluations.csv")
+    assert [int(row["step"]) for row in evaluations] == [0] * 4 + [10] * 4 + [20] * 4
+    # The score before is that of the trained run.
+    before = rows(trained / "training" / "evaluations.csv")[-4:]
+    for new, old in zip(evaluations[:4], before):
+        assert new["return_mean"] == old["return_mean"]
+    assert [int(row["step"]) for row in rows(out / "training" / "metrics.csv")] == [10, 20]
+    assert (out / "done.json").exists()
+    first, tuned = (load_actors(f / "checkpoints" / "policy.safetensors") for f in (trained, out))
+    for one, other in zip(first, tuned):
+        pairs = list(zip(one.module.module.parameters(), other.module.module.parameters()))
+        assert any(not torch.equal(a, b) for a, b in pairs)
+        # 20 steps of Adam at a rate of 3e-4 change a weight by about 0.006 at most.
+        assert max((a - b).abs().max() for a, b in pairs) < 0.02
+        assert torch.equal(one.module.mean, other.module.mean)
+
+
+def test_a_stopped_fine_tuning_continues_with_its_transitions(trained, tmp_path, monkeypatch):
+    arguments = [str(trained), "env_steps=20", "--updates-per-step", "2", *SETTINGS]
+    arguments += [f"out={tmp_path}"]
+    built = []
+    initialise = FineTuning.__init__
+
+    def recorded(self, cfg):
+        initialise(self, cfg)
+        built.append(self)
+
+    monkeypatch.setattr(FineTuning, "__init__", recorded)
+    sample = OnlineBuffer.sample
+
+    def stopping(self):
+        if self.samples == 14 and not built[0].trainer.stopping:
+            built[0].stop("SIGTERM")
+        return sample(self)
+
+    monkeypatch.setattr(OnlineBuffer, "sample", stopping)
+    with pytest.raises(Stopped):
+        finetune(arguments)
+    stopped = built[0].buffer
+    assert len(stopped.online) == (stopped.samples + 1) // 2 < 20
+    with pytest.raises(FileExistsError, match="resume=true, choose another seed or out"):
+        finetune(arguments)
+    with pytest.raises(ValueError, match="updates_per_step"):
+        finetune([*arguments, "updates_per_step=1", "resume=true", "env_steps=40"])
+    finetune([*arguments, "resume=true"])
+    resumed = built[-1].buffer
+    assert resumed.samples == 40
+    assert len(resumed.online) == 20
+    count = len(stopped.online)
+    for key in stopped.keys:
+        assert torch.equal(resumed.online[:count][key], stopped.online[:][key])
+    evaluations = rows(tmp_path / "training" / "evaluations.csv")
+    assert [int(row["step"]) for row in evaluations] == [
+        s for s in (0, 10, 20, 30, 40) for _ in "1234"
+    ]
+
+
+def test_new_transitions_are_those_of_the_environment(trained):
+    """Normalised as the data, with time-outs that are not terminal."""
+    run = open_run(trained)
+    offline, policy = run.replay_buffer, run.loss.actor(-1)
+    env = run.evaluator._make_env
+    collector = make_collector(env, policy, offline, reward_shift=2.0, seed=3)
+    new = [next(step) for step in [iter(collector)] for _ in range(12)]
+    collector.shutdown()
+    raw, mirror = torch.cat(new), env()
+    mean, std = offline.normalization
+    observations = raw["observation"] * std + mean
+    assert observations.abs().max() < 10
+    assert raw["next", "truncated"].flatten().nonzero().flatten().tolist() == [4, 9]
+    assert not raw["next", "terminated"].any()
+    assert (raw["observation"][1:5] == raw["next", "observation"][:4]).all()
+    assert not torch.equal(raw["observation"][5], raw["next", "observation"][4])
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        mean_action = policy(raw.select("observation"))["action"]
+    assert not torch.equal(mean_action, raw["action"])  # explores by its own z
+    mirror.reset(seed=0)
+    _, reward, *_ = mirror.step(mirror.action_space.sample())
+    assert abs(raw["next", "reward"].mean() - 2.0 - reward) < 1.5
+
+
+def offline_buffer(count: int = 32) -> OfflineReplayBuffer:
+    data = TensorDict(
+        {
+            "observation": torch.zeros(count, 1),
+            "action": torch.zeros(count, 1),
+            "next": {
+                "observation": torch.zeros(count, 1),
+                "action": torch.zeros(count, 1),
+                "reward": torch.zeros(count, 1),
+                "done": torch.zeros(count, 1, dtype=torch.bool),
+                "terminated": torch.zeros(count, 1, dtype=torch.bool),
+            },
+        },
+        [count],
+    )
+    normalization = Normalization.identity(data["observation"])
+    return OfflineReplayBuffer(
+        data, normalization=normalization, episode_returns=torch.zeros(1).numpy()
+    )
+
+
+def test_batches_are_half_offline_and_half_new():
+    offline = offline_buffer()
+    steps = (
+        offline[:1].exclude(("next", "action")).apply(partial(torch.full_like, fill_value=1 + k))
+        for k in range(100)
+    )
+    buffer = OnlineBuffer(offline, steps, capacity=50, batch_size=8, updates_per_step=2)
+    sizes, new = [], []
+    for _ in range(20):
+        batch = buffer.sample()
+        assert batch.shape == (8,)
+        sizes.append(len(buffer.online))
+        new.append(int((batch["observation"] > 0).sum()))
+        assert batch["next", "action"].isnan().sum() == new[-1]
+    assert sizes == [k // 2 for k in range(2, 22)]  # a step before every second update
+    assert new[:6] == [0] * 6  # until there are enough for a half
+    assert new[6:] == [4] * 14
+
+
+def test_errors(trained, tmp_path):
+    policy = trained / "checkpoints" / "policy.safetensors"
+    for arguments, message in [
+        ([], "run is missing"),
+        ([str(policy)], "exported policies have no critics: give the folder of the run"),
+        ([str(tmp_path)], "contains no run"),
+        ([str(trained), "actor=2"], "actor=2 is out of range: the run has the actors 0 to 1"),
+        ([str(trained), "env_steps=0"], "env_steps=0 must be an integer >= 1"),
+        ([str(trained), "env_step=1"], "unknown option 'env_step'; did you mean env_steps"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            finetune(arguments)
+    assert not (trained / "finetune").exists()
+
+
+def test_a_missing_environment_is_named(trained, monkeypatch, capsys):
+    def missing(*args, **kwargs):
+        raise gymnasium.error.NameNotFound("no such environment")
+
+    monkeypatch.setattr(gymnasium, "make", missing)
+    config = trained / "training" / "config.yaml"
+    text = config.read_text()
+    lines = ["  id: Missing-v0" if line.startswith("  id:") else line for line in text.split("\n")]
+    config.write_text("\n".join(lines))
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(["finetune", str(trained)])
+    finally:
+        config.write_text(text)
+    assert end.value.code == 2
+    assert "env.id=Missing-v0 is not a known Gymnasium environment" in capsys.readouterr().err
