@@ -240,6 +240,21 @@ def test_two_names_of_one_meaning_must_agree(tmp_path):
         read_hdf5(write(tmp_path / "bad.hdf5", contrary))
 
 
+def test_groups_and_second_names_beside_the_arrays(tmp_path):
+    path = write(tmp_path / "data.hdf5", rows())
+    expected = read_hdf5(path)
+    with h5py.File(path, "a") as file:
+        file["states/simulator"] = np.zeros(3)
+        file["obs"] = h5py.SoftLink("/observations")
+        file["dones"] = h5py.SoftLink("/timeouts")
+    assert (read_hdf5(path).transitions == expected.transitions).all()
+    with h5py.File(path, "a") as file:
+        del file["actions"]
+        file["act"] = h5py.ExternalLink("other.hdf5", "actions")
+    with pytest.raises(ValueError, match="act is a link"):
+        read_hdf5(path)
+
+
 def test_groups_of_episodes_are_named(tmp_path):
     path = write(tmp_path / "bad.hdf5", {f"episode_{i}/actions": np.zeros(3) for i in range(3)})
     with pytest.raises(ValueError, match=r"holds groups \(episode_0, episode_1, \.\.\.\)"):

@@ -74,6 +74,7 @@ _TELLING = re.compile(
     r"(^|_)(end|ends|last|first|starts?|masks?|discounts?|resets?|new)(_|$)",
     re.IGNORECASE,
 )
+_D4RL_KEYS = (*REQUIRED_KEYS, "timeouts", "next_observations")
 _SETS_OF_ENDS = ("dones", "starts", "episodes")
 _HARMLESS = {"next_actions", "next_action", "next_rewards", "next_reward"}
 _SAMPLED_STEPS = 10_000
@@ -113,7 +114,8 @@ def find_arrays(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
     """
     found: dict[str, h5py.Dataset] = {}
     for name, aliases in NAMES.items():
-        arrays = [array for key in aliases if (array := get_local_array(file, key)) is not None]
+        keys = [key for key in aliases if _may_be_array(file, key)]
+        arrays = [array for key in keys if (array := get_local_array(file, key)) is not None]
         if not arrays:
             continue
         found[name] = arrays[0]
@@ -146,6 +148,16 @@ def find_arrays(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
                 "key."
             )
     return found
+
+
+def _may_be_array(file: h5py.File, key: str) -> bool:
+    """Whether a key is D4RL's, or neither a group nor a link to an array under another name."""
+    if "/" in key or key in _D4RL_KEYS:
+        return True
+    link = file.get(key, getlink=True)
+    if isinstance(link, h5py.SoftLink):
+        return link.path.strip("/") not in {name for names in NAMES.values() for name in names}
+    return not (isinstance(link, h5py.HardLink) and isinstance(file[key], h5py.Group))
 
 
 def key_of(array: h5py.Dataset) -> str:
