@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pogo_torchrl.data import make_replay_buffer, read_hdf5
-from pogo_torchrl.data.layout import NAMES
+from pogo_torchrl.hdf5_files import NAMES
 from pogo_torchrl.report.one_run import plot_curves, score_table
 
 EPISODES, LENGTH = 8, 25

@@ -59,7 +59,7 @@ def read_hdf5(
         path: an HDF5 file with ``observations [n, obs]``, ``actions [n, d]``, ``rewards [n]``,
             ``terminals [n]`` (any dtype; nonzero is terminal) and, optionally, ``timeouts [n]`` and
             ``next_observations [n, obs]``, under these or other common names
-            (:data:`~pogo_torchrl.data.layout.NAMES`).
+            (:data:`~pogo_torchrl.hdf5_files.NAMES`).
         max_episode_steps: horizon of the task, in steps, used only for files that store neither
             time-outs nor next observations; ``None``: unknown. Defaults to ``1000``.
         next_observations: whether to use stored next observations. Defaults to ``True``;

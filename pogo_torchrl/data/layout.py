@@ -12,61 +12,14 @@ import h5py
 import numpy as np
 import torch
 
-from pogo_torchrl.hdf5_files import UnsupportedFileError, get_local_array, size_in_memory
+from pogo_torchrl.hdf5_files import (
+    NAMES,
+    UnsupportedFileError,
+    get_named_arrays,
+    size_in_memory,
+)
 
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals")
-
-NAMES: dict[str, tuple[str, ...]] = {
-    "observations": ("observations", "observation", "obs", "states", "state"),
-    "actions": ("actions", "action", "acts", "act"),
-    "rewards": ("rewards", "reward", "rews", "rew"),
-    "terminals": (
-        "terminals",
-        "terminal",
-        "terminations",
-        "termination",
-        "terminateds",
-        "terminated",
-        "is_terminal",
-    ),
-    "timeouts": (
-        "timeouts",
-        "timeout",
-        "truncations",
-        "truncation",
-        "truncateds",
-        "truncated",
-        "is_truncated",
-        "TimeLimit.truncated",
-        "infos/TimeLimit.truncated",
-    ),
-    "dones": ("dones", "done", "is_done", "is_last"),
-    "starts": ("episode_starts", "episode_start", "is_first"),
-    "episodes": (
-        "episode_ids",
-        "episode_id",
-        "episodes",
-        "episode",
-        "trajectory_ids",
-        "trajectory_id",
-        "traj_ids",
-        "traj_id",
-    ),
-    "next_observations": (
-        "next_observations",
-        "next_observation",
-        "next_obs",
-        "observations_next",
-        "observation_next",
-        "obs_next",
-        "new_observations",
-        "new_obs",
-        "next_states",
-        "next_state",
-    ),
-}
-"""Names under which arrays are found, for each name in D4RL's layout; ``dones`` are ends of either
-kind, ``starts`` first rows, and ``episodes`` numbers of episodes."""
 
 # Names that tell of ends or next states, if they are not in NAMES.
 _TELLING = re.compile(
@@ -74,7 +27,6 @@ _TELLING = re.compile(
     r"(^|_)(end|ends|last|first|starts?|masks?|discounts?|resets?|new)(_|$)",
     re.IGNORECASE,
 )
-_D4RL_KEYS = (*REQUIRED_KEYS, "timeouts", "next_observations")
 _SETS_OF_ENDS = ("dones", "starts", "episodes")
 _HARMLESS = {"next_actions", "next_action", "next_rewards", "next_reward"}
 _SAMPLED_STEPS = 10_000
@@ -113,9 +65,8 @@ def find_arrays(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
             only keys of unknown meaning tell where episodes end.
     """
     found: dict[str, h5py.Dataset] = {}
-    for name, aliases in NAMES.items():
-        keys = [key for key in aliases if _may_be_array(file, key)]
-        arrays = [array for key in keys if (array := get_local_array(file, key)) is not None]
+    for name in NAMES:
+        arrays = get_named_arrays(file, name)
         if not arrays:
             continue
         found[name] = arrays[0]
@@ -148,16 +99,6 @@ def find_arrays(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
                 "key."
             )
     return found
-
-
-def _may_be_array(file: h5py.File, key: str) -> bool:
-    """Whether a key is D4RL's, or neither a group nor a link to an array under another name."""
-    if "/" in key or key in _D4RL_KEYS:
-        return True
-    link = file.get(key, getlink=True)
-    if isinstance(link, h5py.SoftLink):
-        return link.path.strip("/") not in {name for names in NAMES.values() for name in names}
-    return not (isinstance(link, h5py.HardLink) and isinstance(file[key], h5py.Group))
 
 
 def key_of(array: h5py.Dataset) -> str:
