@@ -27,10 +27,13 @@ nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # warnings and progress bars
 # Single backticks in docstrings are code, as in Markdown.
 default_role = "code"
 html_theme = "furo"
 html_title = f"pogo_torchrl {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 exclude_patterns = ["_build", "jupyter_execute"]
 autosummary_generate = False
 autodoc_member_order = "bysource"

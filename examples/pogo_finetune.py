@@ -58,7 +58,10 @@ def main(
     normalise = ObservationNorm(mean, std, in_keys=["observation"], standard_normal=True)
     env = TransformedEnv(GymWrapper(make_env(TASK)), Compose(DoubleToFloat(), normalise))
     # The last actor acts with z ~ N(0, I) in the collector: this is its exploration.
-    collector = Collector(env, loss.actor(-1), frames_per_batch=50, total_frames=env_steps)
+    collector = Collector(
+        env, loss.actor(-1), frames_per_batch=50, total_frames=env_steps,
+        auto_register_policy_transforms=False,  # the actor has no state
+    )  # fmt: skip
     online = TensorDictReplayBuffer(storage=LazyTensorStorage(env_steps, device="auto"))
     both = ReplayBufferEnsemble(offline, online, sample_from_all=True, batch_size=batch_size)
     for steps in collector:

@@ -15,6 +15,60 @@ import h5py
 
 from pogo_torchrl.files import cannot_read
 
+NAMES: dict[str, tuple[str, ...]] = {
+    "observations": ("observations", "observation", "obs", "states", "state"),
+    "actions": ("actions", "action", "acts", "act"),
+    "rewards": ("rewards", "reward", "rews", "rew"),
+    "terminals": (
+        "terminals",
+        "terminal",
+        "terminations",
+        "termination",
+        "terminateds",
+        "terminated",
+        "is_terminal",
+    ),
+    "timeouts": (
+        "timeouts",
+        "timeout",
+        "truncations",
+        "truncation",
+        "truncateds",
+        "truncated",
+        "is_truncated",
+        "TimeLimit.truncated",
+        "infos/TimeLimit.truncated",
+    ),
+    "dones": ("dones", "done", "is_done", "is_last"),
+    "starts": ("episode_starts", "episode_start", "is_first"),
+    "episodes": (
+        "episode_ids",
+        "episode_id",
+        "episodes",
+        "episode",
+        "trajectory_ids",
+        "trajectory_id",
+        "traj_ids",
+        "traj_id",
+    ),
+    "next_observations": (
+        "next_observations",
+        "next_observation",
+        "next_obs",
+        "observations_next",
+        "observation_next",
+        "obs_next",
+        "new_observations",
+        "new_obs",
+        "next_states",
+        "next_state",
+    ),
+}
+"""Names under which arrays are found, for each name in D4RL's layout; ``dones`` are ends of either
+kind, ``starts`` first rows, and ``episodes`` numbers of episodes."""
+
+_D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+
 # HDF5's deflate compresses by a factor of about a thousand at most. Small arrays are not checked.
 _MAX_COMPRESSION, _SMALL = 1100, 64 << 20
 
@@ -97,6 +151,34 @@ def get_local_array(file: h5py.File, key: str) -> h5py.Dataset | None:
     if item.is_virtual or item.external:
         raise _link_error(name, key, f"{key} stores its values in other files")
     return item
+
+
+def get_named_arrays(file: h5py.File, name: str) -> list[h5py.Dataset]:
+    """Look up an array under all its common names.
+
+    Args:
+        file: an open HDF5 file.
+        name: one of :data:`NAMES`.
+
+    Returns:
+        The arrays that the file has under any of the names.
+
+    Raises:
+        ValueError: for the reasons of :func:`get_local_array`. Groups under names that are not
+            D4RL's, and links that give an array a second name, are left out instead.
+    """
+    keys = [key for key in NAMES[name] if _may_be_array(file, key)]
+    return [array for key in keys if (array := get_local_array(file, key)) is not None]
+
+
+def _may_be_array(file: h5py.File, key: str) -> bool:
+    """Whether a key is D4RL's, or neither a group nor a link to an array under another name."""
+    if "/" in key or key in _D4RL_KEYS:
+        return True
+    link = file.get(key, getlink=True)
+    if isinstance(link, h5py.SoftLink):
+        return link.path.strip("/") not in {name for names in NAMES.values() for name in names}
+    return not (isinstance(link, h5py.HardLink) and isinstance(file[key], h5py.Group))
 
 
 def _link_error(name: str, key: str, reason: str) -> ValueError:

@@ -127,6 +127,16 @@ def test_file_without_timeouts_or_goals(tmp_path, capsys):
     assert "terminations agree" not in output
 
 
+@pytest.mark.parametrize("names", [("terminations", "truncations"), ("terminated", "dones")])
+def test_common_names_of_ends(tmp_path, names):
+    columns = record("halfcheetah-medium-v2", 100)
+    for old, new in zip(("terminals", "timeouts"), names):
+        columns[new] = columns.pop(old)
+    rows = read_rows(write(tmp_path / "data.hdf5", columns))
+    ends = np.flatnonzero(np.isnan(rows["next_qpos"]).any(axis=1))
+    np.testing.assert_array_equal(ends, [39, 79, 99])
+
+
 @pytest.mark.parametrize("maze", ["umaze", "medium", "large"])
 def test_mazes_are_distinguished(maze):
     """Mazes are distinguished by recorded contacts with walls."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pogo_torchrl.data import make_replay_buffer, read_hdf5
-from pogo_torchrl.data.layout import NAMES
+from pogo_torchrl.hdf5_files import NAMES
 from pogo_torchrl.report.one_run import plot_curves, score_table
 
 EPISODES, LENGTH = 8, 25
@@ -63,7 +63,7 @@ def test_shuffled_transitions_have_their_stored_next_states(tmp_path, name, drop
     order = np.random.default_rng(1).permutation(ROWS)
     arrays = {k: v[order] for k, v in with_next(rows()).items() if k not in drop}
     path = write(tmp_path / "data.hdf5", renamed(arrays, next_observations=name))
-    data = read_hdf5(path)
+    data = read_hdf5(path, max_episode_steps=10)  # says nothing of shuffled rows
     assert len(data.transitions) == ROWS
     assert_next(data.transitions, arrays)
     following = data.transitions["next"]
@@ -82,7 +82,7 @@ def test_saved_qlearning_dataset_is_read_as_transitions(tmp_path):
     # d4rl takes every next state from the following row, also in terminal rows.
     arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
     dump = {key: array[keep] for key, array in arrays.items()}
-    data = read_hdf5(write(tmp_path / "data.hdf5", dump))
+    data = read_hdf5(write(tmp_path / "data.hdf5", dump), max_episode_steps=10)
     assert len(data.transitions) == keep.sum()
     assert_next(data.transitions, dump)
     assert len(data.episode_returns) == 0
@@ -185,6 +185,15 @@ def test_dones_alone_that_look_like_a_time_limit_are_refused(tmp_path):
         read_hdf5(path)
 
 
+def test_unknown_horizon(tmp_path):
+    arrays = rows()
+    del arrays["timeouts"]
+    with pytest.raises(ValueError, match=r"no timeouts, and the horizon .* is unknown: set env"):
+        read_hdf5(write(tmp_path / "data.hdf5", arrays), max_episode_steps=None)
+    data = read_hdf5(write(tmp_path / "data.hdf5", dones(9, 59, 99)), max_episode_steps=None)
+    assert data.transitions["next", "terminated"].sum() == 3
+
+
 def test_rlds(tmp_path):
     """The last row of an episode holds its last observation, and no action or reward."""
     arrays = renamed(rows(), terminals="is_terminal", timeouts="is_last")
@@ -229,6 +238,21 @@ def test_two_names_of_one_meaning_must_agree(tmp_path):
     contrary = {**arrays, "terminations": LAST}
     with pytest.raises(ValueError, match="terminals and terminations have the same meaning"):
         read_hdf5(write(tmp_path / "bad.hdf5", contrary))
+
+
+def test_groups_and_second_names_beside_the_arrays(tmp_path):
+    path = write(tmp_path / "data.hdf5", rows())
+    expected = read_hdf5(path)
+    with h5py.File(path, "a") as file:
+        file["states/simulator"] = np.zeros(3)
+        file["obs"] = h5py.SoftLink("/observations")
+        file["dones"] = h5py.SoftLink("/timeouts")
+    assert (read_hdf5(path).transitions == expected.transitions).all()
+    with h5py.File(path, "a") as file:
+        del file["actions"]
+        file["act"] = h5py.ExternalLink("other.hdf5", "actions")
+    with pytest.raises(ValueError, match="act is a link"):
+        read_hdf5(path)
 
 
 def test_groups_of_episodes_are_named(tmp_path):
@@ -278,6 +302,14 @@ def test_terminal_rows_before_a_jump_end_episodes(tmp_path):
     arrays = rows()
     arrays["observations"][:, 0] = np.arange(ROWS) % LENGTH
     assert len(read_hdf5(write(tmp_path / "data.hdf5", arrays)).episode_returns) == EPISODES
+
+
+def test_steps_that_all_time_out_need_their_stored_next_states(tmp_path):
+    arrays = with_next(rows())
+    arrays["terminals"][:], arrays["timeouts"][:] = False, True
+    data = read_hdf5(write(tmp_path / "data.hdf5", arrays))
+    assert_next(data.transitions, arrays)
+    np.testing.assert_allclose(data.episode_returns, arrays["rewards"], rtol=1e-4, atol=1e-6)
 
 
 def test_episodes_of_one_step(tmp_path):

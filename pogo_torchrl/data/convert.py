@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from pogo_torchrl.data.hdf5 import Dataset, read_open_file
-from pogo_torchrl.data.layout import NAMES
 from pogo_torchrl.files import atomic_write, cannot_read, cannot_write
-from pogo_torchrl.hdf5_files import UnsupportedFileError
+from pogo_torchrl.hdf5_files import NAMES, UnsupportedFileError
 from pogo_torchrl.machine import physical_memory
 
 Arrays = dict[str, np.ndarray]
@@ -52,7 +51,7 @@ def convert(
 ) -> Converted:
     """Write a dictionary of arrays as a file in D4RL's HDF5 layout, and check that it can be read.
 
-    Common names of arrays (:data:`~pogo_torchrl.data.layout.NAMES`) are replaced by D4RL's; other
+    Common names of arrays (:data:`~pogo_torchrl.hdf5_files.NAMES`) are replaced by D4RL's; other
     arrays are copied as they are.
 
     Args:

@@ -39,7 +39,7 @@ class Dataset(NamedTuple):
 
 
 def read_hdf5(
-    path: str | Path, *, max_episode_steps: int = 1000, next_observations: bool = True
+    path: str | Path, *, max_episode_steps: int | None = 1000, next_observations: bool = True
 ) -> Dataset:
     """Read the transitions of an HDF5 file in D4RL's layout.
 
@@ -59,9 +59,9 @@ def read_hdf5(
         path: an HDF5 file with ``observations [n, obs]``, ``actions [n, d]``, ``rewards [n]``,
             ``terminals [n]`` (any dtype; nonzero is terminal) and, optionally, ``timeouts [n]`` and
             ``next_observations [n, obs]``, under these or other common names
-            (:data:`~pogo_torchrl.data.layout.NAMES`).
+            (:data:`~pogo_torchrl.hdf5_files.NAMES`).
         max_episode_steps: horizon of the task, in steps, used only for files that store neither
-            time-outs nor next observations. Defaults to ``1000``.
+            time-outs nor next observations; ``None``: unknown. Defaults to ``1000``.
         next_observations: whether to use stored next observations. Defaults to ``True``;
             ``d4rl.qlearning_dataset`` does not.
 
@@ -113,7 +113,7 @@ def read_hdf5(
 
 
 def read_open_file(
-    file: h5py.File, path: Path, max_episode_steps: int = 1000, use_next: bool = True
+    file: h5py.File, path: Path, max_episode_steps: int | None = 1000, use_next: bool = True
 ) -> Dataset:
     """Read an open file; see :func:`read_hdf5`."""
     arrays = _check_layout(file, path)
@@ -129,9 +129,15 @@ def read_open_file(
     if flags.keys() == {"terminals"}:
         flags = _with_episodes(arrays, flags, follows, path)
     in_order = _in_order(follows, flags)
-    ends = read_ends(flags, in_order, max_episode_steps, path)
+    ends = read_ends(
+        flags,
+        in_order=in_order,
+        stores_next=stores_next,
+        max_episode_steps=max_episode_steps,
+        path=path,
+    )
     # Time-outs are only told by the file if both arrays are stored, as in D4RL's own files.
-    is_plain = stores_next and not (in_order and ends.stated)
+    is_plain = stores_next and not (in_order and ends.stated and (~ends.timeouts[:-1]).any())
     if is_plain:
         # A row marked as both may be either, depending on who wrote the file.
         rows = np.flatnonzero(~(ends.terminals & ends.timeouts))

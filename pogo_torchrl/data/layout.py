@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -11,61 +12,14 @@ import h5py
 import numpy as np
 import torch
 
-from pogo_torchrl.hdf5_files import UnsupportedFileError, get_local_array, size_in_memory
+from pogo_torchrl.hdf5_files import (
+    NAMES,
+    UnsupportedFileError,
+    get_named_arrays,
+    size_in_memory,
+)
 
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals")
-
-NAMES: dict[str, tuple[str, ...]] = {
-    "observations": ("observations", "observation", "obs", "states", "state"),
-    "actions": ("actions", "action", "acts", "act"),
-    "rewards": ("rewards", "reward", "rews", "rew"),
-    "terminals": (
-        "terminals",
-        "terminal",
-        "terminations",
-        "termination",
-        "terminateds",
-        "terminated",
-        "is_terminal",
-    ),
-    "timeouts": (
-        "timeouts",
-        "timeout",
-        "truncations",
-        "truncation",
-        "truncateds",
-        "truncated",
-        "is_truncated",
-        "TimeLimit.truncated",
-        "infos/TimeLimit.truncated",
-    ),
-    "dones": ("dones", "done", "is_done", "is_last"),
-    "starts": ("episode_starts", "episode_start", "is_first"),
-    "episodes": (
-        "episode_ids",
-        "episode_id",
-        "episodes",
-        "episode",
-        "trajectory_ids",
-        "trajectory_id",
-        "traj_ids",
-        "traj_id",
-    ),
-    "next_observations": (
-        "next_observations",
-        "next_observation",
-        "next_obs",
-        "observations_next",
-        "observation_next",
-        "obs_next",
-        "new_observations",
-        "new_obs",
-        "next_states",
-        "next_state",
-    ),
-}
-"""Names under which arrays are found, for each name in D4RL's layout; ``dones`` are ends of either
-kind, ``starts`` first rows, and ``episodes`` numbers of episodes."""
 
 # Names that tell of ends or next states, if they are not in NAMES.
 _TELLING = re.compile(
@@ -111,8 +65,8 @@ def find_arrays(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
             only keys of unknown meaning tell where episodes end.
     """
     found: dict[str, h5py.Dataset] = {}
-    for name, aliases in NAMES.items():
-        arrays = [array for key in aliases if (array := get_local_array(file, key)) is not None]
+    for name in NAMES:
+        arrays = get_named_arrays(file, name)
         if not arrays:
             continue
         found[name] = arrays[0]
@@ -195,7 +149,12 @@ def ends_of_episodes(columns: dict[str, np.ndarray], path: Path) -> np.ndarray |
 
 
 def read_ends(
-    flags: dict[str, np.ndarray], in_order: bool, max_episode_steps: int, path: Path
+    flags: dict[str, np.ndarray],
+    *,
+    in_order: bool,
+    stores_next: bool,
+    max_episode_steps: int | None,
+    path: Path,
 ) -> Ends:
     """Work out which rows are terminal and which were cut by a time limit.
 
@@ -203,14 +162,17 @@ def read_ends(
         flags: the arrays ``terminals``, ``timeouts`` and ``dones`` that the file has, ``[rows]``,
             bool.
         in_order: whether every row is followed by the next one of its episode.
-        max_episode_steps: horizon of the task, in steps, for files that do not tell time-outs.
+        stores_next: whether the file has next observations, so that rows need no successor.
+        max_episode_steps: horizon of the task, in steps, for files that do not tell time-outs;
+            ``None``: unknown.
         path: the file, for messages.
 
     Returns:
         The ends. ``dones`` alone count as terminal, except after ``max_episode_steps`` steps.
 
     Raises:
-        ValueError: when ``dones`` alone look like a time limit other than ``max_episode_steps``.
+        ValueError: when ``dones`` alone look like a time limit other than ``max_episode_steps``, or
+            when the horizon is needed, but unknown.
     """
     terminals, timeouts, dones = (flags.get(key) for key in ("terminals", "timeouts", "dones"))
     if timeouts is not None:
@@ -221,26 +183,34 @@ def read_ends(
     if terminals is not None:
         if dones is not None and (dones & ~terminals).any():
             return Ends(terminals, dones & ~terminals, True)
+        if stores_next:
+            return Ends(terminals, np.zeros_like(terminals), False)
+        if max_episode_steps is None:
+            raise UnsupportedFileError(
+                f"{path} has no timeouts, and the horizon of the task is unknown: set "
+                "env.max_episode_steps=N."
+            )
         return Ends(terminals, _horizon_timeouts(terminals, max_episode_steps), False)
     assert dones is not None
+    horizon = math.inf if max_episode_steps is None else max_episode_steps
     timeouts = np.zeros_like(dones)
     if in_order:
         last = np.flatnonzero(dones)
         lengths = np.diff(last, prepend=-1)
         longest = lengths.max(initial=1)
         share = (lengths == longest).mean() if lengths.size > 1 else 0.0
-        if 1 < longest < max_episode_steps and share >= 0.1 and (lengths == longest).sum() > 1:
+        if 1 < longest < horizon and share >= 0.1 and (lengths == longest).sum() > 1:
             raise UnsupportedFileError(
                 f"{path}: {share:.0%} of the episodes are done after exactly {longest} steps, the "
                 "longest of all, which looks like a time limit; store the ends as terminals and "
                 "timeouts."
             )
-        timeouts[last[lengths >= max_episode_steps]] = True
+        timeouts[last[lengths >= horizon]] = True
     _LOGGER.warning(
         "%s does not tell terminations from time limits: its dones count as terminations%s. Store "
         "terminals and timeouts to be exact.",
         path,
-        f", except after {max_episode_steps} steps" if in_order else "",
+        f", except after {horizon} steps" if in_order and horizon < math.inf else "",
     )
     return Ends(dones & ~timeouts, timeouts, False)
 

@@ -17,9 +17,11 @@ from pogo_torchrl.envs import make_env, split_task
 from pogo_torchrl.envs.antmaze import is_free
 from pogo_torchrl.envs.transitions import replay, replay_errors, row_errors
 from pogo_torchrl.hdf5_files import (
+    NAMES,
     UnsupportedFileError,
     check_real,
     get_local_array,
+    get_named_arrays,
     open_hdf5,
     size_in_memory,
 )
@@ -50,6 +52,8 @@ _FIELDS = {
     "terminated": "terminals",
 }
 
+_OPTIONAL = ("timeouts", "dones", "infos/goal")
+
 Rows = dict[str, NDArray[Any]]
 
 
@@ -71,7 +75,8 @@ def read_rows(path: str | Path, limit: int = DEFAULT_LIMIT) -> Rows:
 
     Args:
         path: an HDF5 file with ``actions``, ``rewards``, ``terminals``, ``infos/qpos``,
-            ``infos/qvel`` and, optionally, ``timeouts`` and ``infos/goal``.
+            ``infos/qvel`` and, optionally, ``timeouts`` and ``infos/goal``; other common names are
+            understood, see :data:`~pogo_torchrl.hdf5_files.NAMES`.
         limit: maximum number of rows. Defaults to ``2000``.
 
     Returns:
@@ -96,9 +101,10 @@ def read_rows(path: str | Path, limit: int = DEFAULT_LIMIT) -> Rows:
     if limit < 1:
         raise ValueError(f"limit={limit} must be an integer >= 1.")
     with open_hdf5(Path(path)) as file:
-        names = (*_FIELDS.values(), "timeouts", "infos/goal")
         found = {
-            name: array for name in names if (array := get_local_array(file, name)) is not None
+            name: array
+            for name in (*_FIELDS.values(), *_OPTIONAL)
+            if (array := _find(file, name)) is not None
         }
         missing = [name for name in _FIELDS.values() if name not in found]
         if missing:
@@ -113,9 +119,8 @@ def read_rows(path: str | Path, limit: int = DEFAULT_LIMIT) -> Rows:
                 f"{path} has {sizes} rows; all fields must have the same number, at least 1."
             )
         columns = {name: _values(array, name, n) for name, array in found.items()}
-    ends = columns["terminals"].astype(bool)
-    if "timeouts" in columns:
-        ends = ends | columns["timeouts"].astype(bool)
+    flags = [columns[name] != 0 for name in ("terminals", "timeouts", "dones") if name in columns]
+    ends = np.logical_or.reduce(flags)
     ends[-1] = True
     chosen = np.unique(np.linspace(0, n - 1, min(limit, n)).round().astype(int))
     rows = {key: columns[name][chosen] for key, name in _FIELDS.items()}
@@ -126,6 +131,12 @@ def read_rows(path: str | Path, limit: int = DEFAULT_LIMIT) -> Rows:
         rows["goal"] = columns["infos/goal"][chosen]
     rows["terminated"] = rows["terminated"].astype(bool)
     return rows
+
+
+def _find(file: h5py.File, name: str) -> h5py.Dataset | None:
+    """Look up a field under any of its common names."""
+    arrays = get_named_arrays(file, name) if name in NAMES else [get_local_array(file, name)]
+    return arrays[0] if arrays else None
 
 
 def _values(array: h5py.Dataset, name: str, rows: int) -> NDArray[Any]:

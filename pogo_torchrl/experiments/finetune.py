@@ -119,7 +119,7 @@ class OnlineBuffer:
             self._extend(row)
         self.samples += 1
         if len(self.online) < self.half:
-            return self.offline.sample(2 * self.half)
+            return self.offline.sample(2 * self.half).select(*self.keys)
         return self.both.sample().select(*self.keys).reshape(-1)
 
     def state_dict(self) -> dict[str, Any]:
