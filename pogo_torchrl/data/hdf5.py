@@ -39,7 +39,7 @@ class Dataset(NamedTuple):
 
 
 def read_hdf5(
-    path: str | Path, *, max_episode_steps: int = 1000, next_observations: bool = True
+    path: str | Path, *, max_episode_steps: int | None = 1000, next_observations: bool = True
 ) -> Dataset:
     """Read the transitions of an HDF5 file in D4RL's layout.
 
@@ -61,7 +61,7 @@ def read_hdf5(
             ``next_observations [n, obs]``, under these or other common names
             (:data:`~pogo_torchrl.data.layout.NAMES`).
         max_episode_steps: horizon of the task, in steps, used only for files that store neither
-            time-outs nor next observations. Defaults to ``1000``.
+            time-outs nor next observations; ``None``: unknown. Defaults to ``1000``.
         next_observations: whether to use stored next observations. Defaults to ``True``;
             ``d4rl.qlearning_dataset`` does not.
 
@@ -113,7 +113,7 @@ def read_hdf5(
 
 
 def read_open_file(
-    file: h5py.File, path: Path, max_episode_steps: int = 1000, use_next: bool = True
+    file: h5py.File, path: Path, max_episode_steps: int | None = 1000, use_next: bool = True
 ) -> Dataset:
     """Read an open file; see :func:`read_hdf5`."""
     arrays = _check_layout(file, path)
@@ -128,6 +128,13 @@ def read_open_file(
     follows = _follows(arrays) if stores_next else np.ones(len(rewards), dtype=bool)
     if flags.keys() == {"terminals"}:
         flags = _with_episodes(arrays, flags, follows, path)
+    if max_episode_steps is None:
+        if not stores_next and "timeouts" not in flags and len(flags) < 2:
+            raise UnsupportedFileError(
+                f"{path} has no timeouts, and the horizon of the task is unknown: set "
+                "env.max_episode_steps=N."
+            )
+        max_episode_steps = len(rewards) + 1
     in_order = _in_order(follows, flags)
     ends = read_ends(flags, in_order, max_episode_steps, path)
     # Time-outs are only told by the file if both arrays are stored, as in D4RL's own files.

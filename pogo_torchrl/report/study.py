@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from pogo_torchrl.report.intervals import Estimate, Spread, bootstrap, iqm, mean
 from pogo_torchrl.report.run_logs import MODES, Array, RunRecord, weights_label
 
 _LOCOMOTION = ("halfcheetah", "hopper", "walker2d")
+_D4RL_TASK = re.compile(r"(halfcheetah|hopper|walker2d|antmaze)-.+-v2")
 
 
 class Setting(NamedTuple):
@@ -21,11 +23,29 @@ class Setting(NamedTuple):
     weights: tuple[float, ...]
     runs: list[RunRecord]
     variant: str = ""
+    scored: bool = True
+    """Whether the task's returns have scores; if not, all values are plain returns."""
 
     @property
     def family(self) -> str:
-        """Environment of the task, such as ``hopper``."""
-        return self.task.split("-")[0]
+        """Environment of the task, such as ``hopper``; a task of one's own is its own."""
+        found = _D4RL_TASK.fullmatch(self.task)
+        return found[1] if found else self.task
+
+    @property
+    def measure(self) -> str:
+        """What the values are: ``D4RL score``, ``score`` or ``return``."""
+        if not self.scored:
+            return "return"
+        return "D4RL score" if _D4RL_TASK.fullmatch(self.task) else "score"
+
+    def values(self, run: RunRecord) -> Array:
+        """Scores or returns of a run of the setting, ``[T, N, 2]``: evaluation, actor, mode.
+
+        Args:
+            run: the run.
+        """
+        return run.evaluations.scores if self.scored else run.evaluations.returns
 
     @property
     def label(self) -> str:
@@ -39,17 +59,17 @@ class Setting(NamedTuple):
 
     @property
     def last(self) -> Array:
-        """Scores of each run at its last checkpoint, ``[S, N, 2]``: seed, actor, mode."""
-        return np.stack([run.last for run in self.runs])
+        """Values of each run at its last checkpoint, ``[S, N, 2]``: seed, actor, mode."""
+        return np.stack([self.values(run)[-1] for run in self.runs])
 
     @property
     def best(self) -> Array:
-        """Best score of each run over its checkpoints, ``[S, N, 2]``: seed, actor, mode."""
-        return np.stack([run.best for run in self.runs])
+        """Best value of each run over its checkpoints, ``[S, N, 2]``: seed, actor, mode."""
+        return np.stack([self.values(run).max(0) for run in self.runs])
 
     @property
     def headline(self) -> Spread:
-        """Score of the last actor at the last checkpoint over seeds, with deterministic actions."""
+        """Value of the last actor at the last checkpoint over seeds, with deterministic actions."""
         return spread(self.last[:, -1, 0])
 
     @property
@@ -60,8 +80,9 @@ class Setting(NamedTuple):
 
     @property
     def data_score(self) -> float:
-        """Mean score of the episodes in the dataset; NaN if unknown."""
-        known = [run.data_score for run in self.runs if np.isfinite(run.data_score)]
+        """Mean score (or return) of the episodes in the dataset; NaN if unknown."""
+        runs = [run for run in self.runs if run.evaluations.scored == self.scored]
+        known = [run.data_score for run in runs if np.isfinite(run.data_score)]
         return float(np.mean(known)) if known else np.nan
 
 
@@ -88,9 +109,10 @@ def settings(runs: Iterable[RunRecord]) -> list[Setting]:
     Returns:
         One setting for each combination of task and weights that has been evaluated.
     """
-    evaluated = (run for run in runs if run.evaluated)
+    evaluated = [run for run in runs if run.evaluated]
+    plain = {run.task for run in evaluated if not run.evaluations.scored}
     return [
-        Setting(task, weights, list(group), variant)
+        Setting(task, weights, list(group), variant, task not in plain)
         for (task, weights, variant), group in groupby(
             evaluated, key=lambda run: (run.task, run.weights, run.variant)
         )
