@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -249,6 +250,7 @@ INVALID = {
     int | None: st.sampled_from(["x", "1.5", "0", "-1", "[1]"]),
     float | None: st.sampled_from(["x", "[1.0]", "nan", "inf", "-.inf", "{a:1}", "'1 2'"]),
     str | None: st.sampled_from(["[a]", "{a:b}"]),
+    dict[str, Any]: st.sampled_from(["x", "7", "[1]", "null"]),
 }
 
 
@@ -267,6 +269,8 @@ def valid_values(name, entry, hint, default):
         return st.floats(allow_nan=False, allow_infinity=False).map(str)
     if hint is bool:
         return st.sampled_from(["true", "false"])
+    if hint == dict[str, Any]:
+        return st.just("{a: 1, b: [text]}")
     return st.just("text")
 
 

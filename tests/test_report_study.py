@@ -153,7 +153,7 @@ def test_summary_has_a_row_for_each_actor_and_mode(results):
         "task": HOPPER, "w2_weights": "0.2_0.3", "seed": "1", "actor": "1", "mode": "stochastic",
         "last_step": "20", "last_score": "53.0000", "last_return": "530.0000", "best_step": "10",
         "best_score": "83.0000", "status": "done", "data_score": "23.4",
-        "weights": "raw",
+        "weights": "raw", "best_return": "830.0000",
     }  # fmt: skip
 
 

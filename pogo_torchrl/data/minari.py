@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import errno
 import io
+import json
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -22,6 +23,7 @@ from filelock import FileLock
 from tensordict import TensorDict
 
 from pogo_torchrl.data.hdf5 import Dataset
+from pogo_torchrl.envs.flattening import check_entries, flatten_rows
 from pogo_torchrl.files import cannot_read, cannot_write
 
 _LOGGER = logging.getLogger(__name__)
@@ -34,7 +36,18 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EIO, *_NO_LOCKS}
 _REPAIR_HINT = "delete {folder} to download it again, or restore it if it is your own"
 
 
-def read_minari(dataset_id: str) -> Dataset:
+class RecordedEnvironment(NamedTuple):
+    """What a Minari dataset says of its environment."""
+
+    env_id: str | None
+    """``MODULE:ID`` for :func:`gymnasium.make`; ``None`` if no environment is recorded."""
+    kwargs: dict[str, Any]
+    max_episode_steps: int | None
+    reference_scores: list[float] | None
+    """Its ``ref_min_score`` and ``ref_max_score``: returns that score 0 and 100."""
+
+
+def read_minari(dataset_id: str, *, flatten: bool | gymnasium.spaces.Dict = False) -> Dataset:
     """Read a Minari dataset, downloading it on first use.
 
     The rows are those that ``d4rl.qlearning_dataset`` keeps, in the same order: all steps of all
@@ -56,6 +69,10 @@ def read_minari(dataset_id: str) -> Dataset:
             ``MINARI_DATASETS_PATH`` (default ``~/.minari/datasets``) or downloaded from
             ``MINARI_REMOTE`` (default ``hf://farama-minari``); both are Minari's environment
             variables. When several processes request the same dataset, only one downloads it.
+        flatten: read any ``Dict`` as the vector that :func:`gymnasium.spaces.flatten` makes of it,
+            with all entries (``desired_goal``, too), as tasks of one's own need it: in the order of
+            this space, e.g. that of the environment, or with ``True`` in that of the dataset's own,
+            which Minari sorts by key. Defaults to ``False``: only D4RL's antmaze layout.
 
     Returns:
         The transitions and the returns of the complete episodes, i.e. those that end with a
@@ -98,15 +115,51 @@ def read_minari(dataset_id: str) -> Dataset:
         >>> data.episode_returns.tolist()
         [3.0]
     """
+    with _quiet():
+        return _read(_open(dataset_id), dataset_id, flatten)
+
+
+def read_minari_environment(dataset_id: str) -> RecordedEnvironment:
+    """Read what a Minari dataset says of its environment, downloading it on first use.
+
+    Args:
+        dataset_id: ID of a dataset, see :func:`read_minari`.
+
+    Returns:
+        The environment for evaluation, if the dataset names one, otherwise that of the data.
+
+    Raises:
+        ValueError: if the environment has wrappers, or for the reasons of :func:`read_minari`.
+    """
+    with _quiet():
+        dataset = _open(dataset_id)
+    metadata = dataset.storage.metadata
+    scores = [metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
+    known = all(isinstance(score, int | float) and np.isfinite(score) for score in scores)
+    references = [float(score) for score in scores] if known and scores[0] != scores[1] else None
+    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    if not text:
+        return RecordedEnvironment(None, {}, None, references)
+    spec = json.loads(text)
+    if wrappers := [wrapper["name"] for wrapper in spec.get("additional_wrappers") or ()]:
+        raise ValueError(
+            f"data.path={dataset_id!r} was recorded in {spec['id']} with the wrappers "
+            f"{', '.join(wrappers)}: register an environment that has them, and set env.id."
+        )
+    # The module of the environment belongs to the package that registers it.
+    module = str(spec["entry_point"]).partition(":")[0]
+    env_id = spec["id"] if module.startswith("gymnasium.") else f"{module}:{spec['id']}"
+    return RecordedEnvironment(env_id, spec["kwargs"], spec["max_episode_steps"], references)
+
+
+def _open(dataset_id: str) -> Any:
     if not _ID.fullmatch(dataset_id):
         raise ValueError(
             f"data.path={dataset_id!r} is not a valid Minari dataset ID; expected "
             "namespace/name-vN, e.g. D4RL/antmaze/umaze-v1. To use another remote, set the "
             "environment variable MINARI_REMOTE."
         )
-    with _quiet():
-        minari = _import_minari()
-        return _read(_load(minari, dataset_id), dataset_id)
+    return _load(_import_minari(), dataset_id)
 
 
 @contextlib.contextmanager
@@ -229,8 +282,8 @@ def _read_error(dataset_id: str, folder: Path, error: Exception) -> Exception:
     )
 
 
-def _read(dataset: Any, dataset_id: str) -> Dataset:
-    has_goal, observation_dim = _observation_layout(dataset.observation_space, dataset_id)
+def _read(dataset: Any, dataset_id: str, flatten: bool | gymnasium.spaces.Dict) -> Dataset:
+    layout, observation_dim = _observation_layout(dataset.observation_space, dataset_id, flatten)
     action_dim = _vector_dim(dataset.action_space)
     if action_dim is None:
         raise ValueError(
@@ -254,7 +307,7 @@ def _read(dataset: Any, dataset_id: str) -> Dataset:
     returns, complete = np.empty(episodes), np.empty(episodes, dtype=bool)
     found = rows = 0
     for number, episode in enumerate(_episodes(dataset, dataset_id, folder)):
-        arrays = _to_arrays(episode, has_goal)
+        arrays = _to_arrays(episode, layout)
         length = len(episode)
         _check_episode(
             arrays, length, observation_dim, action_dim, f"{dataset_id!r}, episode {number}"
@@ -300,8 +353,26 @@ def _vector_dim(space: Any) -> int | None:
     return space.shape[0] if is_vector else None
 
 
-def _observation_layout(space: Any, dataset_id: str) -> tuple[bool, int]:
-    """Whether observations are split into ``_GOAL_KEYS``, and their total dimension."""
+def _observation_layout(
+    space: Any, dataset_id: str, flatten: bool | gymnasium.spaces.Dict
+) -> tuple[Any, int]:
+    """The space of what is read of an observation, or ``_GOAL_KEYS``, and its dimension."""
+    if flatten and isinstance(space, gymnasium.spaces.Dict):
+        if isinstance(flatten, gymnasium.spaces.Dict):
+            if set(flatten.spaces) != set(space.spaces):
+                raise ValueError(
+                    f"data.path={dataset_id!r} has observations of {', '.join(space.spaces)}, but "
+                    f"the environment of {', '.join(flatten.spaces)}: set env.id to the "
+                    "environment of the data."
+                )
+            space = flatten
+        try:
+            check_entries(space)
+        except ValueError as error:
+            raise ValueError(
+                f"data.path={dataset_id!r} has observations that are not vectors: {error}"
+            ) from error
+        return space, gymnasium.spaces.flatdim(space)
     has_goal = isinstance(space, gymnasium.spaces.Dict)
     parts = [space.spaces.get(key) for key in _GOAL_KEYS] if has_goal else [space]
     dims = [_vector_dim(part) for part in parts]
@@ -311,7 +382,7 @@ def _observation_layout(space: Any, dataset_id: str) -> tuple[bool, int]:
             "a Dict with such a Box for observation and achieved_goal, is supported, so choose "
             "another dataset."
         )
-    return has_goal, sum(dim for dim in dims if dim is not None)
+    return _GOAL_KEYS if has_goal else None, sum(dim for dim in dims if dim is not None)
 
 
 def _episodes(dataset: Any, dataset_id: str, folder: Path) -> Iterator[Any]:
@@ -321,10 +392,13 @@ def _episodes(dataset: Any, dataset_id: str, folder: Path) -> Iterator[Any]:
         raise _read_error(dataset_id, folder, error) from error
 
 
-def _to_arrays(episode: Any, has_goal: bool) -> dict[str, np.ndarray]:
+def _to_arrays(episode: Any, layout: Any) -> dict[str, np.ndarray]:
     """Arrays of one episode, float32 or bool: n+1 observations and n of everything else."""
     observations = episode.observations
-    parts = [observations[key] for key in _GOAL_KEYS] if has_goal else [observations]
+    if layout == _GOAL_KEYS:
+        parts = [observations[key] for key in _GOAL_KEYS]
+    else:
+        parts = [observations if layout is None else flatten_rows(layout, observations)]
     # Values outside the range of float32 become infinite, which _check_episode() rejects.
     with np.errstate(over="ignore"):
         parts = [np.asarray(part, dtype=np.float32) for part in parts]

@@ -4,10 +4,12 @@ Importing this package registers every task in ``TASKS`` with Gymnasium as ``pog
 """
 
 from pogo_torchrl.envs.antmaze import MAZES
-from pogo_torchrl.envs.registration import BACKENDS, make_env
+from pogo_torchrl.envs.registration import BACKENDS, make_env, make_gymnasium_env
 from pogo_torchrl.envs.scores import (
     REFERENCE_RETURNS,
     TASKS,
+    Measure,
+    is_d4rl_task,
     max_episode_steps,
     score,
     split_task,
@@ -20,8 +22,11 @@ __all__ = [
     "MAZES",
     "REFERENCE_RETURNS",
     "TASKS",
+    "Measure",
     "check_physics",
+    "is_d4rl_task",
     "make_env",
+    "make_gymnasium_env",
     "max_episode_steps",
     "replay_errors",
     "score",

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.wrappers import TransformAction
 
+from pogo_torchrl.envs.flattening import flatten_observations
+from pogo_torchrl.envs.probe import check_spaces
 from pogo_torchrl.envs.scores import TASKS, max_episode_steps, split_task
 from pogo_torchrl.envs.selfcheck import ENVIRONMENTS, warn_if_physics_differ
 
@@ -73,6 +81,101 @@ def make_env(
         raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}.")
     warn_if_physics_differ(environment)
     return gymnasium.make(f"pogo_torchrl/{environment}-{level}-v2", render_mode=render_mode)
+
+
+def make_gymnasium_env(
+    env_id: str,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    max_episode_steps: int | None = None,
+    action_bounds: Sequence[float] | None = None,
+    render_mode: str | None = None,
+) -> gymnasium.Env:
+    """Create an environment of one's own with :func:`gymnasium.make`.
+
+    Args:
+        env_id: ID of a registered environment, or ``MODULE:ID`` to import the module that registers
+            it, which may lie in the current folder.
+        kwargs: arguments of the environment. Defaults to none.
+        max_episode_steps: number of steps after which an episode is truncated. Defaults to that of
+            the registration.
+        action_bounds: lower and upper bound of every action dimension. Defaults to those of the
+            environment.
+        render_mode: Gymnasium's render mode. Defaults to ``None``, no rendering.
+
+    Returns:
+        The environment; ``Dict`` observations are flattened, see
+        :func:`~pogo_torchrl.envs.flattening.flatten_observations`.
+
+    Raises:
+        ValueError: if the environment is unknown or cannot be created, or its episodes have no
+            maximum length.
+
+    Example:
+        >>> make_gymnasium_env("Pendulum-v1", max_episode_steps=50).spec.max_episode_steps
+        50
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no file here replaces an installed package
+    arguments = {**(kwargs or {}), **({"render_mode": render_mode} if render_mode else {})}
+    try:
+        env = gymnasium.make(
+            env_id, max_episode_steps=max_episode_steps, disable_env_checker=True, **arguments
+        )
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(
+            f"env.id={env_id} is not a known Gymnasium environment ({_one_line(error)}): give an "
+            "ID for gymnasium.make, or MODULE:ID if the environment is registered by a module."
+        ) from error
+    except Exception as error:  # anything, from a user's environment
+        raise ValueError(
+            f"env.id={env_id} could not be created with env.kwargs={dict(kwargs or {})} "
+            f"({type(error).__name__}: {_one_line(error)}); where only one may exist at a time, "
+            "use eval_envs=1."
+        ) from error
+    try:
+        if action_bounds is not None and isinstance(env.action_space, Box):
+            env = _bounded(env, action_bounds)
+        env = flatten_observations(env)
+        check_spaces(env)
+        if env.spec is None or env.spec.max_episode_steps is None:
+            raise ValueError(
+                f"env.id={env_id} does not say how long an episode may be: set "
+                "env.max_episode_steps=N, or a large N if every episode ends by itself."
+            )
+    except ValueError:
+        env.close()
+        raise
+    return env
+
+
+def _bounded(env: gymnasium.Env, bounds: Sequence[float]) -> gymnasium.Env:
+    """Replace the bounds of the actions, which are passed on as they are."""
+    low, high = check_action_bounds(bounds)
+    space = Box(low, high, env.action_space.shape, np.float32)
+    return TransformAction(env, lambda action: action, space)
+
+
+def check_action_bounds(bounds: Sequence[float]) -> tuple[float, float]:
+    """Check the option ``env.action_bounds``.
+
+    Args:
+        bounds: lower and upper bound of every action dimension.
+
+    Raises:
+        ValueError: unless these are two finite numbers in ascending order.
+    """
+    low, high = (*bounds, np.nan, np.nan)[:2]
+    if len(bounds) != 2 or not -np.inf < low < high < np.inf:
+        raise ValueError(
+            f"env.action_bounds={list(bounds)} must be the lower and the upper bound of the "
+            "actions, e.g. [-2,2]."
+        )
+    return low, high
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _register() -> None:

@@ -1,9 +1,10 @@
-"""D4RL's task names and reference scores."""
+"""D4RL's task names and reference scores, and what the returns of any task are shown as."""
 
 from __future__ import annotations
 
 import difflib
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,75 @@ _MAX_EPISODE_STEPS = 1000
 _MAX_EPISODE_STEPS_UMAZE = 700
 
 Returns = TypeVar("Returns", float, NDArray[np.floating])
+
+
+class Measure(NamedTuple):
+    """What the returns of a task are shown as: D4RL's score, a score, or plain returns."""
+
+    name: str
+    """``"D4RL score"``, ``"score"`` (with reference returns of one's own) or ``"return"``."""
+
+    reference: tuple[float, float] | None
+    """Returns with the scores 0 and 100; ``None`` if there are no scores."""
+
+    @classmethod
+    def of(cls, task: str, reference_scores: Sequence[float] | None = None) -> Measure:
+        """Choose the measure of a task.
+
+        Args:
+            task: a D4RL task name, or any other.
+            reference_scores: returns with the scores 0 and 100. Defaults to D4RL's for its tasks
+                and to none for others.
+
+        Raises:
+            ValueError: unless the references are two different finite numbers.
+
+        Example:
+            >>> Measure.of("hopper-medium-v2").name, Measure.of("reach").name
+            ('D4RL score', 'return')
+            >>> Measure.of("reach", [-60.0, -10.0]).scores(np.array([-35.0]))
+            array([50.])
+        """
+        if reference_scores is not None:
+            low, high = (*reference_scores, np.nan, np.nan)[:2]
+            if len(reference_scores) != 2 or not 0 < abs(high - low) < np.inf:
+                raise ValueError(
+                    f"env.reference_scores={list(reference_scores)} must be the two different "
+                    "returns that score 0 and 100, e.g. [-60,-10]."
+                )
+            return cls("score", (low, high))
+        if not is_d4rl_task(task):
+            return cls("return", None)
+        return cls("D4RL score", REFERENCE_RETURNS[split_task(task)[0]])
+
+    def scores(self, returns: Returns) -> Returns | None:
+        """Scores of episode returns, ``100 (return - low) / (high - low)``; ``None`` if none.
+
+        Args:
+            returns: undiscounted episode returns, a float or an array of any shape.
+        """
+        if self.reference is None:
+            return None
+        low, high = self.reference
+        return 100.0 * (returns - low) / (high - low)
+
+    def values(self, returns: Returns) -> Returns:
+        """Scores of episode returns, or the returns themselves, if there are no scores.
+
+        Args:
+            returns: undiscounted episode returns, a float or an array of any shape.
+        """
+        scores = self.scores(returns)
+        return returns if scores is None else scores
+
+
+def is_d4rl_task(task: str) -> bool:
+    """Whether a name is one of ``TASKS``; the suffix ``-v2`` is optional.
+
+    Args:
+        task: the name.
+    """
+    return f"{task.removesuffix('-v2')}-v2" in TASKS
 
 
 def split_task(task: str) -> tuple[str, str]:
@@ -131,5 +201,5 @@ def score(task: str, returns: Returns) -> Returns:
         >>> score("antmaze-umaze-v2", np.array([0.0, 1.0]))
         array([  0., 100.])
     """
-    lowest, highest = REFERENCE_RETURNS[split_task(task)[0]]
-    return 100.0 * (returns - lowest) / (highest - lowest)
+    split_task(task)  # an error for an unknown task
+    return Measure.of(task).values(returns)

@@ -20,6 +20,7 @@ from pogo_torchrl.data import OfflineReplayBuffer
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments import build
 from pogo_torchrl.experiments.config import RunConfig, to_text
+from pogo_torchrl.experiments.simulator import DataSpaces
 from pogo_torchrl.modules import (
     QValueOperator,
     TransportActor,
@@ -265,7 +266,9 @@ def _chain_weights(cfg: DictConfig) -> list[float]:
     return list(check_weights(weights)) if weights else []
 
 
-def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss | JKOChain:
+def make_loss(
+    cfg: DictConfig, evaluator: Evaluator | DataSpaces, device: torch.device
+) -> POGOLoss | JKOChain:
     """Initialise the loss with its actors and critics.
 
     Args:

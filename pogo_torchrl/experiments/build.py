@@ -8,22 +8,20 @@ import os
 import random
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from pogo_torchrl.data import OfflineReplayBuffer
-from pogo_torchrl.envs import BACKENDS, make_env, max_episode_steps, split_task
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments.console import LOGGER
+from pogo_torchrl.experiments.simulator import DataSpaces, env_fn, resolve_environment
 from pogo_torchrl.functional import step_sizes_to_weights
 from pogo_torchrl.machine import physical_memory
 from pogo_torchrl.modules import make_actor, make_qvalue
@@ -117,50 +115,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def env_fn(
-    task: str, cfg: DictConfig, render_mode: str | None = None
-) -> Callable[[], gymnasium.Env]:
-    """Factory of the evaluation environment.
-
-    Args:
-        task: D4RL task name.
-        cfg: an :class:`~pogo_torchrl.experiments.config.EnvConfig`; ``id`` replaces the task's
-            environment.
-        render_mode: Gymnasium's render mode. Defaults to ``None``.
-
-    Returns:
-        A function without arguments that makes the environment.
-
-    Raises:
-        ValueError: for an unknown backend or environment, or options that the backend does not
-            support.
-    """
-    if cfg.backend not in BACKENDS:
-        raise ValueError(
-            f"env.backend={cfg.backend} is unknown; choose one of {', '.join(BACKENDS)}."
-        )
-    own = f"pogo_torchrl/{'-'.join(split_task(task))}-v2"
-    horizon = cfg.max_episode_steps or max_episode_steps(task)
-    if cfg.id in (None, own) and horizon == max_episode_steps(task):
-        return partial(make_env, task, backend=cfg.backend, render_mode=render_mode)
-    if cfg.backend != "mujoco":
-        raise ValueError(
-            f"env.backend={cfg.backend} supports only the task's own environment and horizon; "
-            "leave out env.id and env.max_episode_steps."
-        )
-    make = partial(
-        gymnasium.make, cfg.id or own, max_episode_steps=horizon, render_mode=render_mode
-    )
-    try:
-        make().close()
-    except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(
-            f"env.id={cfg.id} is not a known Gymnasium environment ({error}): give an ID for "
-            "gymnasium.make, or MODULE:ID if the environment is registered by a module."
-        ) from error
-    return make
-
-
 def resolve_step_sizes(cfg: DictConfig) -> DictConfig:
     """Return the options with ``step_sizes``, if given, replaced by the ``w2_weights`` they imply.
 
@@ -181,7 +135,7 @@ def resolve_step_sizes(cfg: DictConfig) -> DictConfig:
 
 def action_dim(cfg: DictConfig) -> int:
     """Number of action dimensions of the evaluation environment."""
-    env = env_fn(cfg.task, cfg.env)()
+    env = env_fn(cfg.task, resolve_environment(cfg).env)()
     try:
         shape = env.action_space.shape
     finally:
@@ -189,7 +143,7 @@ def action_dim(cfg: DictConfig) -> int:
     return shape[-1] if shape else 1
 
 
-def check_memory(cfg: DictConfig, evaluator: Evaluator) -> None:
+def check_memory(cfg: DictConfig, evaluator: Evaluator | DataSpaces) -> None:
     """Check that networks and batches fit into memory, before any is allocated.
 
     Args:
@@ -226,7 +180,7 @@ def critic_sizes(cfg: DictConfig) -> list[int]:
     return list(cfg.hidden_sizes if cfg.critic_hidden_sizes is None else cfg.critic_hidden_sizes)
 
 
-def make_loss(cfg: DictConfig, evaluator: Evaluator, device: torch.device) -> POGOLoss:
+def make_loss(cfg: DictConfig, evaluator: Evaluator | DataSpaces, device: torch.device) -> POGOLoss:
     """Initialise the loss with its chain of actors and its critics.
 
     Args:
@@ -322,7 +276,9 @@ def step_control(cfg: DictConfig) -> StepControl | None:
     return HoldDisplacement(cfg.displacement)
 
 
-def check_data(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator, cfg: DictConfig) -> None:
+def check_data(
+    replay_buffer: OfflineReplayBuffer, evaluator: Evaluator | DataSpaces, cfg: DictConfig
+) -> None:
     """Check that the data match the environment.
 
     Args:
@@ -354,3 +310,26 @@ def check_data(replay_buffer: OfflineReplayBuffer, evaluator: Evaluator, cfg: Di
             f"{evaluator.task} ({low[worst]:g} to {high[worst]:g}) in dimension {worst}: rescale "
             "them in the file, or clip them with data.clip_actions=true."
         )
+    if isinstance(evaluator, Evaluator):
+        _warn_of_other_observations(replay_buffer, evaluator, origin)
+
+
+def _warn_of_other_observations(
+    replay_buffer: OfflineReplayBuffer, evaluator: Evaluator, origin: str
+) -> None:
+    """Warn of observations outside of the environment's space, as of another environment."""
+    mean, std = replay_buffer.normalization
+    rows = replay_buffer[:]["observation"]
+    lowest, highest = ((rows.amin(0) * std + mean).cpu(), (rows.amax(0) * std + mean).cpu())
+    low, high = map(
+        torch.as_tensor, (evaluator.observation_space.low, evaluator.observation_space.high)
+    )
+    slack = 1e-3 * (1 + torch.maximum(low.abs(), high.abs()).nan_to_num(posinf=0.0))
+    outside = ((lowest < low - slack) | (highest > high + slack)).nonzero()
+    if len(outside):
+        i = int(outside[0])
+        LOGGER.warning(
+            "%s has observations that the environment of task=%s does not have (entry %d: %g to "
+            "%g, expected %g to %g): are they of this environment?",
+            origin, evaluator.task, i, lowest[i], highest[i], low[i], high[i],
+        )  # fmt: skip

@@ -21,6 +21,14 @@ OmegaConf.register_new_resolver(
     replace=True,
 )
 
+# ``${task_env:${env.id},x}`` in a preset: x applies to the environments of the package only; others
+# have their own.
+OmegaConf.register_new_resolver(
+    "task_env",
+    lambda env_id, value: value if str(env_id).startswith("pogo_torchrl/") else None,
+    replace=True,
+)
+
 
 def option(
     default: Any,
@@ -99,10 +107,22 @@ class EnvConfig:
         "package, an extra)",
     )
     id: str | None = option(
-        None, "Gymnasium ID of another evaluation environment; null: the task's own"
+        None,
+        "Gymnasium ID of the evaluation environment, or MODULE:ID (MODULE may lie in the current "
+        "folder); minari: that of the Minari dataset; null: none, trains without evaluation",
     )
+    kwargs: dict[str, Any] = option({}, "arguments of the environment, e.g. {goal: 3}")
     max_episode_steps: int | None = option(
-        None, "maximum length of an evaluation episode in steps; null: the task's own"
+        None, "maximum length of an evaluation episode in steps; null: the environment's own"
+    )
+    reference_scores: list[float] | None = option(
+        None,
+        "returns that score 0 and 100, [low,high]; null: D4RL's or the Minari dataset's, otherwise "
+        "plain returns are shown",
+    )
+    action_bounds: list[float] | None = option(
+        None,
+        "bounds [low,high] of all actions; null: the environment's or, without one, [-1,1]",
     )
 
 
@@ -124,7 +144,11 @@ class LoggerConfig:
 class RunConfig:
     """Options of ``pogo train``; ``pogo train --help`` prints them."""
 
-    task: str = option("hopper-medium-v2", "D4RL task; its preset sets w2_weights, lr and others")
+    task: str = option(
+        "hopper-medium-v2",
+        "D4RL task, whose preset sets w2_weights, lr and others; or the name or YAML file of a "
+        "task of your own (docs/tasks.md)",
+    )
     seed: int = option(
         0, "seed of initialisation, sampling, noise and evaluation", lowest=0, highest=2**32 - 1
     )
@@ -149,11 +173,20 @@ class RunConfig:
         None, "step size h_i of each actor, > 0; sets w2_weights for the given alpha"
     )
     total_steps: int = option(3000, "number of training updates; the papers use 1000000")
-    eval_interval: int = option(500, "updates between evaluations; a run always ends with one")
+    eval_interval: int = option(
+        500,
+        "updates between evaluations; a run always ends with one; 0: none, needs no environment",
+        lowest=0,
+    )
     eval_episodes: int = option(
         10,
         "episodes of an evaluation, per actor and action mode (deterministic, stochastic)",
         highest=10_000,
+    )
+    eval_envs: int | None = option(
+        None,
+        "largest number of environments that exist at once; null: 1, or as memory allows for those "
+        "of Gymnasium and of this package",
     )
     log_interval: int = option(250, "updates between rows of metrics.csv")
     checkpoint_interval: int = option(
@@ -458,6 +491,11 @@ def all_tasks() -> list[str]:
     environments = sorted({task.split("-")[0] for task in tasks()} - {"antmaze"})
     levels = ("random", "expert", "full-replay")
     return [*tasks(), *(f"{name}-{level}-v2" for name in environments for level in levels)]
+
+
+def own_tasks() -> list[str]:
+    """Names of the tasks of one's own that are presets in this process."""
+    return [name.removesuffix(".yaml") for name in ConfigStore.instance().repo.get("task", {})]
 
 
 def _help() -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pogo_torchrl.evaluation import Evaluation, Evaluator
-from pogo_torchrl.experiments.build import env_fn
 from pogo_torchrl.experiments.config import EnvConfig, option, option_lines, options
 from pogo_torchrl.experiments.film import check_film, film
 from pogo_torchrl.experiments.overrides import parse_options, wants_help
+from pogo_torchrl.experiments.simulator import env_fn
 from pogo_torchrl.export import load_actors, policy_environment, policy_weights
 from pogo_torchrl.modules import TransportActor
 
@@ -25,10 +26,16 @@ class EvaluateConfig:
     )
     task: str | None = option(
         None,
-        "D4RL task that sets the environment and the score; null: the task of the policy's run",
+        "D4RL task that sets the environment and the score, or a task of your own, with env.id; "
+        "null: the task of the policy's run",
     )
     episodes: int = option(
         10, "episodes per actor and action mode (deterministic, stochastic)", highest=100_000
+    )
+    eval_envs: int | None = option(
+        None,
+        "largest number of environments that exist at once; null: 1, or as memory allows for those "
+        "of Gymnasium and of this package",
     )
     seed: int = option(0, "seed of initial states and action noise", lowest=0, highest=2**32 - 1)
     video: str | None = option(
@@ -64,29 +71,39 @@ def evaluate(arguments: Sequence[str]) -> list[Evaluation]:
             f"{cfg.policy} does not contain its task: set it, e.g. task=hopper-medium-v2."
         )
     evaluator = Evaluator(
-        cfg.task, episodes=cfg.episodes, seed=cfg.seed, env_fn=env_fn(cfg.task, cfg.env)
+        cfg.task,
+        episodes=cfg.episodes,
+        seed=cfg.seed,
+        env_fn=env_fn(cfg.task, cfg.env),
+        reference_scores=cfg.env.reference_scores,
+        eval_envs=cfg.eval_envs,
     )
-    _check_sizes(cfg.policy, actors, evaluator)
     path = None if cfg.video is None else Path(cfg.video)
-    if path is not None:
-        drawing = env_fn(cfg.task, cfg.env, render_mode="rgb_array")
-        check_film(path, drawing)
-    evaluations = evaluator(actors)
+    with closing(evaluator):
+        _check_sizes(cfg.policy, actors, evaluator)
+        evaluator.check()
+        if path is not None:
+            evaluator.close()  # where only one environment may exist at a time
+            drawing = env_fn(cfg.task, cfg.env, render_mode="rgb_array")
+            check_film(path, drawing)
+        evaluations = evaluator(actors)
     count = f"{cfg.episodes} episode{'s' if cfg.episodes > 1 else ''}"
     weights = ", averaged weights" if policy_weights(cfg.policy) == "averaged" else ""
     print(f"{cfg.policy} on {cfg.task}, {count}, seed {cfg.seed}{weights} (mean ± std)")
-    print(evaluation_table(evaluations), flush=True)
+    print(evaluation_table(evaluations, evaluator.measure.name), flush=True)
     if path is not None:
-        frames = film(path, actors, drawing, evaluator.start_seed(0))
+        at_once = evaluator.eval_envs >= len(actors)
+        frames = film(path, actors, drawing, evaluator.start_seed(0), at_once=at_once)
         print(f"Video: {path} ({frames} frames; actors 0 to {len(actors) - 1} from the left)")
     return evaluations
 
 
-def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
-    """Format evaluations as a table of returns, D4RL scores and episode lengths.
+def evaluation_table(evaluations: Sequence[Evaluation], measure: str = "D4RL score") -> str:
+    """Format evaluations as a table of returns, scores (if any) and episode lengths.
 
     Args:
         evaluations: one row each.
+        measure: name of the scores. Defaults to ``"D4RL score"``.
 
     Returns:
         The table as text, with mean ± standard deviation over episodes.
@@ -99,10 +116,15 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
           actor  mode                   return     D4RL score         length
               0  deterministic       3.0 ± 1.0      1.5 ± 0.5     11.0 ± 1.0
               0  stochastic          3.0 ± 1.0      1.5 ± 0.5     11.0 ± 1.0
+        >>> print(evaluation_table([both[0]._replace(scores=None)]))
+          actor  mode                   return         length
+              0  deterministic       3.0 ± 1.0     11.0 ± 1.0
     """
-    rows = [["return", "D4RL score", "length"]]
+    scored = evaluations[0].scores is not None
+    rows = [["return", *([measure] if scored else []), "length"]]
     for e in evaluations:
-        rows.append([f"{v.mean():.1f} ± {v.std():.1f}" for v in (e.returns, e.scores, e.lengths)])
+        values = [e.returns, *([] if e.scores is None else [e.scores]), e.lengths]
+        rows.append([f"{v.mean():.1f} ± {v.std():.1f}" for v in values])
     widths = [max(14, *map(len, column)) + 1 for column in zip(*rows)]
     names = [f"  {'actor':>5}  {'mode':14}", *(f"  {e.actor:>5}  {e.mode:14}" for e in evaluations)]
     return "\n".join(

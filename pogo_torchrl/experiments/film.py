@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import gymnasium
@@ -44,10 +46,9 @@ def check_film(path: Path, env_fn: Callable[[], gymnasium.Env]) -> None:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a display
     try:
-        env = env_fn()
-        env.reset(seed=0)
-        env.render()
-        env.close()
+        with closing(env_fn()) as env:
+            env.reset(seed=0)
+            env.render()
     except Exception as error:  # MuJoCo, PyOpenGL and Gymnasium raise various types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -63,6 +64,8 @@ def film(
     actors: Sequence[TransportActor],
     env_fn: Callable[[], gymnasium.Env],
     seed: int = 0,
+    *,
+    at_once: bool = True,
 ) -> int:
     """Record one deterministic episode of every actor, from left to right in one video.
 
@@ -73,6 +76,9 @@ def film(
         actors: a chain that acts on raw observations.
         env_fn: factory of an environment with ``render_mode="rgb_array"``.
         seed: seed of the environment resets. Defaults to ``0``.
+        at_once: whether the environments of all actors may exist at once. If not, the episodes are
+            played one after the other, and their frames kept in temporary files. Defaults to
+            ``True``.
 
     Returns:
         Number of frames.
@@ -80,16 +86,25 @@ def film(
     Raises:
         OSError: if the file cannot be written.
     """
-    envs = [env_fn() for _ in actors]
-    fps = int(envs[0].metadata.get("render_fps", 30))
+    with closing(env_fn()) as env:
+        fps = int(env.metadata.get("render_fps", 30))
     stride = -(-fps // _MAX_FPS)
-    frames = _frames([_episode(*pair, seed, stride) for pair in zip(actors, envs)])
+    episodes = [_episode(actor, env_fn, seed, stride) for actor in actors]
+    with ExitStack() as stack:
+        for episode in episodes:
+            stack.enter_context(closing(episode))  # closes its environment
+        frames = _frames(episodes if at_once else [_stored(episode) for episode in episodes])
+        return _write(path, frames, fps / stride)
+
+
+def _write(path: Path, frames: Iterator[Frame], fps: float) -> int:
+    """Write a video and return the number of its frames."""
     first = next(frames)
     temporary = path.with_name(f".{path.stem}.tmp.mp4")
     count = 1
     try:
         writer = imageio_ffmpeg.write_frames(
-            str(temporary), first.shape[1::-1], fps=fps / stride, macro_block_size=2
+            str(temporary), first.shape[1::-1], fps=fps, macro_block_size=2
         )
         writer.send(None)
         writer.send(first.tobytes())
@@ -117,19 +132,33 @@ def _frames(episodes: Sequence[Iterator[Frame]]) -> Iterator[Frame]:
 
 
 @torch.no_grad()
-def _episode(actor: TransportActor, env: gymnasium.Env, seed: int, stride: int) -> Iterator[Frame]:
+def _episode(
+    actor: TransportActor, env_fn: Callable[[], gymnasium.Env], seed: int, stride: int
+) -> Generator[Frame, None, None]:
     """Yield every ``stride``-th frame of an episode."""
-    observation, _ = env.reset(seed=seed)
-    _track_robot(env)
-    step, ended = 0, False
-    while not ended:
-        if step % stride == 0:
-            yield np.asarray(env.render())
-        inputs = torch.as_tensor(observation, dtype=torch.float32)
-        noise = torch.zeros(actor.noise_dim)
-        observation, _, terminated, truncated, _ = env.step(actor(inputs, noise).numpy())
-        step, ended = step + 1, terminated or truncated
-    env.close()
+    with closing(env_fn()) as env:
+        observation, _ = env.reset(seed=seed)
+        _track_robot(env)
+        step, ended = 0, False
+        while not ended:
+            if step % stride == 0:
+                yield np.asarray(env.render())
+            inputs = torch.as_tensor(observation, dtype=torch.float32)
+            noise = torch.zeros(actor.noise_dim)
+            observation, _, terminated, truncated, _ = env.step(actor(inputs, noise).numpy())
+            step, ended = step + 1, terminated or truncated
+
+
+def _stored(episode: Iterator[Frame]) -> Iterator[Frame]:
+    """Play an episode to its end when its first frame is asked for, then yield its frames."""
+    with tempfile.TemporaryFile() as file:
+        first = next(episode)
+        file.write(first.tobytes())
+        for frame in episode:
+            file.write(frame.tobytes())
+        file.seek(0)
+        while content := file.read(first.nbytes):
+            yield np.frombuffer(content, first.dtype).reshape(first.shape)
 
 
 def _track_robot(env: gymnasium.Env) -> None:

@@ -25,11 +25,13 @@ from pogo_torchrl.experiments.config import (
     algorithms,
     all_tasks,
     iter_options,
+    own_tasks,
     tasks,
     to_text,
     top_level_options,
 )
 from pogo_torchrl.experiments.multirun import is_multirun
+from pogo_torchrl.experiments.own_task import resolve_task
 from pogo_torchrl.experiments.typed_text import expand_paths, fill_braces, keep_text
 
 # Every weight stands for one network and is part of the run folder's name; published chains have
@@ -136,7 +138,8 @@ def parse_options(arguments: Sequence[str], defaults: Any, *positional: str) -> 
     Example:
         >>> from pogo_torchrl.experiments.config import EnvConfig
         >>> parse_options(["--id", "Hopper-v5", "max_episode_steps=50"], EnvConfig())
-        {'backend': 'mujoco', 'id': 'Hopper-v5', 'max_episode_steps': 50}
+        {'backend': 'mujoco', 'id': 'Hopper-v5', 'kwargs': {}, 'max_episode_steps': 50, \
+'reference_scores': None, 'action_bounds': None}
     """
     cfg, schema = OmegaConf.structured(defaults), type(defaults)
     known = {name: (hint, default) for name, _, hint, default in iter_options(schema)}
@@ -151,12 +154,22 @@ def parse_options(arguments: Sequence[str], defaults: Any, *positional: str) -> 
         if not value:
             raise ValueError(f"{name} needs a value: write {name}=VALUE.")
         try:
-            OmegaConf.update(cfg, name, None if value == "null" else fill_braces(value, schema))
-        except OmegaConfBaseException as error:
+            parsed = _parse_value(value, known[name][0])
+            OmegaConf.update(cfg, name, fill_braces(parsed, schema) if parsed == value else parsed)
+        except (OmegaConfBaseException, HydraException) as error:
             raise ValueError(_type_error(name, value, *known[name])) from error
     check_options(cfg, schema)
     expand_paths(cfg, schema)
     return cfg
+
+
+def _parse_value(text: str, hint: Any) -> Any:
+    """Value of an option's text: lists and mappings in Hydra's syntax, other text as it is."""
+    if text == "null":
+        return None
+    if hint in (list[float] | None, dict[str, Any]):
+        return OverridesParser.create().parse_override(f"value={text}").value()
+    return text
 
 
 def _type_error(name: str, text: str, hint: Any, default: Any) -> str:
@@ -200,6 +213,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         >>> compose(["task=antmaze-umaze-v2", "seed=3"]).lr
         0.0001
     """
+    overrides = resolve_task(overrides, check_overrides)
     check_overrides(overrides)
     with (
         _outside_hydra(),
@@ -336,6 +350,8 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
 def _check_override(override: Override, schema: type, multirun: bool) -> None:
     key, line = override.key_or_group, str(override.input_line)
     known = {name: (hint, default) for name, _, hint, default in iter_options(schema)}
+    if key.startswith("env.kwargs."):
+        return  # any argument of the user's environment
     if key != "data":
         check_name(key or line, known)
     if override.type not in (OverrideType.CHANGE, OverrideType.FORCE_ADD) or override.package:
@@ -398,10 +414,13 @@ def _describe_type(hint: Any) -> str:
 
 
 def _check_task(task: str) -> None:
-    if task not in all_tasks():
+    if task not in (*all_tasks(), *own_tasks()):
         from pogo_torchrl.envs.families import other_family  # loads MuJoCo
 
         if reason := other_family(task):
             raise ValueError(reason)
         near = difflib.get_close_matches(task, all_tasks(), n=3, cutoff=0.3) or tasks()
-        raise ValueError(f"task={task} is unknown; did you mean {' or '.join(near)}?")
+        raise ValueError(
+            f"task={task} is unknown; did you mean {' or '.join(near)}? For a task of your own, "
+            "also set env.id."
+        )

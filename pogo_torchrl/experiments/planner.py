@@ -6,6 +6,7 @@ import gc
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +18,12 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 
 from pogo_torchrl.data.replay_buffer import Normalization, OfflineReplayBuffer
-from pogo_torchrl.envs import max_episode_steps, split_task
+from pogo_torchrl.envs import is_d4rl_task, max_episode_steps, split_task
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments import algorithms
 from pogo_torchrl.experiments.build import (
     check_memory,
     choose_device,
-    env_fn,
     optimizer_settings,
 )
 from pogo_torchrl.experiments.jobs import (
@@ -31,7 +31,9 @@ from pogo_torchrl.experiments.jobs import (
     completed_updates,
 )
 from pogo_torchrl.experiments.local import process_environments
+from pogo_torchrl.experiments.simulator import env_fn, has_simulator, resolve_environment
 from pogo_torchrl.experiments.sweep_file import Run
+from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.objectives import JKOChain, POGOLoss
 from pogo_torchrl.trainers.hooks import LogMetrics
 
@@ -87,23 +89,27 @@ def measure_cost(cfg: DictConfig, seconds: float = 0.5) -> Cost:
     Raises:
         ValueError: for settings that the run would reject as well.
     """
+    if not has_simulator(cfg) and not is_d4rl_task(cfg.task):
+        raise ValueError("without an environment, only the data know its sizes.")
+    cfg = resolve_environment(cfg)
     make_env = env_fn(cfg.task, cfg.env)
     evaluator = Evaluator(
         cfg.task,
         episodes=min(cfg.eval_episodes, _TIMED_EPISODES),
         env_fn=lambda: gymnasium.wrappers.TimeLimit(make_env(), _TIMED_STEPS),
+        eval_envs=cfg.eval_envs,
     )
+    with closing(evaluator):
+        return _measure_cost(cfg, evaluator, seconds)
+
+
+def _measure_cost(cfg: DictConfig, evaluator: Evaluator, seconds: float) -> Cost:
     check_memory(cfg, evaluator)
     loss = algorithms.make_loss(cfg, evaluator, choose_device(cfg.device))
     update = _time_updates(loss, cfg, evaluator, seconds)
 
     chain = [algorithms.policy(loss, i) for i in range(loss.num_actors)]
-    evaluator(chain)  # creates the environments
-    start = time.perf_counter()
-    steps = max(int(e.lengths.max()) for e in evaluator(chain))
-    elapsed = time.perf_counter() - start
-    horizon = cfg.env.max_episode_steps or max_episode_steps(cfg.task)
-    evaluation = elapsed * horizon / steps * cfg.eval_episodes / evaluator.episodes
+    evaluation = _time_evaluation(chain, cfg, evaluator) if has_simulator(cfg) else 0.0
 
     first = _num_bytes(chain[0].parameters())
     trained = _num_bytes(value for value in loss.parameters() if value.requires_grad)
@@ -111,6 +117,19 @@ def measure_cost(cfg: DictConfig, seconds: float = 0.5) -> Cost:
     # time, as the policy.
     stored = _num_bytes(loss.state_dict().values()) + 2 * trained + first
     return Cost(update, evaluation, stored, loss.num_actors * first)
+
+
+def _time_evaluation(chain: list[TransportActor], cfg: DictConfig, evaluator: Evaluator) -> float:
+    evaluator(chain)  # creates the environments
+    start = time.perf_counter()
+    steps = max(int(e.lengths.max()) for e in evaluator(chain))
+    elapsed = time.perf_counter() - start
+    evaluator.close()  # where only one environment may exist at a time
+    env = env_fn(cfg.task, cfg.env)()
+    horizon = env.spec.max_episode_steps if env.spec else None
+    env.close()
+    horizon = horizon or max_episode_steps(cfg.task)  # D4RL's own environments have no spec
+    return elapsed * horizon / steps * cfg.eval_episodes / evaluator.episodes
 
 
 def _time_updates(
@@ -240,7 +259,8 @@ class Plan:
             training += _STARTUP_SECONDS
             if cost is not None:
                 training += updates * cost.update
-                evaluating += max(updates // run.cfg.eval_interval, 1) * cost.evaluation
+                evaluations = updates // max(run.cfg.eval_interval, 1)
+                evaluating += max(evaluations, 1) * cost.evaluation
         return training / self.at_once, evaluating / self.at_once
 
     def _disk_bytes(self) -> int:
@@ -274,8 +294,11 @@ def _cost_key(cfg: DictConfig) -> tuple:
         "policy_freq",
         "bf16",
     )
-    environment = split_task(cfg.task)[0], len(cfg.w2_weights), cfg.eval_episodes
-    return (*environment, str(cfg.env.max_episode_steps), *(str(cfg[key]) for key in shapes))
+    family = split_task(cfg.task)[0] if is_d4rl_task(cfg.task) else cfg.task
+    own = str(cfg.env.id).startswith("pogo_torchrl/")  # one per family, whatever its level
+    env = str(cfg.env.max_episode_steps if own else cfg.env)
+    environment = family, len(cfg.w2_weights), cfg.eval_episodes, has_simulator(cfg), cfg.eval_envs
+    return (*environment, env, *(str(cfg[key]) for key in shapes))
 
 
 def format_duration(seconds: float) -> str:

@@ -6,8 +6,14 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
-from functools import partial
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,8 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl.record.loggers import Logger
 
 from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
-from pogo_torchrl.envs import score
+from pogo_torchrl.envs import Measure
+from pogo_torchrl.envs.registration import check_action_bounds
 from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
 from pogo_torchrl.experiments import algorithms
 from pogo_torchrl.experiments.build import (
@@ -27,7 +34,6 @@ from pogo_torchrl.experiments.build import (
     choose_compile,
     choose_device,
     deterministic,
-    env_fn,
     optimizer_settings,
     seed_everything,
     step_control,
@@ -48,6 +54,12 @@ from pogo_torchrl.experiments.run_folder import (
     lock_run_folder,
 )
 from pogo_torchrl.experiments.signals import Stopped, stop_on_signals
+from pogo_torchrl.experiments.simulator import (
+    DataSpaces,
+    has_simulator,
+    make_evaluator,
+    resolve_environment,
+)
 from pogo_torchrl.experiments.typed_text import expand_paths
 from pogo_torchrl.export import on_raw_observations, save_actors
 from pogo_torchrl.files import atomic_write, cannot_write
@@ -76,6 +88,7 @@ def run(cfg: DictConfig) -> list[Evaluation]:
     """
     one = RunInProgress(cfg)
     with (
+        one.environments(),
         lock_run_folder(one.folder),
         deterministic(cfg.deterministic),
         log_to(ConsoleHandler()),
@@ -121,6 +134,7 @@ def run_stack(cfgs: Sequence[DictConfig]) -> list[Exception | None]:
         for index, cfg in enumerate(cfgs):
             with guarded(index):
                 one = RunInProgress(cfg, stacked=True)
+                locks.enter_context(one.environments())
                 locks.enter_context(lock_run_folder(one.folder))
                 locks.enter_context(closing(one))
                 one.read_data(replay_buffer)
@@ -197,14 +211,23 @@ class RunInProgress:
 
     def __init__(self, cfg: DictConfig, *, stacked: bool = False) -> None:
         check_options(cfg)
-        self.cfg = cfg = algorithms.resolve(copy.deepcopy(cfg))
+        cfg = copy.deepcopy(cfg)
         expand_paths(cfg)
+        self.cfg = cfg = resolve_environment(algorithms.resolve(cfg))
         self.is_pogo = cfg.algorithm == algorithms.POGO
         self.folder = RunFolder.of(cfg)
         self.averaged = cfg.average_actors is not None
-        self.evaluator = Evaluator(
-            cfg.task, episodes=cfg.eval_episodes, seed=cfg.seed, env_fn=env_fn(cfg.task, cfg.env)
-        )
+        self.measure = Measure.of(cfg.task, cfg.env.reference_scores)
+        self.evaluator = make_evaluator(cfg) if has_simulator(cfg) else None
+        with ExitStack() as stack:
+            stack.enter_context(self.environments())
+            self._prepare(cfg, stacked)
+            if not stacked:
+                stack.pop_all()  # opened again by evaluations, which a stack runs one by one
+
+    def _prepare(self, cfg: DictConfig, stacked: bool) -> None:
+        self.stacked = stacked
+        self.spaces: Any = self.evaluator
         self.device = choose_device(cfg.device)
         self.settings = {
             **optimizer_settings(cfg, self.device),
@@ -223,20 +246,31 @@ class RunInProgress:
         self.step_control = step_control(cfg)
         if cfg.freeze_critics_at is not None:
             FreezeThenFlow(cfg.freeze_critics_at).switch(cfg.total_steps)
-        check_memory(cfg, self.evaluator)
         if cfg.logger.backend:
             check_logger(cfg.logger.backend, stacked=stacked)
-        seed_everything(cfg.seed)
-        self.loss = algorithms.make_loss(cfg, self.evaluator, self.device)
+        if self.evaluator is not None:
+            self._make_loss(self.evaluator)
         columns = {"alpha": lambda: self.loss.alpha} if self.step_control else {}
         if cfg.algorithm == "iql":  # its losses do not tell Q
             columns["pred_value"] = self._mean_q
-        self.policy = partial(algorithms.policy, self.loss)
         self.metrics = LogMetrics([], cfg.log_interval, columns, self.policy)
-        self.evaluate = Evaluate(self._evaluations, report=self._report, interval=cfg.eval_interval)
+        self.evaluate = None
+        if self.evaluator is not None:
+            self.evaluate = Evaluate(
+                self._evaluations, report=self._report, interval=cfg.eval_interval
+            )
         self.last: list[Evaluation] = []
         self._files: set[Path] | None = None  # before this start wrote any
         self._logger: Logger | None = None
+
+    def _make_loss(self, spaces: Evaluator | DataSpaces) -> None:
+        check_memory(self.cfg, spaces)
+        seed_everything(self.cfg.seed)
+        self.loss = algorithms.make_loss(self.cfg, spaces, self.device)
+
+    def environments(self) -> AbstractContextManager[Any]:
+        """Context manager that closes the environments at its end."""
+        return nullcontext() if self.evaluator is None else closing(self.evaluator)
 
     def read_data(self, replay_buffer: OfflineReplayBuffer | None = None) -> None:
         """Load the data and create the trainer, resuming from a checkpoint if requested.
@@ -257,18 +291,29 @@ class RunInProgress:
             cfg.total_steps,
             self.folder.root,
         )
+        shared, horizon = replay_buffer is not None, cfg.env.max_episode_steps
         if replay_buffer is None:
-            space = self.evaluator.action_spec.space
-            bounds = (space.low.cpu(), space.high.cpu())
+            bounds: Any = True  # [-1, 1]
+            if self.evaluator is not None:
+                space = self.evaluator.action_spec.space
+                bounds = (space.low.cpu(), space.high.cpu())
+            elif cfg.env.action_bounds is not None:
+                bounds = tuple(map(torch.tensor, check_action_bounds(cfg.env.action_bounds)))
             replay_buffer = make_replay_buffer(
                 cfg.task,
                 batch_size=cfg.batch_size,
                 next_action=cfg.critic_bc_weight > 0,
+                max_episode_steps=self.evaluator.max_episode_steps if self.evaluator else horizon,
+                dict_space=self.evaluator.dict_space if self.evaluator else None,
                 device=self.device,
                 progress=cfg.progress_bar,
                 **{**cfg.data, "clip_actions": cfg.data.clip_actions and bounds},
             )
-            check_data(replay_buffer, self.evaluator, cfg.data)
+        self.spaces = self.evaluator or DataSpaces.of(cfg, replay_buffer)
+        if not shared:
+            check_data(replay_buffer, self.spaces, cfg.data)
+        if self.evaluator is None:
+            self._make_loss(self.spaces)
         self.make_trainer(replay_buffer, replay_buffer, fingerprint(cfg, replay_buffer))
         self.resumed = self.trainer.resume() if cfg.resume else None
 
@@ -286,10 +331,10 @@ class RunInProgress:
         self.replay_buffer = replay_buffer
         self.reward_scale = algorithms.scale_rewards(cfg, replay_buffer)
         returns = replay_buffer.episode_returns
-        self.behaviour = score(cfg.task, float(returns.mean())) if len(returns) else math.nan
+        self.behaviour = self.measure.values(float(returns.mean())) if len(returns) else math.nan
         rewards = replay_buffer[:]["next", "reward"]
         # The penalty on the next action is part of the values: at most 4 per action dimension.
-        penalty = cfg.critic_bc_weight * 4 * self.evaluator.action_dim
+        penalty = cfg.critic_bc_weight * 4 * self.spaces.action_dim
         guard = StopOnDivergence(
             self.metrics,
             (float(rewards.abs().max()) + penalty) / (1 - cfg.gamma) if cfg.gamma < 1 else None,
@@ -316,10 +361,13 @@ class RunInProgress:
         with self.logged():
             with atomic_write(training / "config.yaml", "x") as file:
                 file.write(OmegaConf.to_yaml(cfg, resolve=True))
-            episodes = len(self.replay_buffer.episode_returns)
+            episodes, shown = len(self.replay_buffer.episode_returns), self.measure.name
+            noun = shown.split()[-1]
             LOGGER.info("Data: %d transitions, %s", len(self.replay_buffer),
-                        f"{episodes} episodes, mean D4RL score {self.behaviour:.1f}" if episodes
-                        else "not in episodes, so their score is unknown")  # fmt: skip
+                        f"{episodes} episodes, mean {shown} {self.behaviour:.1f}" if episodes
+                        else f"not in episodes, so their {noun} is unknown")  # fmt: skip
+            if self.evaluate is None:
+                LOGGER.info("The actors are not evaluated: the run has no environment.")
             if self.averaged:
                 LOGGER.info("Evaluations show the averaged actors (average_actors=%g).",
                             cfg.average_actors)  # fmt: skip
@@ -340,10 +388,12 @@ class RunInProgress:
                 )
             logger = self._logger
             for hook, name in ((self.metrics, "metrics"), (self.evaluate, "evaluations")):
+                if hook is None:
+                    continue
                 sink = CSVSink(training / f"{name}.csv", resume_step=self.resumed)
                 hook.sinks = [sink, LoggerSink(logger, name)] if logger else [sink]
-                if hook is self.evaluate:
-                    self.evaluate.last_step = sink.last_step
+                if isinstance(hook, Evaluate):
+                    hook.last_step = sink.last_step
             yield
 
     def close(self) -> None:
@@ -374,7 +424,8 @@ class RunInProgress:
             name: name of the signal.
         """
         self.trainer.request_stop(name)
-        self.evaluator.interrupt()
+        if self.evaluator is not None:
+            self.evaluator.interrupt()
 
     def finish(self) -> None:
         """Write the results of the run after the last update.
@@ -383,14 +434,19 @@ class RunInProgress:
             Stopped: if a signal ended the training earlier.
         """
         trainer = self.trainer
-        if trainer.collected_frames < self.cfg.total_steps or not self.evaluate.up_to_date():
+        evaluated = self.evaluate is None or self.evaluate.up_to_date()
+        if trainer.collected_frames < self.cfg.total_steps or not evaluated:
             raise Stopped(trainer.collected_frames, trainer.stop_reason)
         chain = self._chain(averaged=self.averaged)
-        _write_results(self.cfg, self.folder, chain, self.behaviour, trainer.collected_frames)
+        self._write_results(chain)
 
     def deployed_actors(self) -> list[TransportActor]:
         """The current actors to be deployed, on normalised observations."""
         return [self.policy(i, averaged=self.averaged) for i in range(self.loss.num_actors)]
+
+    def policy(self, index: int, *, averaged: bool = False) -> TransportActor:
+        """An actor that shares the parameters being trained, or its average."""
+        return algorithms.policy(self.loss, index, averaged=averaged)
 
     def _chain(self, *, averaged: bool) -> list[TransportActor]:
         """The current chain, acting on raw observations."""
@@ -404,11 +460,13 @@ class RunInProgress:
 
     def _evaluations(self) -> list[Evaluation]:
         """Evaluate the chain to be deployed: its averages, if any, beside the raw weights."""
-        raw = self._chain(averaged=False)
-        if not self.averaged:
-            return self.evaluator(raw)
-        chain = [*raw, *self._chain(averaged=True)]
-        evaluations = self.evaluator([_first_equal(actor, chain) for actor in chain])
+        assert self.evaluator is not None
+        with self.environments() if self.stacked else nullcontext():
+            raw = self._chain(averaged=False)
+            if not self.averaged:
+                return self.evaluator(raw)
+            chain = [*raw, *self._chain(averaged=True)]
+            evaluations = self.evaluator([_first_equal(actor, chain) for actor in chain])
         half = len(evaluations) // 2
         return [
             average._replace(actor=own.actor, raw=own)
@@ -417,7 +475,38 @@ class RunInProgress:
 
     def _report(self, evaluations: list[Evaluation]) -> None:
         self.last = evaluations
-        LOGGER.info("%s", format_evaluation(evaluations))
+        LOGGER.info("%s", format_evaluation(evaluations, self.measure.name))
+
+    def _write_results(self, chain: list[TransportActor]) -> None:
+        cfg, training = self.cfg, self.folder.training
+        evaluations, curves = training / "evaluations.csv", training / "curves.png"
+        policy = self.folder.checkpoints / "policy.safetensors"
+        if cfg.save_model:
+            environment: Any = OmegaConf.to_container(cfg.env, resolve=True)
+            try:
+                save_actors(
+                    policy,
+                    chain,
+                    hidden_sizes=cfg.hidden_sizes,
+                    environment={"task": cfg.task, **environment},
+                    averaged=self.averaged,
+                )
+            except OSError as error:
+                raise cannot_write(self.folder.checkpoints, "checkpoint_dir", error) from error
+        if self.evaluate is not None:
+            behaviour, measure = self.behaviour, self.measure.name
+            LOGGER.info("%s", score_table(evaluations, behaviour, measure=measure))
+            plot_curves(
+                evaluations, curves, title=cfg.task, behaviour_score=behaviour, measure=measure
+            )
+        LOGGER.info("Logs:        %s", training)
+        if self.evaluate is not None:
+            LOGGER.info("Curves:      %s", curves)
+        LOGGER.info("Checkpoints: %s", self.folder.checkpoints)
+        if cfg.save_model:
+            LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
+        with atomic_write(self.folder.done, "x") as file:  # last: it marks the run as complete
+            json.dump({"total_steps": self.trainer.collected_frames}, file)
 
 
 def _first_equal(actor: TransportActor, chain: Sequence[TransportActor]) -> TransportActor:
@@ -425,34 +514,3 @@ def _first_equal(actor: TransportActor, chain: Sequence[TransportActor]) -> Tran
     weights = parameters_to_vector(actor.parameters())
     equal = (x for x in chain if torch.equal(parameters_to_vector(x.parameters()), weights))
     return next(equal, actor)  # NaN equals nothing
-
-
-def _write_results(
-    cfg: DictConfig,
-    folder: RunFolder,
-    chain: list[TransportActor],
-    behaviour: float,
-    updates: int,
-) -> None:
-    evaluations, curves = folder.training / "evaluations.csv", folder.training / "curves.png"
-    policy = folder.checkpoints / "policy.safetensors"
-    if cfg.save_model:
-        try:
-            save_actors(
-                policy,
-                chain,
-                hidden_sizes=cfg.hidden_sizes,
-                environment={"task": cfg.task, **cfg.env},
-                averaged=cfg.average_actors is not None,
-            )
-        except OSError as error:
-            raise cannot_write(folder.checkpoints, "checkpoint_dir", error) from error
-    LOGGER.info("%s", score_table(evaluations, behaviour))
-    plot_curves(evaluations, curves, title=cfg.task, behaviour_score=behaviour)
-    LOGGER.info("Logs:        %s", folder.training)
-    LOGGER.info("Curves:      %s", curves)
-    LOGGER.info("Checkpoints: %s", folder.checkpoints)
-    if cfg.save_model:
-        LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
-    with atomic_write(folder.done, "x") as file:  # last: it marks the run as complete
-        json.dump({"total_steps": updates}, file)

@@ -19,9 +19,9 @@ from pogo_torchrl.files import make_writable
 
 # Options that may change on resume; all others affect the training.
 _MAY_CHANGE_ON_RESUME = {
-    "total_steps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval",
-    "resume", "device", "compile", "log_dir", "checkpoint_dir", "save_model", "logger",
-    "progress_bar", "env", "variant",
+    "total_steps", "eval_interval", "eval_episodes", "eval_envs", "log_interval",
+    "checkpoint_interval", "resume", "device", "compile", "log_dir", "checkpoint_dir",
+    "save_model", "logger", "progress_bar", "env", "variant",
     "data",  # the content of the data is compared, not its location
 }  # fmt: skip
 

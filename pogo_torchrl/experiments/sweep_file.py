@@ -8,6 +8,7 @@ A sweep file is YAML::
       seeds: [0, 1, 2]
     sinkhorn: {K: 4, blur: 0.05, backend: fast}
     environments:               # per task: its w2_weights, and any option of pogo train
+      reach: {env: {id: "myreach:Reach-v0"}, data: {source: hdf5, path: reach.hdf5}}  # one's own
       hopper:
         medium:
           w2_weights_base: [0.2, 0.2]
@@ -31,15 +32,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from pogo_torchrl.experiments import algorithms, config
+from pogo_torchrl.experiments.option_files import flatten, read_yaml, to_override
 from pogo_torchrl.experiments.overrides import check_options, check_overrides, compose
 from pogo_torchrl.experiments.run_folder import RunFolder
-from pogo_torchrl.experiments.typed_text import load_yaml
 from pogo_torchrl.report.run_logs import weights_label
 
 # Option names of the original code, and of the section sinkhorn.
@@ -172,11 +170,7 @@ def _find(name: str) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = load_yaml(path.read_text("utf-8"))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    return _section(content, str(path), ("common", "sinkhorn", "environments"))
+    return _section(read_yaml(path), str(path), ("common", "sinkhorn", "environments"))
 
 
 def _section(content: Any, where: str, known: Sequence[str] = ()) -> dict[str, Any]:
@@ -200,7 +194,7 @@ def _runs(content: dict[str, Any], overrides: Sequence[str]) -> Iterator[Run]:
     common = _merge(
         common, _options({names[key]: v for key, v in sinkhorn.items()}, "sinkhorn"), "sinkhorn"
     )
-    tasks = list(_tasks(content.get("environments")))
+    tasks = list(_tasks(content.get("environments"), common))
     if not tasks:
         raise ValueError("environments is empty; give tasks, e.g. hopper: {medium: {}}.")
     for task, section, where in tasks:
@@ -222,12 +216,18 @@ def _merge(left: dict[str, Any], right: dict[str, Any], where: str) -> dict[str,
     return {**left, **right}
 
 
-def _tasks(environments: Any) -> Iterator[tuple[str, Any, str]]:
-    """Task, section and key of each entry, ``hopper: {medium: ...}`` or ``hopper-medium: ...``."""
+def _tasks(environments: Any, common: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Task, section and key of each entry, ``hopper: {medium: ...}`` or ``hopper-medium: ...``.
+
+    A task of one's own is ``reach: {env: {id: ...}, ...}`` or ``./mytask.yaml: ...``.
+    """
     for name, levels in _section(environments, "environments").items():
         where = f"environments.{name}"
         if _task_name(name) in config.all_tasks():
             yield _task_name(name), levels, where
+            continue
+        if _is_own_task(name, levels, common):
+            yield name, levels, where
             continue
         known = {task for task in config.all_tasks() if task.startswith(f"{name}-")}
         if not known:
@@ -243,6 +243,14 @@ def _tasks(environments: Any) -> Iterator[tuple[str, Any, str]]:
             yield task, section, f"{where}.{level}"
 
 
+def _is_own_task(name: str, section: Any, common: Mapping[str, Any]) -> bool:
+    if name.endswith((".yaml", ".yml")):
+        return True
+    options = {**common, **dict(flatten(section if isinstance(section, Mapping) else {}))}
+    known = any(task.startswith(f"{name}-") for task in config.tasks())
+    return not known and ("env.id" in options or options.get("data.source") == "minari")
+
+
 def _task_name(name: str) -> str:
     """Name of a task with its version, which may be omitted in the file."""
     return f"{name.removesuffix('-v2')}-v2"
@@ -251,7 +259,7 @@ def _task_name(name: str) -> str:
 def _options(section: Any, where: str) -> dict[str, Any]:
     """Options of a section under their command-line names, with types checked."""
     options: dict[str, Any] = {}
-    for given, value in _flatten(_section(section, where)):
+    for given, value in flatten(_section(section, where)):
         prefix = _GRID if given.startswith(_GRID) else ""
         option = given.removeprefix(prefix)
         option = _ALIASES.get(option, option)
@@ -265,7 +273,7 @@ def _options(section: Any, where: str) -> dict[str, Any]:
             try:
                 if not values:
                     raise ValueError(f"{key}=[] is empty; give one value or several.")
-                check_overrides([f"{key}={_to_override(one)}" for one in values])
+                check_overrides([f"{key}={to_override(one)}" for one in values])
             except ValueError as error:
                 raise ValueError(f"{where}.{given}: {error}") from error
         options = _merge(options, {key: value}, where)
@@ -280,31 +288,9 @@ def _check_grid(option: str, values: Any, where: str) -> None:
         raise ValueError(f"{where}.grid: {option}={values} must be a list of values.")
     for value in values:
         try:
-            check_overrides([f"{option}={_to_override(value)}"])
+            check_overrides([f"{option}={to_override(value)}"])
         except ValueError as error:
             raise ValueError(f"{where}.grid: {error}") from error
-
-
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Flatten ``data: {size: 1}`` to ``data.size: 1``."""
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _to_override(value: Any) -> str:
-    """Format a value as it is written on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(_to_override, value))}]"
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return str(int(value))  # 1e6 updates
-    if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
-    return str(value)
 
 
 def _task_runs(task: str, settings: dict[str, Any], overrides: Sequence[str]) -> Iterator[Run]:
@@ -317,16 +303,16 @@ def _task_runs(task: str, settings: dict[str, Any], overrides: Sequence[str]) ->
     fixed = {override.partition("=")[0] for override in overrides}  # takes precedence
     choices = {key: settings.pop(key) for key in _CHOICES if key in settings}
     lists = [
-        [f"{key}={_to_override(one)}" for one in (value if isinstance(value, list) else [value])]
+        [f"{key}={to_override(one)}" for one in (value if isinstance(value, list) else [value])]
         for key, value in choices.items()
         if key not in fixed
     ]
     grid = {key: settings.pop(key) for key in list(settings) if key.startswith(_GRID)}
     names = [key.removeprefix(_GRID) for key in grid]
-    given = [f"{key}={_to_override(value)}" for key, value in settings.items() if key not in names]
+    given = [f"{key}={to_override(value)}" for key, value in settings.items() if key not in names]
     if grid:
         given.append(f"variant='${{variant_of:{','.join(names)}}}'")
-    lists += [[f"{n}={_to_override(v)}" for v in vs] for n, vs in zip(names, grid.values())]
+    lists += [[f"{n}={to_override(v)}" for v in vs] for n, vs in zip(names, grid.values())]
     for chosen in itertools.product(*lists):
         arguments = [f"task={task}", "progress_bar=false", *given, *chosen]
         yield from _chains(arguments, seeds, weights, overrides)
@@ -351,7 +337,7 @@ def _chains(
             run = copy.deepcopy(own)
             run.seed = seed
             check_options(run)
-            numbers = (f"w2_weights={_to_override(list(own.w2_weights))}", f"seed={seed}")
+            numbers = (f"w2_weights={to_override(list(own.w2_weights))}", f"seed={seed}")
             yield Run((*given, *numbers, *overrides, "resume=true"), run)
 
 

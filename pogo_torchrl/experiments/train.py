@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from pogo_torchrl.experiments.console import exit_with_error
 from pogo_torchrl.experiments.multirun import FailedJobs, with_variant, without_files
 from pogo_torchrl.experiments.overrides import check_overrides, from_flags
+from pogo_torchrl.experiments.own_task import resolve_task
 from pogo_torchrl.experiments.run import run
 from pogo_torchrl.experiments.signals import Stopped
 from pogo_torchrl.experiments.typed_text import keep_text
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
             ``option=value`` or ``--option value``, and Hydra's own flags.
     """
     try:
-        arguments = from_flags(arguments)
+        arguments = resolve_task(from_flags(arguments), check_overrides)
         check_overrides(arguments)
         arguments = with_variant(keep_text(arguments))
     except ValueError as error:

@@ -28,6 +28,29 @@ BOOTSTRAP = (
 )
 
 
+def shown(settings: Sequence[Setting]) -> str:
+    """What the values of a table are: scores, returns, or which task has which.
+
+    Args:
+        settings: the settings in the table.
+    """
+    plain = list(dict.fromkeys(s.task for s in settings if not s.scored))
+    if plain and len(plain) == len(by_task(settings)):
+        return "mean return of an episode"
+    d4rl = any(s.measure == "D4RL score" for s in settings) or not settings
+    text = SCORE if d4rl else "score (0, 100: the reference returns of the task)"
+    return f"{text}; mean return for {', '.join(plain)}" if plain else text
+
+
+def noun(settings: Sequence[Setting]) -> str:
+    """``"score"``, or ``"return"`` if no task has scores.
+
+    Args:
+        settings: the settings in the table.
+    """
+    return "score" if not settings or any(s.scored for s in settings) else "return"
+
+
 def weights_note(settings: Sequence[Setting]) -> tuple[str, ...]:
     """Note that names the settings whose scores are of averaged actors; empty if there are none.
 
@@ -49,15 +72,15 @@ def headline_table(settings: Sequence[Setting]) -> Table:
     """
     return Table(
         "headline",
-        f"Last actor, deterministic actions: {SCORE}, {OVER_SEEDS}. Data score: mean over the "
-        "dataset's episodes.",
+        f"Last actor, deterministic actions: {shown(settings)}, {OVER_SEEDS}. Data "
+        f"{noun(settings)}: mean over the dataset's episodes.",
         (
             "task",
             "w2_weights",
             "seeds",
             "runs done",
             "last step",
-            "data score",
+            f"data {noun(settings)}",
             "last checkpoint",
             "best checkpoint",
         ),
@@ -102,7 +125,7 @@ def scores_table(settings: Sequence[Setting]) -> Table:
     ]
     return Table(
         "scores",
-        f"Every actor of the chain: {SCORE}, {OVER_SEEDS}.",
+        f"Every actor of the chain: {shown(settings)}, {OVER_SEEDS}.",
         (
             "task",
             "w2_weights",
@@ -196,8 +219,8 @@ def chain_table(settings: Sequence[Setting]) -> Table:
             rows.append((*first, *_padded(cells, steps), spread(total[:, m])))
     return Table(
         "chain",
-        "Improvement along the chain at the last checkpoint: score differences between actors of "
-        f"the same run, {OVER_SEEDS}.",
+        f"Improvement along the chain at the last checkpoint: {noun(settings)} differences between "
+        f"actors of the same run, {OVER_SEEDS}.",
         (
             "task",
             "w2_weights",
@@ -226,9 +249,8 @@ def weights_table(settings: Sequence[Setting]) -> Table:
             rows.append((task, rank, setting.label, len(setting.runs), setting.headline, behind))
     return Table(
         "weights",
-        f"w2_weights of each task, ranked by the last actor's score (deterministic, last "
-        f"checkpoint), "
-        f"{OVER_SEEDS}.",
+        f"w2_weights of each task, ranked by the last actor's {noun(settings)} (deterministic, "
+        f"last checkpoint), {OVER_SEEDS}.",
         ("task", "rank", "w2_weights", "seeds", "last checkpoint", "behind the best"),
         rows,
         (SELECTION,),

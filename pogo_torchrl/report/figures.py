@@ -43,7 +43,7 @@ def curves_figure(settings: Sequence[Setting]) -> Figure:
             _data_line(axes.axhline, setting)
             seeds = f"{len(setting.runs)} seed{'s' * (len(setting.runs) > 1)}"
             axes.set_title(f"{MODES[m]}, {_row_label(setting)}, {seeds}", fontsize="small")
-        row[0].set_ylabel(SCORE)
+        row[0].set_ylabel(setting.measure)
     if any(len(setting.runs) > 1 for setting in settings):
         grid[0, 0].fill_between([], [], color="0.5", alpha=0.3, label=f"band: {_SPREAD}")
     for axes in grid[-1]:
@@ -76,7 +76,8 @@ def chain_figure(settings: Sequence[Setting]) -> Figure:
                 _dot(axes, total, y + offsets[-1], -1, "last actor − π0")
             axes.set_title(f"{members[0].task}, {MODES[m]}", fontsize="small")
     for axes in grid[-1]:
-        axes.set_xlabel("difference of scores, mean ± std")
+        shown = "scores" if settings[0].scored else "returns"
+        axes.set_xlabel(f"difference of {shown}, mean ± std")
     _legend(figure, grid.flat)
     return figure
 
@@ -97,7 +98,8 @@ def weights_figure(settings: Sequence[Setting]) -> Figure:
             _dot(axes, setting.best[:, -1, 0], y + 0.12, 1, "best checkpoint (by test return)")
         _data_line(axes.axvline, members[0])
         axes.set_title(members[0].task, fontsize="small")
-    grid[-1, 0].set_xlabel(f"{SCORE} of the last actor, deterministic, {_SPREAD}")
+    shown = settings[0].measure
+    grid[-1, 0].set_xlabel(f"{shown} of the last actor, deterministic, {_SPREAD}")
     _legend(figure, grid.flat)
     return figure
 
@@ -182,7 +184,7 @@ def _curve(axes: Axes, setting: Setting, actor: int, mode: int) -> None:
     at = {step: i for i, step in enumerate(steps.tolist())}
     scores = np.full((len(setting.runs), len(steps)), np.nan)
     for row, run in zip(scores, setting.runs):
-        row[[at[step] for step in run.evaluations.steps.tolist()]] = run.evaluations.scores[
+        row[[at[step] for step in run.evaluations.steps.tolist()]] = setting.values(run)[
             :, actor, mode
         ]
     spreads = np.array([spread(column[~np.isnan(column)]) for column in scores.T])

@@ -15,7 +15,7 @@ from pogo_torchrl.report.run_logs import MODES, read_rows
 
 
 class Curve(NamedTuple):
-    """Scores of one actor in one mode, by step."""
+    """Scores, or returns where there are none, of one actor in one mode, by step."""
 
     steps: list[int]
     scores: list[float]
@@ -35,9 +35,9 @@ def read_scores(path: str | Path) -> dict[tuple[int, str], Curve]:
     """
     curves: dict[tuple[int, str], Curve] = defaultdict(lambda: Curve([], []))
     for row in filter(None, read_rows(Path(path))):
-        step, actor, mode, score, _ = row
+        step, actor, mode, score, mean_return = row
         curves[actor, mode].steps.append(step)
-        curves[actor, mode].scores.append(score)
+        curves[actor, mode].scores.append(mean_return if math.isnan(score) else score)
     return dict(curves)
 
 
@@ -55,12 +55,14 @@ def shows_averages(path: str | Path) -> bool:
     return bool(shown) and shown[-1] == "averaged"
 
 
-def score_table(path: str | Path, behaviour_score: float) -> str:
+def score_table(path: str | Path, behaviour_score: float, *, measure: str = "D4RL score") -> str:
     r"""Format the last and best score of each actor, and the dataset's score for comparison.
 
     Args:
         path: the run's ``evaluations.csv``.
-        behaviour_score: mean D4RL score of the episodes in the dataset; NaN if unknown.
+        behaviour_score: mean score of the episodes in the dataset, or their mean return.
+        measure: what the values are: ``"D4RL score"``, ``"score"`` or ``"return"``. Defaults to
+            ``"D4RL score"``.
 
     Returns:
         The table as text.
@@ -83,34 +85,47 @@ def score_table(path: str | Path, behaviour_score: float) -> str:
           dataset       30.0
     """
     curves = read_scores(path)
-    lines = [
-        "D4RL scores (0: random policy, 100: expert)",
-        f"{'':14}{'deterministic':>13}{'stochastic':>16}",
-        f"{'':14}{'last':>6}{'best':>8}{'last':>8}{'best':>8}",
-    ]
-    for actor in sorted({actor for actor, _ in curves}):
-        cells = [
-            value
+    rows = {
+        f"actor {actor}": [
+            f"{value:.1f}"
             for mode in MODES
             for value in (curves[actor, mode].scores[-1], max(curves[actor, mode].scores))
         ]
-        lines.append(f"  actor {actor:<6}" + "{:>6.1f}{:>8.1f}{:>8.1f}{:>8.1f}".format(*cells))
+        for actor in sorted({actor for actor, _ in curves})
+    }
     if not math.isnan(behaviour_score):
-        lines.append(f"  {'dataset':<12}{behaviour_score:>6.1f}")
+        rows["dataset"] = [f"{behaviour_score:.1f}"]
+    width = max(8, *(len(cell) + 2 for cells in rows.values() for cell in cells))
+    title = "Returns" if measure == "return" else f"{measure[0].upper()}{measure[1:]}s"
+    lines = [
+        title if measure == "return" else f"{title} (0: random policy, 100: expert)",
+        f"{'':12}{'deterministic':>{2 * width - 1}}{'stochastic':>{2 * width}}",
+        f"{'':12}{'last':>{width}}{'best':>{width}}{'last':>{width}}{'best':>{width}}",
+    ]
+    for name, cells in rows.items():
+        lines.append(f"  {name:<10}" + "".join(f"{cell:>{width}}" for cell in cells))
     if shows_averages(path):
         lines.append("(averaged weights of the actors; evaluations.csv also has the raw ones)")
     return "\n".join(lines)
 
 
-def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_score: float) -> None:
+def plot_curves(
+    path: str | Path,
+    out: str | Path,
+    *,
+    title: str,
+    behaviour_score: float,
+    measure: str = "D4RL score",
+) -> None:
     """Plot the learning curves of all actors, deterministic solid and stochastic dashed.
 
     Args:
         path: the run's ``evaluations.csv``.
         out: the figure to write; its suffix selects the format.
         title: title of the figure.
-        behaviour_score: mean D4RL score of the episodes in the dataset, drawn as a horizontal line;
-            NaN if unknown.
+        behaviour_score: mean score of the episodes in the dataset, or their mean return, drawn as
+            a horizontal line.
+        measure: what the values are, see :func:`score_table`. Defaults to ``"D4RL score"``.
 
     Raises:
         FileNotFoundError: if ``path`` does not exist.
@@ -131,7 +146,7 @@ def plot_curves(path: str | Path, out: str | Path, *, title: str, behaviour_scor
     if not math.isnan(behaviour_score):
         axes.axhline(behaviour_score, color="0.5", linestyle=":", label="dataset's behaviour")
     weights = " (averaged weights)" if shows_averages(path) else ""
-    axes.set(xlabel="updates", ylabel=f"D4RL score{weights}", title=title)
+    axes.set(xlabel="updates", ylabel=f"{measure}{weights}", title=title)
     axes.grid(alpha=0.3)
     # Below the axes, where it hides no curve.
     figure.legend(loc="outside lower center", fontsize="small", ncols=2)

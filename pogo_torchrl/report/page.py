@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from pogo_torchrl.report.published import PER_TASK
 from pogo_torchrl.report.run_logs import POGO, RunRecord
 from pogo_torchrl.report.tables import Table
 
@@ -105,7 +106,7 @@ def _count(number: int, what: str) -> str:
 
 def _comparable(runs: Sequence[RunRecord]) -> list[str]:
     """A warning if any run was trained on data other than D4RL's datasets."""
-    others = sorted({run.data_source for run in runs} - {"d4rl"})
+    others = sorted({run.data_source for run in runs if run.task in PER_TASK} - {"d4rl"})
     if not others:
         return []
     return [
@@ -121,7 +122,7 @@ def _problems(runs: Sequence[RunRecord], left_out: Mapping[str, str]) -> str:
         if run.error:
             found.append(run.error)
         if not run.evaluated:
-            found.append("no evaluation yet")
+            found.append("not evaluated" if run.trains_only else "no evaluation yet")
         if run.evaluations.damage:
             found.append(run.evaluations.damage)
         if found:

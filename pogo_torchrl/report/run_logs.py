@@ -43,11 +43,22 @@ class Evaluations(NamedTuple):
     steps: NDArray[np.integer]
     """Completed updates at each evaluation, ``[T]``, ascending."""
     scores: Array
-    """Normalised scores, ``[T, N, 2]``: evaluation, actor, mode (in the order of :data:`MODES`)."""
+    """Normalised scores, ``[T, N, 2]``: evaluation, actor, mode (in the order of :data:`MODES`);
+    NaN if the task has no reference returns."""
     returns: Array
     """Mean returns, ``[T, N, 2]``."""
     damage: str = ""
     """Description of what was skipped; empty if the file is intact."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are scores, for every evaluation."""
+        return bool(np.isfinite(self.scores).all())
+
+    @property
+    def values(self) -> Array:
+        """The scores or, if there are none, the mean returns, ``[T, N, 2]``."""
+        return self.scores if self.scored else self.returns
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,8 @@ class RunRecord:
     averaged: bool
     """Whether the scores are of averaged actors (``average_actors``)."""
     data_score: float
-    """Mean score of the episodes in the dataset; NaN if unknown."""
+    """Mean score of the episodes in the dataset, or their mean return for a task without scores;
+    NaN if unknown."""
     error: str
     """Why the last attempt failed; empty if it did not."""
     ranking: Ranking | None = None
@@ -77,6 +89,8 @@ class RunRecord:
     """Name of runs that differ in other options (``variant``)."""
     algorithm: str = POGO
     """The algorithm of actor 0 and the critics."""
+    trains_only: bool = False
+    """Whether the run has no environment and is not evaluated."""
 
     @property
     def num_actors(self) -> int:
@@ -95,13 +109,15 @@ class RunRecord:
 
     @property
     def last(self) -> Array:
-        """Scores of the last checkpoint, ``[N, 2]``."""
-        return self.evaluations.scores[-1]
+        """Scores of the last checkpoint, or returns if there are no scores, ``[N, 2]``."""
+        return self.evaluations.values[-1]
 
     @property
     def best(self) -> Array:
-        """Best scores over all checkpoints, separately for each actor and mode, ``[N, 2]``."""
-        return self.evaluations.scores.max(0)
+        """Best scores (or returns) over all checkpoints, separately for each actor and mode,
+        ``[N, 2]``.
+        """
+        return self.evaluations.values.max(0)
 
     @property
     def status(self) -> str:
@@ -210,6 +226,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         steps_made=max(steps, default=0),
         done=done,
         averaged=cfg["averaged"],
+        trains_only=cfg["trains_only"],
         data_score=_read_data_score(training / "train.log"),
         # A failed run may have been completed since.
         error="" if done else _one_line(_read_json(folder / "failed.json").get("error", "")),
@@ -222,7 +239,8 @@ def read_run(folder: Path, name: str) -> RunRecord:
 def read_rows(path: Path) -> Iterator[tuple[int, int, str, float, float] | None]:
     """Iterate over the rows ``(step, actor, mode, score, return)`` of an ``evaluations.csv``.
 
-    Yields ``None`` for a damaged row: truncated, garbled, or with a score that is not finite.
+    The score is NaN for a task without reference returns, whose column is empty. Yields ``None``
+    for a damaged row: truncated, garbled, or with a value that is not finite.
 
     Args:
         path: the file.
@@ -240,8 +258,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, int, str, float, float] | None]
                 break
             if None in row.values() or None in row:
                 raise ValueError
-            score, mean = float(row["score"]), float(row.get("return_mean", "nan"))
-            if not math.isfinite(score) or row["mode"] not in MODES:
+            mean = float(row.get("return_mean", "nan"))
+            # A task without reference returns has no scores.
+            score = float(row["score"]) if row["score"] else math.nan
+            if not math.isfinite(score if row["score"] else mean) or row["mode"] not in MODES:
                 raise ValueError
             yield int(row["step"]), int(row["actor"]), row["mode"], score, mean
         except (ValueError, KeyError, csv.Error):
@@ -345,6 +365,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             "averaged": cfg.get("average_actors") is not None,
             "variant": str(cfg.get("variant") or ""),
             "algorithm": str(cfg.get("algorithm", POGO)),
+            "trains_only": cfg.get("eval_interval") == 0
+            or ("env" in cfg and cfg["env"].get("id", "") is None),
         }
     except FileNotFoundError:
         raise ValueError("not started: training/config.yaml does not exist") from None
@@ -383,6 +405,7 @@ def _read_steps(path: Path) -> list[int]:
 
 
 def _read_data_score(path: Path) -> float:
-    """Read the mean score of the dataset's episodes, which only the log contains."""
-    found = re.findall(r"Data: .* mean D4RL score (-?[\d.]+)$", _read_text(path), re.MULTILINE)
+    """Read the mean score or return of the dataset's episodes, which only the log contains."""
+    line = r"Data: .* mean (?:D4RL score|score|return) (-?[\d.]+)$"
+    found = re.findall(line, _read_text(path), re.MULTILINE)
     return float(found[-1]) if found else math.nan

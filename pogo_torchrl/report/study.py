@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from pogo_torchrl.report.run_logs import (
 )
 
 _LOCOMOTION = ("halfcheetah", "hopper", "walker2d")
+_D4RL_TASK = re.compile(r"(halfcheetah|hopper|walker2d|antmaze)-.+-v2")
 
 
 class Setting(NamedTuple):
@@ -29,11 +31,29 @@ class Setting(NamedTuple):
     runs: list[RunRecord]
     variant: str = ""
     algorithm: str = POGO
+    scored: bool = True
+    """Whether the task's returns have scores; if not, all values are plain returns."""
 
     @property
     def family(self) -> str:
-        """Environment of the task, such as ``hopper``."""
-        return self.task.split("-")[0]
+        """Environment of the task, such as ``hopper``; a task of one's own is its own."""
+        found = _D4RL_TASK.fullmatch(self.task)
+        return found[1] if found else self.task
+
+    @property
+    def measure(self) -> str:
+        """What the values are: ``D4RL score``, ``score`` or ``return``."""
+        if not self.scored:
+            return "return"
+        return "D4RL score" if _D4RL_TASK.fullmatch(self.task) else "score"
+
+    def values(self, run: RunRecord) -> Array:
+        """Scores or returns of a run of the setting, ``[T, N, 2]``: evaluation, actor, mode.
+
+        Args:
+            run: the run.
+        """
+        return run.evaluations.scores if self.scored else run.evaluations.returns
 
     @property
     def num_actors(self) -> int:
@@ -61,17 +81,17 @@ class Setting(NamedTuple):
 
     @property
     def last(self) -> Array:
-        """Scores of each run at its last checkpoint, ``[S, N, 2]``: seed, actor, mode."""
-        return np.stack([run.last for run in self.runs])
+        """Values of each run at its last checkpoint, ``[S, N, 2]``: seed, actor, mode."""
+        return np.stack([self.values(run)[-1] for run in self.runs])
 
     @property
     def best(self) -> Array:
-        """Best score of each run over its checkpoints, ``[S, N, 2]``: seed, actor, mode."""
-        return np.stack([run.best for run in self.runs])
+        """Best value of each run over its checkpoints, ``[S, N, 2]``: seed, actor, mode."""
+        return np.stack([self.values(run).max(0) for run in self.runs])
 
     @property
     def headline(self) -> Spread:
-        """Score of the last actor at the last checkpoint over seeds, with deterministic actions."""
+        """Value of the last actor at the last checkpoint over seeds, with deterministic actions."""
         return spread(self.last[:, -1, 0])
 
     @property
@@ -82,8 +102,9 @@ class Setting(NamedTuple):
 
     @property
     def data_score(self) -> float:
-        """Mean score of the episodes in the dataset; NaN if unknown."""
-        known = [run.data_score for run in self.runs if np.isfinite(run.data_score)]
+        """Mean score (or return) of the episodes in the dataset; NaN if unknown."""
+        runs = [run for run in self.runs if run.evaluations.scored == self.scored]
+        known = [run.data_score for run in runs if np.isfinite(run.data_score)]
         return float(np.mean(known)) if known else np.nan
 
 
@@ -110,9 +131,10 @@ def settings(runs: Iterable[RunRecord]) -> list[Setting]:
     Returns:
         One setting for each combination that has been evaluated.
     """
-    evaluated = (run for run in runs if run.evaluated)
+    evaluated = [run for run in runs if run.evaluated]
+    plain = {run.task for run in evaluated if not run.evaluations.scored}
     return [
-        Setting(task, weights, list(group), variant, algorithm)
+        Setting(task, weights, list(group), variant, algorithm, task not in plain)
         for (task, algorithm, weights, variant), group in groupby(
             evaluated, key=lambda run: (run.task, run.algorithm, run.weights, run.variant)
         )

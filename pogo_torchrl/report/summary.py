@@ -11,12 +11,14 @@ from pogo_torchrl.report.run_logs import MODES, POGO, RunRecord
 
 COLUMNS = (
     "task", "w2_weights", "seed", "actor", "mode", "last_step", "last_score", "last_return",
-    "best_step", "best_score", "status", "data_score", "weights",
+    "best_step", "best_score", "status", "data_score", "weights", "best_return",
 )  # fmt: skip
 
 
 def summary_csv(runs: Iterable[RunRecord]) -> str:
-    """Format the scores of every run as CSV; runs without an evaluation get empty cells.
+    """Format the scores of every run as CSV; what is not known gets an empty cell.
+
+    ``best_step`` has the best score or, for a task without scores, the best return.
 
     If any run is not of POGO, there is a last column with the algorithm.
 
@@ -36,20 +38,25 @@ def summary_csv(runs: Iterable[RunRecord]) -> str:
         data_score = "" if math.isnan(run.data_score) else f"{run.data_score:.1f}"
         for actor in range(run.num_actors):
             for m, mode in enumerate(MODES):
-                row = [run.task, weights, run.seed, actor, mode, *_scores(run, actor, m)]
+                *values, best_return = _values(run, actor, m)
+                row = [run.task, weights, run.seed, actor, mode, *values]
                 shown = "averaged" if run.averaged else "raw"
                 own = [run.algorithm] if others else []
-                writer.writerow([*row, run.status, data_score, shown, *own])
+                writer.writerow([*row, run.status, data_score, shown, best_return, *own])
     return file.getvalue()
 
 
-def _scores(run: RunRecord, actor: int, mode: int) -> list[object]:
-    steps, scores, returns, _ = run.evaluations
+def _values(run: RunRecord, actor: int, mode: int) -> list[object]:
+    """Last step, score and return; best step and score, or return, if there are no scores."""
     if not run.evaluated:
-        return [""] * 5
-    curve = scores[:, actor, mode]
-    best = int(curve.argmax())  # the earliest of equal scores
+        return [""] * 6
+    steps, scores, returns = (
+        run.evaluations.steps, run.evaluations.scores[:, actor, mode],
+        run.evaluations.returns[:, actor, mode],
+    )  # fmt: skip
+    best = int((scores if run.evaluations.scored else returns).argmax())  # the earliest of equals
+    last_score, best_score = ("" if math.isnan(s) else f"{s:.4f}" for s in scores[[-1, best]])
     return [
-        int(steps[-1]), f"{curve[-1]:.4f}", f"{returns[-1, actor, mode]:.4f}",
-        int(steps[best]), f"{curve[best]:.4f}",
+        int(steps[-1]), last_score, f"{returns[-1]:.4f}", int(steps[best]), best_score,
+        f"{returns[best]:.4f}",
     ]  # fmt: skip

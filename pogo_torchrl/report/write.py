@@ -56,7 +56,7 @@ give the folder that the runs were written to.
         make_writable(folder, "results_dir")
     found = settings(runs)
     selected = best_settings(found)
-    scores = group_scores(selected)
+    scores = group_scores([setting for setting in selected if setting.scored])
     tables = {table.name: table for table in _tables(runs, found, selected, scores) if table.rows}
     drawn = dict(_figures(found, selected, scores))
 

@@ -43,8 +43,9 @@ class Evaluation(NamedTuple):
     """Undiscounted return of each episode, ``[E]``."""
     lengths: np.ndarray
     """Number of steps of each episode, ``[E]``."""
-    scores: np.ndarray
-    """D4RL score of each episode, ``[E]``: 0 for random and 100 for expert."""
+    scores: np.ndarray | None
+    """D4RL score of each episode, ``[E]``: 0 for random and 100 for expert; ``None`` if the task
+    has no reference returns."""
     raw: Evaluation | None = None
     """For an averaged actor, the evaluation of its raw weights."""
 
@@ -261,7 +262,7 @@ class Evaluate(TrainerHookBase):
                 "mode": e.mode,
                 "return_mean": float(e.returns.mean()),
                 "return_std": float(e.returns.std()),
-                "score": float(e.scores.mean()),
+                "score": _mean(e.scores),
                 "episode_length": float(e.lengths.mean()),
                 **_weights_columns(e),
                 "seconds": seconds,
@@ -281,8 +282,13 @@ def _weights_columns(e: Evaluation) -> dict[str, Any]:
     return {
         "weights": "averaged",
         "raw_return_mean": float(e.raw.returns.mean()),
-        "raw_score": float(e.raw.scores.mean()),
+        "raw_score": _mean(e.raw.scores),
     }
+
+
+def _mean(scores: np.ndarray | None) -> float | None:
+    """Mean score, or an empty cell."""
+    return None if scores is None else float(scores.mean())
 
 
 class ProgressBar(TrainerHookBase):
