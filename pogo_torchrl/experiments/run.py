@@ -53,7 +53,9 @@ from pogo_torchrl.export import on_raw_observations, save_actors
 from pogo_torchrl.files import atomic_write, cannot_write
 from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.report import plot_curves, score_table
+from pogo_torchrl.screen import expendable_screen
 from pogo_torchrl.trainers import POGOTrainer, TrainerStack
+from pogo_torchrl.trainers.checkpoints import remove_unfinished
 from pogo_torchrl.trainers.freeze import FreezeThenFlow
 from pogo_torchrl.trainers.hooks import POGO_HINT, Evaluate, LogMetrics, StopOnDivergence
 
@@ -61,8 +63,8 @@ from pogo_torchrl.trainers.hooks import POGO_HINT, Evaluate, LogMetrics, StopOnD
 def run(cfg: DictConfig) -> list[Evaluation]:
     """Train and evaluate one chain, and write the files of the run; this is ``pogo train``.
 
-    If it fails before the first update, it leaves no files. In the main thread, SIGINT, SIGTERM and
-    SIGUSR1 save a checkpoint and stop the run; in other threads signals are left alone.
+    If it fails before the first update, it leaves no files. In the main thread, SIGHUP, SIGINT,
+    SIGTERM and SIGUSR1 save a checkpoint and stop the run; in other threads signals are left alone.
 
     Args:
         cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
@@ -73,9 +75,11 @@ def run(cfg: DictConfig) -> list[Evaluation]:
     Raises:
         ValueError: for invalid settings; the message names them.
         FileExistsError: if the run folder already contains a run and ``resume`` is ``False``.
+        Interrupted: if a signal stopped the training before its first update.
     """
     one = RunInProgress(cfg)
     with (
+        expendable_screen(),
         lock_run_folder(one.folder),
         deterministic(cfg.deterministic),
         log_to(ConsoleHandler()),
@@ -116,7 +120,12 @@ def run_stack(cfgs: Sequence[DictConfig]) -> list[Exception | None]:
             errors[index] = error
             runs.pop(index, None)
 
-    with ExitStack() as locks, log_to(ConsoleHandler()), deterministic(cfgs[0].deterministic):
+    with (
+        expendable_screen(),
+        ExitStack() as locks,
+        log_to(ConsoleHandler()),
+        deterministic(cfgs[0].deterministic),
+    ):
         replay_buffer = None
         for index, cfg in enumerate(cfgs):
             with guarded(index):
@@ -270,6 +279,7 @@ class RunInProgress:
             )
             check_data(replay_buffer, self.evaluator, cfg.data)
         self.make_trainer(replay_buffer, replay_buffer, fingerprint(cfg, replay_buffer))
+        remove_unfinished(self.trainer.checkpoint_rotation)  # also of a start that left no run
         self.resumed = self.trainer.resume() if cfg.resume else None
 
     def make_trainer(
@@ -314,8 +324,9 @@ class RunInProgress:
         self._files = self._list_files()
         training.mkdir(parents=True, exist_ok=True)
         with self.logged():
-            with atomic_write(training / "config.yaml", "x") as file:
-                file.write(OmegaConf.to_yaml(cfg, resolve=True))
+            for path in filter(None, (self.folder.config, self.folder.claim)):
+                with atomic_write(path, "x") as file:
+                    file.write(OmegaConf.to_yaml(cfg, resolve=True))
             episodes = len(self.replay_buffer.episode_returns)
             LOGGER.info("Data: %d transitions, %s", len(self.replay_buffer),
                         f"{episodes} episodes, mean D4RL score {self.behaviour:.1f}" if episodes
@@ -360,12 +371,17 @@ class RunInProgress:
                 path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _list_files(self) -> set[Path]:
-        training = self.folder.training
-        return {training, *training.rglob("*")} if training.exists() else set()
+        training, claim = self.folder.training, self.folder.claim
+        found = {training, *training.rglob("*")} if training.exists() else set()
+        return found | ({claim} if claim is not None and claim.exists() else set())
 
     def logged(self) -> AbstractContextManager[None]:
         """Context manager that logs to the run's ``train.log``."""
         return log_to(TrainLogHandler(self.folder.training / "train.log"))
+
+    def has_updates(self) -> bool:
+        """Whether the run has made updates since it was started or resumed."""
+        return self.trainer.optimization_stepper.steps > (self.resumed or 0)
 
     def stop(self, name: str) -> None:
         """Request the run to save a checkpoint and stop as soon as possible.
@@ -435,7 +451,7 @@ def _write_results(
     updates: int,
 ) -> None:
     evaluations, curves = folder.training / "evaluations.csv", folder.training / "curves.png"
-    policy = folder.checkpoints / "policy.safetensors"
+    policy = folder.policy
     if cfg.save_model:
         try:
             save_actors(
@@ -448,11 +464,17 @@ def _write_results(
         except OSError as error:
             raise cannot_write(folder.checkpoints, "checkpoint_dir", error) from error
     LOGGER.info("%s", score_table(evaluations, behaviour))
-    plot_curves(evaluations, curves, title=cfg.task, behaviour_score=behaviour)
     LOGGER.info("Logs:        %s", folder.training)
-    LOGGER.info("Curves:      %s", curves)
+    try:
+        plot_curves(evaluations, curves, title=cfg.task, behaviour_score=behaviour)
+        LOGGER.info("Curves:      %s", curves)
+    except Exception as error:  # `pogo report` draws them again
+        LOGGER.warning("The curves cannot be drawn (%s).", error)
     LOGGER.info("Checkpoints: %s", folder.checkpoints)
     if cfg.save_model:
         LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
-    with atomic_write(folder.done, "x") as file:  # last: it marks the run as complete
-        json.dump({"total_steps": updates}, file)
+    try:
+        with atomic_write(folder.done, "x") as file:  # last: it marks the run as complete
+            json.dump({"total_steps": updates}, file)
+    except OSError as error:
+        raise cannot_write(folder.root, "log_dir", error) from error

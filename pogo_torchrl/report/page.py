@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pogo_torchrl.report.run_logs import POGO, RunRecord
 from pogo_torchrl.report.tables import Table
 
+TITLE = "# POGO: results"
+"""First line of a report."""
+
 
 def page(
     runs: Sequence[RunRecord],
@@ -26,7 +29,7 @@ def page(
     Returns:
         The content of ``README.md``.
     """
-    sections = ["# POGO: results", _overview(runs, left_out)]
+    sections = [TITLE, _overview(runs, left_out)]
     shown: set[str] = set()
 
     def show(table: Table) -> str:
