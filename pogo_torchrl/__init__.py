@@ -7,6 +7,8 @@ command line starts without torch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pogo_torchrl.imports import import_mujoco, provide_compile_cache
+
 if TYPE_CHECKING:
     from pogo_torchrl.actors import TransportActor
     from pogo_torchrl.export import load_actors
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
     from pogo_torchrl.objectives import GaussianPOGOLoss, JKOChain, POGOLoss, ReBRACLoss
     from pogo_torchrl.ot import sinkhorn_divergence
     from pogo_torchrl.trainers import POGOTrainer
+
+provide_compile_cache()  # before torch is imported
+import_mujoco()  # before TorchRL does
 
 __all__ = [
     "GaussianPOGOLoss",

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pogo_torchrl.screen import prepare_streams, protect_screen
+
 # Commands import their dependencies when called, so that e.g. --version does not load Hydra.
 
 _HELP = """\
@@ -164,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: name of the command, followed by its arguments. Defaults to ``sys.argv[1:]``.
     """
+    prepare_streams()
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help", "help"):
         print(_HELP, end="")
@@ -183,15 +186,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(command: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
     """Run a command, and exit with one line where it fails for a reason that a user can fix."""
     from pogo_torchrl.experiments.console import exit_with_error
+    from pogo_torchrl.experiments.signals import Interrupted, interruptible
 
+    if {"-h", "--help"}.isdisjoint(
+        arguments
+    ):  # the exit code is that of the work, not of its output
+        protect_screen()
     try:
-        command(arguments)
+        with interruptible():
+            command(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone, as in `pogo train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))
     except KeyboardInterrupt:
         exit_with_error(KeyboardInterrupt("stopped immediately"), 128 + signal.SIGINT)
+    except Interrupted as stop:
+        exit_with_error(stop, stop.exit_code)
     except (ValueError, OSError, ImportError) as error:
         exit_with_error(error)
 

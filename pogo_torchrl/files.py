@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
+import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -21,7 +23,7 @@ def atomic_write(path: Path, mode: Literal["xb", "x"] = "xb", **options: Any) ->
 
     Args:
         path: the file, which may already exist; its folder must exist.
-        mode: ``"xb"`` (bytes) or ``"x"`` (text). Defaults to ``"xb"``.
+        mode: ``"xb"`` (bytes) or ``"x"`` (text, UTF-8). Defaults to ``"xb"``.
         **options: passed to :func:`open`.
 
     Raises:
@@ -38,7 +40,9 @@ def atomic_write(path: Path, mode: Literal["xb", "x"] = "xb", **options: Any) ->
         False
         ('complete', 1)
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{_writer()}.{uuid.uuid4().hex[:8]}.tmp")
+    if mode == "x":
+        options = {"encoding": "utf-8", **options}  # not that of the user's settings
     try:
         with open(temporary, mode, **options) as file:
             yield file
@@ -47,6 +51,51 @@ def atomic_write(path: Path, mode: Literal["xb", "x"] = "xb", **options: Any) ->
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _writer(process: int | None = None) -> str:
+    """Part of the names of partial files: the machine and the process that writes them."""
+    machine = socket.gethostname()
+    with suppress(OSError):  # containers of one machine may count their processes separately
+        machine += os.readlink("/proc/self/ns/pid")
+    machine = hashlib.sha256(machine.encode()).hexdigest()[:8]
+    return f"{machine}-{os.getpid() if process is None else process}"
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove files of :func:`atomic_write` that processes on this machine left when killed.
+
+    Args:
+        folder: the folder of the files.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     own, other = (Path(folder, f".a.{_writer(i)}.0.tmp") for i in (None, 2**30))
+        ...     own.touch(), other.touch()
+        ...     remove_partial(Path(folder))
+        ...     own.exists(), other.exists()
+        (None, None)
+        (True, False)
+    """
+    for file in folder.glob(".*.tmp"):
+        found = re.search(r"\.([0-9a-f]{8}-(\d+))\.[0-9a-f]+\.tmp$", file.name)
+        if found and found[1] == _writer(int(found[2])) and not _is_alive(int(found[2])):
+            with suppress(OSError):
+                file.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine exists; on Windows, where no signal asks, it may."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it belongs to another user
+        return True
+    return True
 
 
 def sync(path: Path) -> None:
@@ -104,6 +153,9 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         cache_dir: the folder. Defaults to ``$XDG_CACHE_HOME/pogo_torchrl`` or, if that variable is
             not set, ``~/.cache/pogo_torchrl``.
 
+    Raises:
+        OSError: if the user has no home folder.
+
     Example:
         >>> cache_folder("data").name
         'data'
@@ -111,12 +163,20 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     # As the XDG specification requires, an empty variable counts as unset.
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # e.g. a user of a container without a name
+        raise OSError(
+            "the folder for downloads and generated data is unknown, because this user has no home "
+            "folder: choose one with data.cache_dir, or set HOME or XDG_CACHE_HOME."
+        ) from error
     return Path(root) / "pogo_torchrl"
 
 
 def make_writable(folder: Path, option: str) -> None:
     """Create a folder and check that it is writable, before a long computation writes to it.
+
+    Partial files that killed processes have left there are removed.
 
     Args:
         folder: the folder.
@@ -128,9 +188,10 @@ def make_writable(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError("no permission to write")
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise cannot_write(folder, option, error) from error
+    remove_partial(folder)
 
 
 def cannot_write(folder: Path, option: str, error: OSError) -> OSError:

@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pogo_torchrl.screen import ExpendableStream
+
 _SECONDS_PER_LINE = 60.0
 
 
@@ -23,16 +25,17 @@ def progress_bar(**settings: Any) -> tqdm:
     stream = sys.stderr
     if stream is None:  # no console at all, as with pythonw on Windows
         return tqdm(**{**settings, "disable": True})
-    if _redraws(stream):
-        return tqdm(file=stream, **settings)
+    screen = ExpendableStream.of(stream)
+    if _redraws(screen.stream):
+        return tqdm(file=screen, **settings)
     times = {"mininterval": _SECONDS_PER_LINE, "maxinterval": _SECONDS_PER_LINE}
-    return tqdm(file=_Lines(stream), **times, **settings)
+    return tqdm(file=_Lines(screen), **times, **settings)
 
 
 def _redraws(stream: Any) -> bool:
     try:
         return stream.isatty() or type(stream).__module__.startswith("ipykernel")
-    except ValueError:  # it is closed
+    except (ValueError, AttributeError):  # it is closed, or there is none
         return False
 
 

@@ -24,7 +24,8 @@ from pogo_torchrl.envs.flattening import flatten_observations, flatten_rows
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments.evaluate import evaluate
 from pogo_torchrl.experiments.planner import measure_cost
-from pogo_torchrl.experiments.run import run, run_stack
+from pogo_torchrl.experiments.run import run
+from pogo_torchrl.experiments.run_stack import run_stack
 from pogo_torchrl.experiments.sweep_file import read_sweep
 from pogo_torchrl.report import read_runs, write_report
 from pogo_torchrl.trainers.hooks import EvaluationError

@@ -16,7 +16,8 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
 from pogo_torchrl.experiments.jobs import Job
 from pogo_torchrl.experiments.overrides import compose
-from pogo_torchrl.experiments.run import run, run_stack
+from pogo_torchrl.experiments.run import run
+from pogo_torchrl.experiments.run_stack import run_stack
 from pogo_torchrl.experiments.sweep import make_jobs
 from pogo_torchrl.experiments.sweep_file import MAX_STACK_SIZE, Run, group_stackable
 from pogo_torchrl.trainers import TrainerStack

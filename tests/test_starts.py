@@ -18,11 +18,12 @@ from runs import SMALL, run_folder, state
 from pogo_torchrl.configs import compose
 from pogo_torchrl.data.rollouts import behaviour_dataset
 from pogo_torchrl.experiments import run as run_module
-from pogo_torchrl.experiments.run import run, run_stack
+from pogo_torchrl.experiments.run import run
+from pogo_torchrl.experiments.run_stack import run_stack
 from pogo_torchrl.experiments.signals import on_signals
 from pogo_torchrl.trainers import POGOOptimizationStepper, TrainerStack
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,9 @@ def test_signals_are_handled_in_the_main_thread_only():
         with on_signals(print) as previous:
             found.append(sorted(previous))
 
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     enter()
+    signal.signal(signal.SIGHUP, before)
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()

@@ -17,7 +17,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from tensordict import TensorDict
 from torchrl.data.datasets import D4RLExperienceReplay
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
@@ -33,6 +32,7 @@ from pogo_torchrl.files import (
     make_writable,
     sha256,
 )
+from pogo_torchrl.locks import hold
 
 MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main"
 """Public mirror of D4RL's locomotion files, for ``mirror``; D4RL's own server is often down."""
@@ -101,7 +101,7 @@ class D4RLReplay(D4RLExperienceReplay):
             return
         make_writable(root, "data.cache_dir")
         # When several runs start at once, only one downloads.
-        with FileLock(root / f".{task}.lock"):
+        with hold(root / f".{task}.lock", wait=True):
             self._file, digest = _locate(task, mirror, root) or _fetch(task, mirror, root, progress)
             manifest = _read_manifest(root / task, _origin(digest))
             if manifest is None and (root / task).exists():

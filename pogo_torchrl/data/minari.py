@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 import torch
-from filelock import FileLock
 from tensordict import TensorDict
 
 from pogo_torchrl.data.hdf5 import Dataset
 from pogo_torchrl.envs.flattening import check_entries, flatten_rows
 from pogo_torchrl.files import cannot_read, cannot_write
+from pogo_torchrl.locks import hold
 
 _LOGGER = logging.getLogger(__name__)
 _ID = re.compile(r"([-\w]+/)*[-\w]+-v\d+", re.ASCII)
@@ -185,19 +185,23 @@ def _load(minari: Any, dataset_id: str) -> Any:
     """Load a dataset, downloading it if it is not available locally."""
     root: Path = minari.storage.get_dataset_path()
     folder = root / dataset_id
-    lock = root / f".{dataset_id.replace('/', '.')}.lock"
-    # The lock file exists while a process is downloading.
-    if lock.exists() or not (folder / "data").exists():
+    name = dataset_id.replace("/", ".")
+    lock, partial = root / f".{name}.lock", root / f".{name}.partial"
+    # Both files exist while a process is downloading; a killed process leaves the second one.
+    if lock.exists() or partial.exists() or not (folder / "data").exists():
         try:
-            with FileLock(lock):
+            with hold(lock, wait=True):
+                if partial.exists():
+                    shutil.rmtree(folder, ignore_errors=True)
                 if not (folder / "data").exists():
-                    _download(minari, dataset_id, folder)
+                    partial.touch()
+                    try:
+                        _download(minari, dataset_id, folder)
+                    finally:
+                        partial.unlink(missing_ok=True)
         except PermissionError as error:  # another user's folder, with a lock left behind
             if not (folder / "data").exists():
                 raise cannot_write(root, "MINARI_DATASETS_PATH", error) from error
-        finally:
-            with contextlib.suppress(OSError):
-                lock.unlink()
     try:
         return minari.load_dataset(dataset_id)
     except ImportError as error:

@@ -7,11 +7,12 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+
+from pogo_torchrl.experiments.presets import all_tasks, tasks
 
 # ``${local_data:${data.source},x,y}`` in a preset: x, which was tuned on the local data, applies to
 # data.source=local only; y applies to all other sources.
@@ -455,47 +456,6 @@ def iter_options(
 def top_level_options() -> list[str]:
     """Field names of :class:`RunConfig`; nested options count as one."""
     return [entry.name for entry in dataclasses.fields(RunConfig)]
-
-
-def tasks() -> list[str]:
-    """Names of all task presets.
-
-    Example:
-        >>> "walker2d-medium-replay-v2" in tasks()
-        True
-    """
-    folder = resources.files("pogo_torchrl.experiments") / "conf" / "task"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith("yaml"))
-
-
-def algorithms() -> list[str]:
-    """Names of all algorithms, which have presets of their own.
-
-    Example:
-        >>> algorithms()
-        ['iql', 'paper', 'pogo', 'rebrac', 'td3_bc']
-    """
-    folder = resources.files("pogo_torchrl.experiments") / "conf" / "algorithm"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith("yaml"))
-
-
-def all_tasks() -> list[str]:
-    """Names of all tasks of D4RL that have an environment here.
-
-    Those without a preset, for which no weights are published, have the defaults of all options.
-
-    Example:
-        >>> "hopper-random-v2" in all_tasks(), "hopper-random-v2" in tasks()
-        (True, False)
-    """
-    environments = sorted({task.split("-")[0] for task in tasks()} - {"antmaze"})
-    levels = ("random", "expert", "full-replay")
-    return [*tasks(), *(f"{name}-{level}-v2" for name in environments for level in levels)]
-
-
-def own_tasks() -> list[str]:
-    """Names of the tasks of one's own that are presets in this process."""
-    return [name.removesuffix(".yaml") for name in ConfigStore.instance().repo.get("task", {})]
 
 
 def _help() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,8 +45,18 @@ class TrainLogHandler(logging.FileHandler):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, delay=True)
+        super().__init__(path, delay=True, encoding="utf-8", errors="backslashreplace")
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, if that is possible."""
+        with suppress(OSError):  # the file cannot be opened
+            super().emit(record)
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):  # lines are left that could not be written
+            super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore errors: a full disk is reported when checkpoints and CSV files are written."""

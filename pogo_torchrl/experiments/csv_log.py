@@ -13,6 +13,7 @@ from typing import Any
 
 from torchrl.record.loggers import Logger, MLFlowLogger, get_logger
 
+from pogo_torchrl.experiments.console import LOGGER
 from pogo_torchrl.files import atomic_write, cannot_write
 
 LOGGERS = ("csv", "mlflow", "trackio", "tensorboard", "wandb")
@@ -25,6 +26,20 @@ def _current_name(column: str) -> str:
     if column == "w2_0":
         return "bc_mse"
     return re.sub(r"^loss_actor_(\d+)$", r"actor_loss_\1", column)
+
+
+def last_step(path: Path) -> int:
+    """Return the largest step in a CSV file of a run; 0 if it has none or cannot be read.
+
+    Args:
+        path: the CSV file.
+    """
+    try:
+        lines = path.read_text(errors="replace").splitlines()[1:]
+    except OSError:
+        return 0
+    steps = [line.split(",")[0] for line in lines]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
 class CSVSink:
@@ -116,6 +131,9 @@ class CSVSink:
 class LoggerSink:
     """Sink that logs rows as scalars to a TorchRL logger.
 
+    If the logger fails, e.g. because its server is gone, there is one warning, and no more is
+    logged to it: the CSV files are complete.
+
     Args:
         logger: a TorchRL logger.
         group: prefix of the scalar names, e.g. ``"metrics"``.
@@ -124,6 +142,7 @@ class LoggerSink:
     def __init__(self, logger: Any, group: str) -> None:
         self.logger = logger
         self.group = group
+        self.failed = False
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Log all floating-point values of the rows.
@@ -132,6 +151,18 @@ class LoggerSink:
             step: number of completed updates.
             rows: values by name; ``actor`` and ``mode``, if present, become part of scalar names.
         """
+        if self.failed:
+            return
+        try:
+            self._write(step, rows)
+        except Exception as error:  # of many kinds
+            self.failed = True
+            LOGGER.warning(
+                "%s is not logged any more: %s failed at update %d (%s). The CSV files go on.",
+                self.group, type(self.logger).__name__, step, error,
+            )  # fmt: skip
+
+    def _write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
             prefix = self.group
             if "actor" in row:
@@ -151,7 +182,7 @@ def check_logger(name: str, *, stacked: bool = False) -> None:
         stacked: whether several runs log in this process. Defaults to ``False``.
 
     Raises:
-        ValueError: if the logger is unknown, or supports only one run per process.
+        ValueError: if the logger is unknown, needs a login, or supports only one run per process.
         ImportError: if its package is not installed; the message tells how to install it.
 
     Example:
@@ -173,6 +204,21 @@ def check_logger(name: str, *, stacked: bool = False) -> None:
             f"logger.backend={name} needs the package {name}, which is not installed: "
             f'pip install "pogo_torchrl[{name}]", or leave it out (CSV is always written).'
         )
+    if name == "wandb" and not _can_log_to_wandb():
+        raise ValueError(
+            "logger.backend=wandb needs a login: run `wandb login`, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline to keep the files here."
+        )
+
+
+def _can_log_to_wandb() -> bool:
+    """Whether W&B has a key, or needs none; without one it would wait for input."""
+    try:
+        import wandb
+
+        return wandb.setup().settings.mode not in ("online", None) or bool(wandb.api.api_key)
+    except Exception:  # an unknown version: its own message tells more when the run starts
+        return True
 
 
 def make_logger(
@@ -201,7 +247,7 @@ def make_logger(
             to ``False``.
 
     Raises:
-        ValueError: if the logger is unknown.
+        ValueError: if the logger is unknown, or cannot be started.
         ImportError: if its package is not installed.
 
     Example:
@@ -213,26 +259,39 @@ def make_logger(
         '10,1.5\n'
     """
     check_logger(name)
-    folder = Path(folder).absolute()
+    try:
+        return _make_logger(
+            name, Path(folder).absolute(), experiment, run or experiment, settings or {}, resume
+        )
+    except Exception as error:  # of many kinds: a server that does not answer, a refused login, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"logger.backend={name} cannot be started: {reason}. Mend that, or leave it out (CSV "
+            "is always written)."
+        ) from error
+
+
+def _make_logger(
+    name: str, folder: Path, experiment: str, run: str, settings: Mapping[str, Any], resume: bool
+) -> Logger:
     if name == "mlflow":  # a database: recent versions of MLflow refuse folders
         if uri := os.environ.get("MLFLOW_TRACKING_URI"):
             return MLFlowLogger(experiment, uri)
         logger = MLFlowLogger(experiment, f"sqlite:///{folder / 'mlflow.db'}")
         os.environ.pop("MLFLOW_TRACKING_URI", None)  # MLflow sets it, also for the next run
         return logger
-    settings = dict(settings or {})
     options = settings.get("logger", {})
     project = options.get("project") or os.environ.get("WANDB_PROJECT") or "pogo"
     if name == "wandb":
         return get_logger(
             name,
             str(folder),
-            run or experiment,
+            run,
             wandb_kwargs={
                 "project": project,
                 "group": options.get("group") or experiment,
                 "tags": options.get("tags"),
-                "config": settings,
+                "config": dict(settings),
                 "allow_val_change": True,  # of total_steps, for example
                 "id": _wandb_id(folder, resume),
                 "resume": "allow",

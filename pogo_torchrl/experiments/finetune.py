@@ -35,6 +35,7 @@ from pogo_torchrl.experiments.run_folder import (
 from pogo_torchrl.experiments.signals import stop_on_signals
 from pogo_torchrl.experiments.train import exit_codes
 from pogo_torchrl.experiments.trained_run import open_run
+from pogo_torchrl.screen import expendable_screen
 
 
 @dataclass
@@ -312,6 +313,8 @@ def finetune(arguments: Sequence[str]) -> list[Evaluation]:
         raise ValueError("run is missing: write pogo finetune FOLDER, with the folder of a run.")
     one = FineTuning(cfg)
     with (
+        expendable_screen(),
+        one.environments(),
         lock_run_folder(one.folder),
         deterministic(one.cfg.deterministic),
         log_to(ConsoleHandler()),
@@ -320,7 +323,7 @@ def finetune(arguments: Sequence[str]) -> list[Evaluation]:
         one.read_data()
         with one.opened():
             with stop_on_signals([one]):
-                if one.resumed is None:
+                if one.resumed is None and one.evaluate is not None:
                     one.evaluate.evaluate_at(0)
                 one.trainer.train()
             one.finish()

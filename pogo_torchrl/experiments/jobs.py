@@ -32,11 +32,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from filelock import FileLock, Timeout
-
 from pogo_torchrl.experiments.run_folder import RunFolder, check_run_folder
+from pogo_torchrl.experiments.signals import Interrupted as Interrupted  # for engines
 from pogo_torchrl.experiments.sweep_file import Run
 from pogo_torchrl.files import atomic_write, make_writable
+from pogo_torchrl.locks import Held, hold, is_held
 
 # Status of a run after a job.
 DONE, FAILED, HELD, STOPPED = "done", "failed", "held", "stopped"
@@ -84,10 +84,6 @@ class ProgressReporter(Protocol):
         """Report that a run has ended, or is locked by another process."""
 
 
-class Interrupted(BaseException):
-    """Raised when a signal ends the sweep; the first argument is the signal number."""
-
-
 def run_state(run: Run) -> str:
     """Determine the state of a run from its folder.
 
@@ -101,7 +97,7 @@ def run_state(run: Run) -> str:
         return CONFLICT
     if is_done(run):
         return DONE
-    if _is_locked(folder.root / ".sweep.lock") or _is_locked(folder.root / ".lock"):
+    if is_held(folder.root / ".sweep.lock") or is_held(folder.root / ".lock"):
         return RUNNING
     if last_failure(folder) is not None:
         return FAILED_BEFORE
@@ -133,17 +129,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds the lock; a killed process may leave an unlocked file behind."""
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 @contextmanager
 def _lock_run(folder: RunFolder) -> Iterator[bool]:
     """Try to lock a run for this sweep; yields whether no other process is working on it.
@@ -151,18 +136,13 @@ def _lock_run(folder: RunFolder) -> Iterator[bool]:
     The process of the run acquires a second lock, ``.lock``, a few seconds later.
     """
     make_writable(folder.root, "log_dir")
-    path = folder.root / ".sweep.lock"
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield not _is_locked(folder.root / ".lock")
-    finally:
-        path.unlink(missing_ok=True)  # before another process can acquire it
-        lock.release()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(folder.root / ".sweep.lock"))
+        except Held:
+            yield False
+            return
+        yield not is_held(folder.root / ".lock")
 
 
 @dataclass(frozen=True)

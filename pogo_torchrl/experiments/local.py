@@ -12,8 +12,8 @@ from queue import SimpleQueue
 import torch
 from omegaconf import DictConfig
 
-from pogo_torchrl.experiments.jobs import Interrupted, Job, Outcome, ProgressReporter, Worker
-from pogo_torchrl.experiments.signals import on_signals
+from pogo_torchrl.experiments.jobs import Job, Outcome, ProgressReporter, Worker
+from pogo_torchrl.experiments.signals import Interrupted, on_signals
 from pogo_torchrl.machine import usable_cores
 
 

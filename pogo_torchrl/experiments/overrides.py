@@ -22,16 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pogo_torchrl.experiments.config import (
     RunConfig,
     SweepConfig,
-    algorithms,
-    all_tasks,
     iter_options,
-    own_tasks,
-    tasks,
     to_text,
     top_level_options,
 )
 from pogo_torchrl.experiments.multirun import is_multirun
 from pogo_torchrl.experiments.own_task import resolve_task
+from pogo_torchrl.experiments.presets import algorithms, all_tasks, own_tasks, tasks
 from pogo_torchrl.experiments.typed_text import expand_paths, fill_braces, keep_text
 
 # Every weight stands for one network and is part of the run folder's name; published chains have

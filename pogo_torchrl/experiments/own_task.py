@@ -14,8 +14,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from pogo_torchrl.experiments.config import own_tasks, tasks
 from pogo_torchrl.experiments.option_files import flatten, read_yaml, to_override
+from pogo_torchrl.experiments.presets import all_tasks, own_tasks
 
 FROM_DATA = "minari"
 """Value of ``env.id`` for the environment that is recorded in a Minari dataset."""
@@ -84,7 +84,7 @@ def resolve_task(
 
 def _resolve(name: str, given: Mapping[str, str], check: Callable[[Sequence[str]], None]) -> str:
     """Register the preset of one value of ``task``, and return its name."""
-    if name in tasks():
+    if name in all_tasks():
         return name
     if name.endswith((".yaml", ".yml")):
         return _read_file(Path(name).expanduser(), given, check)
@@ -118,7 +118,7 @@ def _read_file(path: Path, given: Mapping[str, str], check: Callable[[Sequence[s
     options = dict(flatten(read_yaml(path)))
     name = str(options.pop("task", path.stem))
     _check_name(name, f"{path}: task: {name}")
-    if name in tasks():
+    if name in all_tasks():
         raise ValueError(f"{path}: task: {name} is a task of D4RL; choose another name.")
     for key, value in options.items():
         if key in _NOT_IN_FILES:

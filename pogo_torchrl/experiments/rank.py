@@ -84,17 +84,22 @@ def rank(arguments: Sequence[str]) -> list[OfflineValue]:
         f"Actors of {cfg.run} at update {step}, by fitted Q evaluation ({cfg.updates} updates, "
         f"gamma {gamma:g})"
     )
-    print(ranking_table(values, _scores(run)))
+    print(ranking_table(values, _scores(run), run.measure.name))
     print(f"Written to {file}", flush=True)
     return values
 
 
-def ranking_table(values: Sequence[OfflineValue], scores: Sequence[float] | None = None) -> str:
+def ranking_table(
+    values: Sequence[OfflineValue],
+    scores: Sequence[float] | None = None,
+    measure: str = "D4RL score",
+) -> str:
     """Format a ranking as a table, with the true scores beside it.
 
     Args:
         values: the result of :func:`~pogo_torchrl.trainers.ranking.rank_actors`.
-        scores: D4RL score of each actor. Defaults to ``None``: unknown.
+        scores: score or return of each actor. Defaults to ``None``: unknown.
+        measure: what ``scores`` are. Defaults to ``"D4RL score"``.
 
     Example:
         >>> values = [OfflineValue(0, 10.0, 9.0, 11.0, 2), OfflineValue(1, 12.0, 11.5, 13.0, 1)]
@@ -105,7 +110,7 @@ def ranking_table(values: Sequence[OfflineValue], scores: Sequence[float] | None
         Rank correlation of values and scores (Spearman): 1.00
     """
     header = f"  {'actor':>5}{'FQE value':>12}{'95 % interval':>22}{'rank':>8}"
-    lines = [header + ("" if scores is None else f"{'D4RL score':>12}")]
+    lines = [header + ("" if scores is None else f"{measure:>12}")]
     for v in values:
         interval = f"[{v.low:.1f}, {v.high:7.1f}]"
         score = "" if scores is None else f"{scores[v.actor]:>12.1f}"
@@ -118,11 +123,12 @@ def ranking_table(values: Sequence[OfflineValue], scores: Sequence[float] | None
 
 
 def _scores(run: RunInProgress) -> list[float] | None:
-    """Deterministic scores of the run's evaluation at the same update, if there is one."""
+    """Deterministic scores, or returns, of the run's evaluation at the same update, if there is one."""
     path = run.folder.training / "evaluations.csv"
-    steps, scores, *_ = read_evaluations(Path(path), run.loss.num_actors)
-    found = scores[steps == run.trainer.collected_frames]
-    return found[0, :, 0].tolist() if len(found) else None
+    found = read_evaluations(Path(path), run.loss.num_actors)
+    values = found.scores if found.scored else found.returns
+    at_end = values[found.steps == run.trainer.collected_frames]
+    return at_end[0, :, 0].tolist() if len(at_end) else None
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import (
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.utils import parameters_to_vector
-from torchrl.checkpoint import GlobalRNGState
 from torchrl.record.loggers import Logger
 
 from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
@@ -47,6 +45,7 @@ from pogo_torchrl.experiments.csv_log import (
     make_logger,
 )
 from pogo_torchrl.experiments.overrides import check_options
+from pogo_torchrl.experiments.results import write_results
 from pogo_torchrl.experiments.run_folder import (
     RunFolder,
     check_run_folder,
@@ -61,11 +60,12 @@ from pogo_torchrl.experiments.simulator import (
     resolve_environment,
 )
 from pogo_torchrl.experiments.typed_text import expand_paths
-from pogo_torchrl.export import on_raw_observations, save_actors
-from pogo_torchrl.files import atomic_write, cannot_write
+from pogo_torchrl.export import on_raw_observations
+from pogo_torchrl.files import atomic_write
 from pogo_torchrl.modules import TransportActor
-from pogo_torchrl.report import plot_curves, score_table
-from pogo_torchrl.trainers import POGOTrainer, TrainerStack
+from pogo_torchrl.screen import expendable_screen
+from pogo_torchrl.trainers import POGOTrainer
+from pogo_torchrl.trainers.checkpoints import remove_unfinished
 from pogo_torchrl.trainers.freeze import FreezeThenFlow
 from pogo_torchrl.trainers.hooks import POGO_HINT, Evaluate, LogMetrics, StopOnDivergence
 
@@ -73,8 +73,8 @@ from pogo_torchrl.trainers.hooks import POGO_HINT, Evaluate, LogMetrics, StopOnD
 def run(cfg: DictConfig) -> list[Evaluation]:
     """Train and evaluate one chain, and write the files of the run; this is ``pogo train``.
 
-    If it fails before the first update, it leaves no files. In the main thread, SIGINT, SIGTERM and
-    SIGUSR1 save a checkpoint and stop the run; in other threads signals are left alone.
+    If it fails before the first update, it leaves no files. In the main thread, SIGHUP, SIGINT,
+    SIGTERM and SIGUSR1 save a checkpoint and stop the run; in other threads signals are left alone.
 
     Args:
         cfg: a :class:`~pogo_torchrl.experiments.config.RunConfig`.
@@ -85,9 +85,11 @@ def run(cfg: DictConfig) -> list[Evaluation]:
     Raises:
         ValueError: for invalid settings; the message names them.
         FileExistsError: if the run folder already contains a run and ``resume`` is ``False``.
+        Interrupted: if a signal stopped the training before its first update.
     """
     one = RunInProgress(cfg)
     with (
+        expendable_screen(),
         one.environments(),
         lock_run_folder(one.folder),
         deterministic(cfg.deterministic),
@@ -102,95 +104,6 @@ def run(cfg: DictConfig) -> list[Evaluation]:
                 one.trainer.train()
             one.finish()
     return one.last
-
-
-def run_stack(cfgs: Sequence[DictConfig]) -> list[Exception | None]:
-    """Train and evaluate several runs in one process, as one batched computation.
-
-    Each run writes the same files as a single run would. A failure ends only the run it occurs in.
-
-    Args:
-        cfgs: one :class:`~pogo_torchrl.experiments.config.RunConfig` per run. All have the same
-            task and differ only in ``seed``, ``w2_weights`` (of equal length) and ``alpha``.
-
-    Returns:
-        For each run the exception that ended it, or ``None`` if the run is complete.
-    """
-    errors: list[Exception | None] = [None] * len(cfgs)
-    runs: dict[int, RunInProgress] = {}
-    streams = [_RandomStream() for _ in cfgs]
-
-    @contextmanager
-    def guarded(index: int) -> Iterator[None]:
-        try:
-            with streams[index]:
-                yield
-        except Exception as error:
-            errors[index] = error
-            runs.pop(index, None)
-
-    with ExitStack() as locks, log_to(ConsoleHandler()), deterministic(cfgs[0].deterministic):
-        replay_buffer = None
-        for index, cfg in enumerate(cfgs):
-            with guarded(index):
-                one = RunInProgress(cfg, stacked=True)
-                locks.enter_context(one.environments())
-                locks.enter_context(lock_run_folder(one.folder))
-                locks.enter_context(closing(one))
-                one.read_data(replay_buffer)
-                replay_buffer = one.replay_buffer
-                with one.opened():
-                    runs[index] = one
-        # Runs in a stack must be at the same update: group resumed runs by theirs.
-        stacks: dict[int, list[int]] = {}
-        for index, one in runs.items():
-            stacks.setdefault(one.trainer.collected_frames, []).append(index)
-        with stop_on_signals(list(runs.values())):
-            for members in stacks.values():
-                results = _train_stack([runs[i] for i in members], [streams[i] for i in members])
-                for index, error in zip(members, results):
-                    errors[index] = error
-        for index, one in list(runs.items()):
-            if errors[index] is None:
-                with guarded(index), one.logged():
-                    one.finish()
-    return errors
-
-
-def _train_stack(
-    runs: Sequence[RunInProgress], streams: Sequence[_RandomStream]
-) -> list[Exception | None]:
-    cfg = runs[0].cfg
-
-    @contextmanager
-    def around_hooks(index: int) -> Iterator[None]:
-        with streams[index], runs[index].logged():
-            yield
-
-    stack = TrainerStack(
-        [one.trainer for one in runs],
-        streams.__getitem__,
-        around_hooks=around_hooks,
-        compile=choose_compile(cfg.compile, cfg.total_steps, cfg.w2_backend),
-    )
-    return stack.train()
-
-
-class _RandomStream(AbstractContextManager):
-    """Context manager that swaps in the global random state of one run."""
-
-    def __init__(self) -> None:
-        self._state = GlobalRNGState()
-        self._inside: dict[str, Any] | None = None
-
-    def __enter__(self) -> None:
-        self._outside = self._state.state_dict()
-        if self._inside is not None:
-            self._state.load_state_dict(self._inside)
-
-    def __exit__(self, *_: object) -> None:
-        self._inside = self._state.state_dict()
-        self._state.load_state_dict(self._outside)
 
 
 class RunInProgress:
@@ -315,6 +228,7 @@ class RunInProgress:
         if self.evaluator is None:
             self._make_loss(self.spaces)
         self.make_trainer(replay_buffer, replay_buffer, fingerprint(cfg, replay_buffer))
+        remove_unfinished(self.trainer.checkpoint_rotation)  # also of a start that left no run
         self.resumed = self.trainer.resume() if cfg.resume else None
 
     def make_trainer(
@@ -359,8 +273,9 @@ class RunInProgress:
         self._files = self._list_files()
         training.mkdir(parents=True, exist_ok=True)
         with self.logged():
-            with atomic_write(training / "config.yaml", "x") as file:
-                file.write(OmegaConf.to_yaml(cfg, resolve=True))
+            for path in filter(None, (self.folder.config, self.folder.claim)):
+                with atomic_write(path, "x") as file:
+                    file.write(OmegaConf.to_yaml(cfg, resolve=True))
             episodes, shown = len(self.replay_buffer.episode_returns), self.measure.name
             noun = shown.split()[-1]
             LOGGER.info("Data: %d transitions, %s", len(self.replay_buffer),
@@ -410,12 +325,17 @@ class RunInProgress:
                 path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _list_files(self) -> set[Path]:
-        training = self.folder.training
-        return {training, *training.rglob("*")} if training.exists() else set()
+        training, claim = self.folder.training, self.folder.claim
+        found = {training, *training.rglob("*")} if training.exists() else set()
+        return found | ({claim} if claim is not None and claim.exists() else set())
 
     def logged(self) -> AbstractContextManager[None]:
         """Context manager that logs to the run's ``train.log``."""
         return log_to(TrainLogHandler(self.folder.training / "train.log"))
+
+    def has_updates(self) -> bool:
+        """Whether the run has made updates since it was started or resumed."""
+        return self.trainer.optimization_stepper.steps > (self.resumed or 0)
 
     def stop(self, name: str) -> None:
         """Request the run to save a checkpoint and stop as soon as possible.
@@ -437,8 +357,14 @@ class RunInProgress:
         evaluated = self.evaluate is None or self.evaluate.up_to_date()
         if trainer.collected_frames < self.cfg.total_steps or not evaluated:
             raise Stopped(trainer.collected_frames, trainer.stop_reason)
-        chain = self._chain(averaged=self.averaged)
-        self._write_results(chain)
+        write_results(
+            self.cfg,
+            self.folder,
+            self._chain(averaged=self.averaged),
+            trainer.collected_frames,
+            behaviour=self.behaviour,
+            measure=None if self.evaluate is None else self.measure.name,
+        )
 
     def deployed_actors(self) -> list[TransportActor]:
         """The current actors to be deployed, on normalised observations."""
@@ -476,37 +402,6 @@ class RunInProgress:
     def _report(self, evaluations: list[Evaluation]) -> None:
         self.last = evaluations
         LOGGER.info("%s", format_evaluation(evaluations, self.measure.name))
-
-    def _write_results(self, chain: list[TransportActor]) -> None:
-        cfg, training = self.cfg, self.folder.training
-        evaluations, curves = training / "evaluations.csv", training / "curves.png"
-        policy = self.folder.checkpoints / "policy.safetensors"
-        if cfg.save_model:
-            environment: Any = OmegaConf.to_container(cfg.env, resolve=True)
-            try:
-                save_actors(
-                    policy,
-                    chain,
-                    hidden_sizes=cfg.hidden_sizes,
-                    environment={"task": cfg.task, **environment},
-                    averaged=self.averaged,
-                )
-            except OSError as error:
-                raise cannot_write(self.folder.checkpoints, "checkpoint_dir", error) from error
-        if self.evaluate is not None:
-            behaviour, measure = self.behaviour, self.measure.name
-            LOGGER.info("%s", score_table(evaluations, behaviour, measure=measure))
-            plot_curves(
-                evaluations, curves, title=cfg.task, behaviour_score=behaviour, measure=measure
-            )
-        LOGGER.info("Logs:        %s", training)
-        if self.evaluate is not None:
-            LOGGER.info("Curves:      %s", curves)
-        LOGGER.info("Checkpoints: %s", self.folder.checkpoints)
-        if cfg.save_model:
-            LOGGER.info("Policy:      %s (load_actors(...)[-1] is the last actor)", policy)
-        with atomic_write(self.folder.done, "x") as file:  # last: it marks the run as complete
-            json.dump({"total_steps": self.trainer.collected_frames}, file)
 
 
 def _first_equal(actor: TransportActor, chain: Sequence[TransportActor]) -> TransportActor:

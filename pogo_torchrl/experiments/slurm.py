@@ -37,7 +37,6 @@ from pogo_torchrl.experiments.jobs import (
     FAILED,
     HELD,
     RUNNING,
-    Interrupted,
     Job,
     Outcome,
     ProgressReporter,
@@ -47,9 +46,10 @@ from pogo_torchrl.experiments.jobs import (
     run_state,
 )
 from pogo_torchrl.experiments.local import run_locally
-from pogo_torchrl.experiments.signals import on_signals
+from pogo_torchrl.experiments.signals import Interrupted, on_signals
 from pogo_torchrl.experiments.sweep_file import Run
 from pogo_torchrl.files import make_writable
+from pogo_torchrl.screen import protect_screen
 
 if TYPE_CHECKING:
     import submitit
@@ -76,6 +76,7 @@ class Batch:
 
     def __call__(self) -> None:
         """Execute the jobs; requeue the Slurm job if its time is up or it is preempted."""
+        protect_screen()
         requeue: Any = signal.getsignal(signal.SIGUSR1)  # submitit's handler, which exits
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
             threads = max(int(cpus) // len(self.jobs), 1)

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NoReturn
 
 from omegaconf import DictConfig
 
@@ -21,7 +20,6 @@ from pogo_torchrl.experiments.jobs import (
     FAILED_BEFORE,
     HELD,
     STOPPED,
-    Interrupted,
     Job,
     Outcome,
     ProgressReporter,
@@ -31,7 +29,7 @@ from pogo_torchrl.experiments.jobs import (
 from pogo_torchrl.experiments.local import run_locally
 from pogo_torchrl.experiments.overrides import from_flags, sweep_options, wants_help
 from pogo_torchrl.experiments.planner import Plan, format_duration, remaining_updates
-from pogo_torchrl.experiments.signals import on_signals
+from pogo_torchrl.experiments.signals import Interrupted, interruptible
 from pogo_torchrl.experiments.slurm import run_by_submitit, run_on_slurm
 from pogo_torchrl.experiments.sweep_file import Run, group_stackable, read_sweep
 
@@ -252,13 +250,9 @@ def main(arguments: Sequence[str]) -> None:
         print(_help())
         return
     try:
-        with on_signals(_interrupt):
+        with interruptible():
             code = sweep(from_flags(arguments, SweepConfig, hydra=False))
     except Interrupted as stop:
         print("Stopped; run the same command again to continue.", file=sys.stderr)
         sys.exit(128 + stop.args[0])
     sys.exit(code)
-
-
-def _interrupt(number: int) -> NoReturn:
-    raise Interrupted(number)

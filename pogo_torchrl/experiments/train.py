@@ -17,7 +17,7 @@ from pogo_torchrl.experiments.multirun import FailedJobs, with_variant, without_
 from pogo_torchrl.experiments.overrides import check_overrides, from_flags
 from pogo_torchrl.experiments.own_task import resolve_task
 from pogo_torchrl.experiments.run import run
-from pogo_torchrl.experiments.signals import Stopped
+from pogo_torchrl.experiments.signals import Interrupted, Stopped
 from pogo_torchrl.experiments.typed_text import keep_text
 from pogo_torchrl.trainers.hooks import DivergenceError, EvaluationError
 
@@ -48,6 +48,9 @@ def exit_codes() -> Iterator[None]:
         )
     except KeyboardInterrupt:
         exit_with_error(KeyboardInterrupt("stopped immediately"), 128 + signal.SIGINT)
+    except Interrupted as stop:
+        again = ValueError(f"{stop} before the first update; the same command starts again.")
+        exit_with_error(again, stop.exit_code)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

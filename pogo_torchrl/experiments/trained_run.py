@@ -33,7 +33,7 @@ def open_run(path: str | Path, *, device: str = "auto") -> RunInProgress:
     cfg = _read_config(Path(path).expanduser())
     cfg.device, cfg.progress_bar = device, False
     run = RunInProgress(cfg)
-    with lock_run_folder(run.folder), closing(run):
+    with run.environments(), lock_run_folder(run.folder), closing(run):
         run.read_data()
     if run.resumed is None:
         raise ValueError(

@@ -10,10 +10,11 @@ import threading
 
 from pogo_torchrl.experiments.jobs import STACK
 from pogo_torchrl.experiments.overrides import compose
-from pogo_torchrl.experiments.run import run_stack
-from pogo_torchrl.experiments.signals import Stopped
+from pogo_torchrl.experiments.run_stack import run_stack
+from pogo_torchrl.experiments.signals import Interrupted, Stopped, interruptible
 from pogo_torchrl.experiments.sweep_file import Run
 from pogo_torchrl.experiments.train import main
+from pogo_torchrl.screen import protect_screen
 
 
 def stop_with_parent() -> None:
@@ -45,7 +46,11 @@ def stack(arguments: str) -> int:
         The exit code: 0 if all runs are complete, otherwise that of the first incomplete run.
     """
     runs = [Run(tuple(own), compose(own)) for own in json.loads(arguments)]
-    errors = run_stack([run.cfg for run in runs])
+    try:
+        errors = run_stack([run.cfg for run in runs])
+    except Interrupted as stop:
+        print(f"pogo: {stop}", file=sys.stderr)
+        return stop.exit_code
     for run, error in zip(runs, errors):
         if error is not None:
             print(f"pogo: {run.name}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -56,7 +61,9 @@ def stack(arguments: str) -> int:
 
 
 if __name__ == "__main__":
+    protect_screen()
     stop_with_parent()
-    if sys.argv[1:2] == [STACK]:
-        sys.exit(stack(sys.argv[2]))
-    main(sys.argv[1:])
+    with interruptible():
+        if sys.argv[1:2] == [STACK]:
+            sys.exit(stack(sys.argv[2]))
+        main(sys.argv[1:])

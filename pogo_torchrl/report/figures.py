@@ -6,11 +6,9 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from pogo_torchrl.report.drawing import Axes, Figure, matplotlib
 from pogo_torchrl.report.intervals import spread
 from pogo_torchrl.report.published import ALGORITHMS, PER_TASK
 from pogo_torchrl.report.run_logs import MODES, POGO

@@ -8,8 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
-
+from pogo_torchrl.report.drawing import Figure, default_style
 from pogo_torchrl.report.figures import COLOURS
 from pogo_torchrl.report.run_logs import MODES, read_rows
 
@@ -130,6 +129,11 @@ def plot_curves(
     Raises:
         FileNotFoundError: if ``path`` does not exist.
     """
+    with default_style():
+        _plot_curves(Path(path), Path(out), title, behaviour_score, measure)
+
+
+def _plot_curves(path: Path, out: Path, title: str, behaviour_score: float, measure: str) -> None:
     # Not pyplot, which would choose a backend for the whole process.
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()

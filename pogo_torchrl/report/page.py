@@ -9,6 +9,9 @@ from pogo_torchrl.report.published import PER_TASK
 from pogo_torchrl.report.run_logs import POGO, RunRecord
 from pogo_torchrl.report.tables import Table
 
+TITLE = "# POGO: results"
+"""First line of a report."""
+
 
 def page(
     runs: Sequence[RunRecord],
@@ -27,7 +30,7 @@ def page(
     Returns:
         The content of ``README.md``.
     """
-    sections = ["# POGO: results", _overview(runs, left_out)]
+    sections = [TITLE, _overview(runs, left_out)]
     shown: set[str] = set()
 
     def show(table: Table) -> str:

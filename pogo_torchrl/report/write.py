@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from pogo_torchrl.files import atomic_write, make_writable
 from pogo_torchrl.report import content, figures
-from pogo_torchrl.report.page import page
+from pogo_torchrl.report.drawing import Figure, default_style
+from pogo_torchrl.report.page import TITLE, page
 from pogo_torchrl.report.published import PER_TASK
 from pogo_torchrl.report.run_logs import POGO, RunRecord, read_runs
 from pogo_torchrl.report.study import (
@@ -24,6 +25,8 @@ from pogo_torchrl.report.study import (
 )
 from pogo_torchrl.report.summary import summary_csv
 from pogo_torchrl.report.tables import Table
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def write_report(log_dir: str | Path, results_dir: str | Path) -> Path:
@@ -41,6 +44,7 @@ def write_report(log_dir: str | Path, results_dir: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: if there is no run below ``log_dir``.
+        FileExistsError: if ``results_dir`` contains a README.md that is not an earlier report.
         OSError: if ``results_dir`` cannot be written.
 
     Example:
@@ -51,6 +55,11 @@ def write_report(log_dir: str | Path, results_dir: str | Path) -> Path:
 give the folder that the runs were written to.
     """
     results_dir = Path(results_dir)
+    path = results_dir / "README.md"
+    if path.exists() and not path.read_text(errors="replace").startswith(TITLE):
+        raise FileExistsError(
+            f"{path} is not an earlier report, and is not replaced: choose another results_dir."
+        )
     runs, left_out = read_runs(log_dir)
     for folder in (results_dir, results_dir / "tables", results_dir / "figures"):
         make_writable(folder, "results_dir")
@@ -58,7 +67,6 @@ give the folder that the runs were written to.
     selected = best_settings(found)
     scores = group_scores([setting for setting in selected if setting.scored])
     tables = {table.name: table for table in _tables(runs, found, selected, scores) if table.rows}
-    drawn = dict(_figures(found, selected, scores))
 
     _write(results_dir / "summary.csv", summary_csv(runs))
     for table in tables.values():
@@ -66,11 +74,19 @@ give the folder that the runs were written to.
         _write(stem.with_suffix(".md"), f"{table.full_caption}\n\n{table.markdown()}\n")
         _write(stem.with_suffix(".csv"), table.csv())
         _write(stem.with_suffix(".tex"), table.latex())
-    for name, figure in drawn.items():
-        for suffix in ("png", "pdf"):
-            _write(results_dir / "figures" / f"{name}.{suffix}", figures.encode(figure, suffix))
-    path = results_dir / "README.md"
-    _write(path, page(runs, left_out, tables, list(drawn)))
+    drawn = []
+    with default_style():
+        for name, draw in _figures(found, selected, scores):
+            try:
+                figure = draw()
+                files = {suffix: figures.encode(figure, suffix) for suffix in ("png", "pdf")}
+            except Exception as error:  # Matplotlib's, of many kinds
+                _LOGGER.warning("The figure %s is left out: it cannot be drawn (%s).", name, error)
+                continue
+            for suffix, content_of_file in files.items():
+                _write(results_dir / "figures" / f"{name}.{suffix}", content_of_file)
+            drawn.append(name)
+    _write(path, page(runs, left_out, tables, drawn))
     return path
 
 
@@ -95,20 +111,20 @@ def _tables(
 
 def _figures(
     found: Sequence[Setting], selected: Sequence[Setting], scores: Sequence[GroupScore]
-) -> Iterator[tuple[str, Figure]]:
-    """Iterate over the names and figures, skipping those that would be empty."""
+) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """Iterate over the names of figures and how to draw them, skipping those that are empty."""
     if scores:
-        yield "intervals", figures.intervals_figure(scores)
+        yield "intervals", partial(figures.intervals_figure, scores)
     if any(s.task in PER_TASK and s.method == POGO for s in selected):
-        yield "published", figures.published_figure(selected)
+        yield "published", partial(figures.published_figure, selected)
     for task, members in by_task(found).items():
-        yield f"curves_{_slug(task)}", figures.curves_figure(members)
+        yield f"curves_{_slug(task)}", partial(figures.curves_figure, members)
     # One figure per environment, so that each fits on a page.
     for family, members in by_family(found).items():
         if any(setting.num_actors > 1 for setting in members):
-            yield f"chain_{_slug(family)}", figures.chain_figure(members)
+            yield f"chain_{_slug(family)}", partial(figures.chain_figure, members)
     for family, members in by_family(found).items():
-        yield f"weights_{_slug(family)}", figures.weights_figure(members)
+        yield f"weights_{_slug(family)}", partial(figures.weights_figure, members)
 
 
 def _slug(name: str) -> str:

@@ -202,3 +202,40 @@ def _stack_shared(name: str, states: Sequence[dict[str, Tensor]], like: Tensor) 
     for state, own in zip(states, moments):
         state[name] = own
     return moments
+
+
+class TorchOptimizer:
+    """Adapter for any ``torch.optim`` optimizer, which runs its own ``step()``.
+
+    Args:
+        optimizer: the optimizer.
+        parameters: the parameters that it holds, in the order of the gradients.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self.optimizer, self.parameters = optimizer, list(parameters)
+
+    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
+        """Update the parameters.
+
+        Args:
+            gradients: gradients in the order of the parameters.
+            lr: ignored, the optimizer uses its own learning rate.
+        """
+        for parameter, gradient in zip(self.parameters, gradients):
+            if gradient.stride() != parameter.stride():
+                # The layout that backward() produces, on which the kernels of fused=True rely.
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def check(self) -> None:
+        """Do nothing: changed settings take effect at the next step."""
+
+    def write_steps(self) -> None:
+        """Do nothing: the optimizer counts its own steps."""
+
+    def memory(self) -> list[Tensor]:
+        """Return no tensors: the update does not restore this optimizer."""
+        return []

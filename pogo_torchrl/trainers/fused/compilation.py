@@ -79,6 +79,10 @@ def _is_float32_accurate() -> bool:
 _instances = itertools.count()
 
 
+class CompilationFailed(Exception):
+    """Raised if an update cannot be compiled; it has not changed anything."""
+
+
 def compiled_update(update: Callable[..., Any], device: str) -> Callable[..., Any]:
     """Compile an update into one graph of losses, gradients and optimizers.
 
@@ -87,7 +91,8 @@ def compiled_update(update: Callable[..., Any], device: str) -> Callable[..., An
         device: type of the device, ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        The compiled function.
+        The compiled function. It raises :class:`CompilationFailed` if compiling fails, e.g. because
+        the compiler is broken or the folder of its results cannot be written.
     """
 
     # torch.compile keeps one cache per function, not per instance of Update: the number, which has
@@ -96,26 +101,35 @@ def compiled_update(update: Callable[..., Any], device: str) -> Callable[..., An
         assert number >= 0
         return update(*arguments)
 
-    compiled = torch.compile(
-        numbered,
-        fullgraph=True,
-        dynamic=False,
-        options={
-            # Draw from torch's own generator, so that random numbers equal those of eager mode.
-            "fallback_random": True,
-            "guard_filter_fn": _keep_argument_guards,
-            # The gains below are those of benchmarks/compile_options.py on two Xeon cores.
-            # Also compile the code that launches the kernels: 0 to 5 % of an update on one thread,
-            # none on two. This is untested on a GPU, where CUDA graphs replace the launches (except
-            # for stacks).
-            "cpp_wrapper": device == "cpu",
-            # Reordering would move the masks of ReLU's gradient up to where ReLU's inputs are
-            # available, and keep additional tensors in memory next to the outputs: 5 % of an update
-            # in bfloat16, within the noise in float32.
-            "reorder_for_locality": False,
-        },
+    instance = next(_instances)
+    options = {
+        # Draw from torch's own generator, so that random numbers equal those of eager mode.
+        "fallback_random": True,
+        "guard_filter_fn": _keep_argument_guards,
+        # The gains below are those of benchmarks/compile_options.py on two Xeon cores.
+        # Also compile the code that launches the kernels: 0 to 5 % of an update on one thread,
+        # none on two. This is untested on a GPU, where CUDA graphs replace the launches (except
+        # for stacks).
+        "cpp_wrapper": device == "cpu",
+        # Reordering would move the masks of ReLU's gradient up to where ReLU's inputs are
+        # available, and keep additional tensors in memory next to the outputs: 5 % of an update
+        # in bfloat16, within the noise in float32.
+        "reorder_for_locality": False,
+    }
+    compile = functools.cache(
+        partial(torch.compile, numbered, fullgraph=True, dynamic=False, options=options)
     )
-    return partial(compiled, next(_instances))
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return compile()(instance, *arguments)
+        except (torch.OutOfMemoryError, MemoryError, ArithmeticError):
+            raise
+        except Exception as error:  # of many kinds; torch compiles before it runs
+            reason = str(error).strip().split("\n", 1)[0][:200] or type(error).__name__
+            raise CompilationFailed(reason) from error
+
+    return run
 
 
 def _keep_argument_guards(guards: Sequence[Any]) -> list[bool]:

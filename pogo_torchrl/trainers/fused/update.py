@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,8 +16,15 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from pogo_torchrl.objectives import POGOLoss
 from pogo_torchrl.objectives.chain_loss import Noise, Params, Terms, actor_scalars
-from pogo_torchrl.trainers.fused.adam import FusedAdam
-from pogo_torchrl.trainers.fused.compilation import check_backend, compiled_update, matmul_precision
+from pogo_torchrl.trainers.fused.adam import FusedAdam, TorchOptimizer
+from pogo_torchrl.trainers.fused.compilation import (
+    CompilationFailed,
+    check_backend,
+    compiled_update,
+    matmul_precision,
+)
+
+_LOGGER = logging.getLogger(__name__)
 
 Optimizers = Mapping[str, Optimizer]
 """Optimizers by name: ``qvalue``, ``actor_0``, ``actor_1``, ..."""
@@ -89,7 +97,8 @@ class Update:
         compile: run the update as one graph of ``torch.compile``, which gives the same values
             except for rounding. Settings of the losses other than ``w2_weights`` and ``alpha`` are
             read when the graph is traced, at the first call. Supports Adam and AdamW only, as does
-            a stack. Defaults to ``False``.
+            a stack. If compiling fails, there is one warning, and the update runs uncompiled.
+            Defaults to ``False``.
         bf16: run the networks in bfloat16 (autocast); parameters, moments and the divergence stay
             in float32. Defaults to ``False``.
 
@@ -246,13 +255,31 @@ class Update:
         Returns:
             The scalars of all losses and the TD errors.
         """
-        weights, alpha = self._coefficients()
         # With TorchRL's default, DETERMINISTIC, actors that draw z internally would use z = 0.
         with (
             matmul_precision(self.loss.min_action),
             set_exploration_type(ExplorationType.RANDOM),
         ):
-            return self._run(batch, noise, weights, alpha, lr, trained or tuple(self.networks))
+            trained = trained or tuple(self.networks)
+            try:
+                return self._run(batch, noise, *self._coefficients(), lr, trained)
+            except CompilationFailed as error:
+                _LOGGER.warning(
+                    "The update runs uncompiled and slower: compiling it failed (%s). "
+                    "compile=false does not try.",
+                    error,
+                )
+                self._run_uncompiled()
+                return self._run(batch, noise, *self._coefficients(), lr, trained)
+
+    def _run_uncompiled(self) -> None:
+        """Become an update that is not compiled."""
+        self._run = self._update
+        if self._single:  # no longer a stack of one, which is slower
+            self.write_steps()
+            self.stacked = self._single = False
+            self._last_coefficients = None
+            self._bind()
 
     def is_current(self) -> bool:
         """Check whether parameters and moments still use the memory that the update is bound to.
@@ -378,43 +405,6 @@ class Update:
         for optimizer in optimizers.values() if self.stacked else ():
             for state in optimizer.state.values():
                 yield from (state["exp_avg"], state["exp_avg_sq"])
-
-
-class TorchOptimizer:
-    """Adapter for any ``torch.optim`` optimizer, which runs its own ``step()``.
-
-    Args:
-        optimizer: the optimizer.
-        parameters: the parameters that it holds, in the order of the gradients.
-    """
-
-    def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-        self.optimizer, self.parameters = optimizer, list(parameters)
-
-    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        """Update the parameters.
-
-        Args:
-            gradients: gradients in the order of the parameters.
-            lr: ignored, the optimizer uses its own learning rate.
-        """
-        for parameter, gradient in zip(self.parameters, gradients):
-            if gradient.stride() != parameter.stride():
-                # The layout that backward() produces, on which the kernels of fused=True rely.
-                gradient = torch.empty_like(parameter).copy_(gradient)
-            parameter.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def check(self) -> None:
-        """Do nothing: changed settings take effect at the next step."""
-
-    def write_steps(self) -> None:
-        """Do nothing: the optimizer counts its own steps."""
-
-    def memory(self) -> list[Tensor]:
-        """Return no tensors: the update does not restore this optimizer."""
-        return []
 
 
 def value_and_gradients(
