@@ -12,7 +12,7 @@ from pogo_torchrl.imports import import_mujoco, provide_compile_cache
 if TYPE_CHECKING:
     from pogo_torchrl.actors import TransportActor
     from pogo_torchrl.export import load_actors
-    from pogo_torchrl.modules import make_actor, make_qvalue
+    from pogo_torchrl.modules import make_actor, make_gaussian_actor, make_qvalue
     from pogo_torchrl.objectives import GaussianPOGOLoss, JKOChain, POGOLoss, ReBRACLoss
     from pogo_torchrl.ot import sinkhorn_divergence
     from pogo_torchrl.trainers import POGOTrainer
@@ -29,6 +29,7 @@ __all__ = [
     "TransportActor",
     "load_actors",
     "make_actor",
+    "make_gaussian_actor",
     "make_qvalue",
     "sinkhorn_divergence",
 ]
@@ -42,6 +43,7 @@ _MODULES = {
     "TransportActor": "actors",
     "load_actors": "export",
     "make_actor": "modules",
+    "make_gaussian_actor": "modules",
     "make_qvalue": "modules",
     "sinkhorn_divergence": "ot",
 }

@@ -22,7 +22,7 @@ from pogo_torchrl.actors import (
     make_transport_net,
     noise_reader,
 )
-from pogo_torchrl.policy_nets import ClippedActor, GaussianNet
+from pogo_torchrl.policy_nets import ClippedActor, GaussianNet, make_gaussian_net
 from pogo_torchrl.specs import action_entry, bounded_action_spec
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "gaussian_actor",
     "is_count",
     "make_actor",
+    "make_gaussian_actor",
     "make_qvalue",
     "make_transport_net",
     "noise_reader",
@@ -221,6 +222,42 @@ def gaussian_actor(net: GaussianNet, spec: Bounded) -> ProbabilisticActor:
         distribution_class=IndependentNormal,
         distribution_kwargs={"tanh_loc": False},
     )
+
+
+def make_gaussian_actor(
+    observation_dim: int, action_spec: TensorSpec, hidden_sizes: Sequence[int] = (256, 256)
+) -> ProbabilisticActor:
+    """Create an actor with a diagonal Gaussian, as in the paper, with the default network.
+
+    Its mean is within the bounds, and its standard deviation does not depend on the state. Actions
+    that it draws may be outside the bounds.
+
+    Args:
+        observation_dim: n, the size of ``observation``.
+        action_spec: bounded spec of shape ``[d]``, as for :func:`make_actor`.
+        hidden_sizes: widths of the hidden layers of the mean. Defaults to ``(256, 256)``.
+
+    Returns:
+        A TorchRL ``ProbabilisticActor`` with an ``IndependentNormal``, which reads ``observation``
+        of shape ``[*B, n]`` and writes ``loc``, ``scale`` and ``action`` of shape ``[*B, d]``.
+        Without an exploration type, the action is the mean.
+
+    Raises:
+        ValueError: if the action spec is not a ``Bounded`` spec with finite bounds, or a size is
+            not an integer >= 1.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import Bounded
+        >>> actor = make_gaussian_actor(11, Bounded(low=-torch.ones(3), high=torch.ones(3)))
+        >>> state = TensorDict({"observation": torch.zeros(7, 11)}, [7])
+        >>> actor.get_dist(state).rsample().shape
+        torch.Size([7, 3])
+    """
+    spec = bounded_action_spec(action_spec, "action")
+    check_sizes(observation_dim, spec.shape[-1], hidden_sizes)
+    return gaussian_actor(make_gaussian_net(observation_dim, spec.shape[-1], hidden_sizes), spec)
 
 
 def as_transport_actor(actor: nn.Module) -> TransportActor:

@@ -24,9 +24,10 @@ from torchrl.modules import (
 )
 from torchrl.objectives import TD3BCLoss
 
-from pogo_torchrl import JKOChain, functional, make_actor, make_qvalue
+from pogo_torchrl import JKOChain, TransportActor, functional, make_actor, make_qvalue
 from pogo_torchrl.objectives.chain_base import is_deterministic
 from pogo_torchrl.objectives.distances import DISTANCES, OF_GAUSSIANS, sample_distance
+from pogo_torchrl.policy_nets import make_deterministic_net
 
 OBSERVATION, ACTION, ROWS = 3, 2, 6
 SPEC = Bounded(low=torch.tensor([0.0, -1.0]), high=torch.tensor([4.0, 1.0]))
@@ -258,6 +259,8 @@ def test_torchrls_actor_is_deterministic():
     chain = JKOChain(base, w2_weights=[1.0], distance="l2")
     assert chain.deterministic
     assert chain.actor_loss(BATCH)[0].requires_grad
+    net = make_deterministic_net(OBSERVATION, ACTION, (4,))
+    assert is_deterministic(TransportActor(net, SPEC))  # it ignores z
 
 
 def test_actors_that_draw_noise_are_not_deterministic():

@@ -10,11 +10,11 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
-from torchrl.data import Bounded
+from torchrl.data import Bounded, Unbounded
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal
 from torchrl.objectives import SoftUpdate
 
-from pogo_torchrl import GaussianPOGOLoss, JKOChain, make_qvalue
+from pogo_torchrl import GaussianPOGOLoss, JKOChain, make_gaussian_actor, make_qvalue
 
 OBSERVATION, ACTION, ROWS = 3, 2, 16
 BOX = Bounded(low=torch.zeros(2), high=torch.tensor([4.0, 2.0]))
@@ -246,6 +246,22 @@ def test_two_phases_of_the_paper():
     assert q[0] < q[1] < q[2]
     for key, item in loss.state_dict().items():
         torch.testing.assert_close(item, frozen[key], rtol=0, atol=0)
+
+
+def test_the_default_gaussian_actor():
+    actor = make_gaussian_actor(OBSERVATION, BOX, (8,))
+    batch = make_batch().exclude("action")
+    policy = actor.get_dist(batch)
+    assert bool(((policy.mean > BOX.low) & (policy.mean < BOX.high)).all())
+    torch.testing.assert_close(policy.stddev, torch.tensor([2.0, 1.0]).expand(ROWS, 2))
+    assert torch.equal(actor(batch)["action"], policy.mean)
+    loss = GaussianPOGOLoss(actor, make_qvalue(OBSERVATION, ACTION, (8,)), action_spec=BOX)
+    _, metadata = loss.behaviour_loss(make_batch())
+    assert metadata["behaviour_std"].item() == pytest.approx(1)
+    with pytest.raises(ValueError, match="hidden_sizes="):
+        make_gaussian_actor(OBSERVATION, BOX, ())
+    with pytest.raises(ValueError, match="Bounded spec"):
+        make_gaussian_actor(OBSERVATION, Unbounded(2))
 
 
 def test_step_size_sets_the_weight():

@@ -13,6 +13,7 @@ from torchrl.objectives.common import LossModule
 
 from pogo_torchrl.modules import TransportActor
 from pogo_torchrl.objectives.chain_loss import ChainLoss
+from pogo_torchrl.policy_nets import DeterministicNet
 
 # Actors of TorchRL that draw noise without a distribution; the installed version may lack some.
 _NOISY = tuple(
@@ -42,8 +43,11 @@ def is_deterministic(actor: nn.Module) -> bool:
     kind = distribution_class(actor)
     if kind is not None:
         return issubclass(kind, Delta | TanhDelta | TensorDictDelta)
-    random = (TransportActor, ProbabilisticTensorDictModule, *_NOISY)
-    return not any(isinstance(m, random) for m in actor.modules())
+    modules = list(actor.modules())
+    maps = [m.module for m in modules if isinstance(m, TransportActor)]
+    return all(isinstance(net, DeterministicNet) for net in maps) and not any(
+        isinstance(m, (ProbabilisticTensorDictModule, *_NOISY)) for m in modules
+    )
 
 
 def value_key(base: LossModule) -> NestedKey:

@@ -74,6 +74,35 @@ def check_step_sizes(step_sizes: Sequence[float] | float, num_actors: int) -> tu
     return sizes
 
 
+def chain_weights(
+    w2_weights: Sequence[float] | None,
+    step_sizes: Sequence[float] | None,
+    low: Tensor,
+    alpha: float,
+) -> tuple[float, ...]:
+    """Return the weights of the actors that a chain adds to a base.
+
+    Args:
+        w2_weights: the weights, or ``None``. They may be empty: the base alone.
+        step_sizes: the sizes of their steps, or ``None``.
+        low: lower action bound, which gives the number of action dimensions.
+        alpha: weight of the Q term.
+
+    Raises:
+        ValueError: if not exactly one of both is given, or if it is invalid.
+    """
+    if w2_weights is not None and step_sizes is None:
+        return check_weights(w2_weights) if len(w2_weights) else ()
+    if step_sizes is None or w2_weights is not None:
+        raise ValueError("JKOChain needs either w2_weights or step_sizes, one per added actor.")
+    if not low.dim():
+        raise ValueError(
+            "step_sizes depend on the number of action dimensions, which bounds=(low, high) of "
+            "two numbers do not tell: pass action_spec=Bounded(...)."
+        )
+    return tuple(alpha / (h * low.shape[-1]) for h in check_step_sizes(step_sizes, 1))
+
+
 def check_integer(name: str, value: int) -> None:
     """Check that a setting is an integer >= 1, raising ``ValueError`` otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -30,6 +30,7 @@ from torchrl.modules import IndependentNormal, TanhNormal
 
 from pogo_torchrl import functional
 from pogo_torchrl.objectives.chain_base import distribution_class, is_deterministic
+from pogo_torchrl.objectives.checks import check_positive
 from pogo_torchrl.ot import MAX_POINTS, sinkhorn_divergence
 
 OF_SAMPLES = ("sinkhorn", "exact", "l2")
@@ -85,6 +86,21 @@ def check_distance(distance: str, actor: nn.Module, num_samples: int, backend: s
         raise ValueError(
             f"num_samples={num_samples} is too large for {what}, which supports at most "
             f"{MAX_POINTS}: lower it, or use {instead}."
+        )
+
+
+def check_entropy_weight(entropy_weight: float, actor: nn.Module) -> None:
+    """Check a weight of the entropy, and that the entropy of the actor has a closed form.
+
+    Raises:
+        ValueError: if the weight is not a finite number >= 0, or does not fit the actor.
+    """
+    check_positive("entropy_weight", entropy_weight, or_zero=True)
+    kind = distribution_class(actor)
+    if entropy_weight and (kind is None or not issubclass(kind, IndependentNormal)):
+        raise ValueError(
+            f"entropy_weight={entropy_weight} needs an actor with an IndependentNormal, whose "
+            "entropy has a closed form: set it to 0."
         )
 
 

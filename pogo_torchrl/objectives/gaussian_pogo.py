@@ -54,7 +54,7 @@ class GaussianPOGOLoss(ActorCriticLoss):
 
     Args:
         actor_network (TensorDictModule): actor 0, a ``ProbabilisticActor`` with an
-            ``IndependentNormal``.
+            ``IndependentNormal``, such as that of :func:`~pogo_torchrl.make_gaussian_actor`.
         qvalue_network (TensorDictModule or list of TensorDictModule): a single critic, copied
             ``num_qvalue_nets`` times with reinitialised parameters, or a list of critics.
 
@@ -101,16 +101,11 @@ class GaussianPOGOLoss(ActorCriticLoss):
     Example:
         >>> import torch
         >>> from tensordict import TensorDict
-        >>> from tensordict.nn import NormalParamExtractor, TensorDictModule
         >>> from torchrl.data import Bounded
-        >>> from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor
         >>> from torchrl.objectives import SoftUpdate
-        >>> from pogo_torchrl import GaussianPOGOLoss, JKOChain, make_qvalue
+        >>> from pogo_torchrl import GaussianPOGOLoss, JKOChain, make_gaussian_actor, make_qvalue
         >>> spec = Bounded(low=-torch.ones(2), high=torch.ones(2))
-        >>> net = torch.nn.Sequential(MLP(in_features=3, out_features=4, num_cells=[8]),
-        ...     NormalParamExtractor())
-        >>> actor = ProbabilisticActor(TensorDictModule(net, ["observation"], ["loc", "scale"]),
-        ...     in_keys=["loc", "scale"], spec=spec, distribution_class=IndependentNormal)
+        >>> actor = make_gaussian_actor(3, spec)
         >>> loss = GaussianPOGOLoss(actor, make_qvalue(3, 2), step_size=0.1)
         >>> chain = JKOChain(loss, step_sizes=[0.1], distance="gaussian_w2", entropy_weight=0.01)
         >>> _ = chain.make_value_estimator(gamma=0.99)

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType
-from torchrl.modules import Delta, IndependentNormal
+from torchrl.modules import Delta
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators
 
 from pogo_torchrl import functional
 from pogo_torchrl.objectives.chain_base import (
     check_base,
-    distribution_class,
     distribution_of,
     first_actor_params,
     is_deterministic,
@@ -28,17 +27,17 @@ from pogo_torchrl.objectives.chain_base import (
 )
 from pogo_torchrl.objectives.checks import (
     action_bounds,
+    chain_weights,
     check_choice,
     check_integer,
     check_positive,
-    check_step_sizes,
-    check_weights,
 )
 from pogo_torchrl.objectives.critics import critic_values
 from pogo_torchrl.objectives.distances import (
     DISTANCES,
     OF_GAUSSIANS,
     check_distance,
+    check_entropy_weight,
     gaussian_distance,
     moments,
     sample_distance,
@@ -177,14 +176,8 @@ class JKOChain(ProtectedLossModule):
         check_integer("num_samples", num_samples)
         check_positive("blur", blur)
         check_positive("alpha", alpha)
-        check_positive("entropy_weight", entropy_weight, or_zero=True)
         check_distance(distance, base_loss.actor_network, num_samples, w2_backend)
-        kind = distribution_class(base_loss.actor_network)
-        if entropy_weight and (kind is None or not issubclass(kind, IndependentNormal)):
-            raise ValueError(
-                f"entropy_weight={entropy_weight} needs an actor with an IndependentNormal, whose "
-                "entropy has a closed form: set it to 0."
-            )
+        check_entropy_weight(entropy_weight, base_loss.actor_network)
         if actor_q == "advantage" and not hasattr(base_loss, "value_network_params"):
             raise ValueError(
                 f"actor_q='advantage' needs a value network, which {type(base_loss).__name__} does "
@@ -207,25 +200,10 @@ class JKOChain(ProtectedLossModule):
         low, high = action_bounds(action_spec, bounds, self.actor(0), key, owner="JKOChain")
         self.register_buffer("action_low", low)
         self.register_buffer("action_high", high)
-        self.w2_weights = self._weights(w2_weights, step_sizes)
+        self.w2_weights = chain_weights(w2_weights, step_sizes, low, alpha)
         for i in range(1, len(self.w2_weights) + 1):
             setattr(self, f"chain_actor_{i}_params", copy.deepcopy(self._params(0)))
         share_update_marks(self, base_loss)
-
-    def _weights(
-        self, weights: Sequence[float] | None, sizes: Sequence[float] | None
-    ) -> tuple[float, ...]:
-        if weights is not None and sizes is None:
-            return check_weights(weights) if len(weights) else ()
-        if sizes is None or weights is not None:
-            raise ValueError("JKOChain needs either w2_weights or step_sizes, one per added actor.")
-        if not self.action_low.dim():
-            raise ValueError(
-                "step_sizes depend on the number of action dimensions, which bounds=(low, high) of "
-                "two numbers do not tell: pass action_spec=Bounded(...)."
-            )
-        dim = self.action_low.shape[-1]
-        return tuple(self.alpha / (h * dim) for h in check_step_sizes(sizes, 1))
 
     # ------------------------------------------------------------------ the algorithm
 
