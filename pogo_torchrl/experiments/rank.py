@@ -123,11 +123,10 @@ def ranking_table(
 
 
 def _scores(run: RunInProgress) -> list[float] | None:
-    """Deterministic scores, or returns, of the run's evaluation at the same update, if there is one."""
+    """Deterministic scores, or returns, of the evaluation at the same update, if there is one."""
     path = run.folder.training / "evaluations.csv"
     found = read_evaluations(Path(path), run.loss.num_actors)
-    values = found.scores if found.scored else found.returns
-    at_end = values[found.steps == run.trainer.collected_frames]
+    at_end = found.values[found.steps == run.trainer.collected_frames]
     return at_end[0, :, 0].tolist() if len(at_end) else None
 
 
