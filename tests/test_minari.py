@@ -591,9 +591,8 @@ def test_a_lock_left_in_a_read_only_folder_is_ignored(root, monkeypatch):
     write(random_episodes())
     (root / f".{ID.replace('/', '.')}.lock").touch()
 
-    class Refused:
-        def __init__(self, *args) -> None:
-            raise PermissionError(13, "Permission denied")
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pogo_torchrl.data.minari.FileLock", Refused)
+    monkeypatch.setattr("pogo_torchrl.data.minari.hold", refuse)
     assert len(read_minari(ID).transitions) > 0
