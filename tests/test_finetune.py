@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import gymnasium
+import h5py
+import numpy as np
 import pytest
 import torch
 from runs import SMALL, rows, run_folder
@@ -192,3 +194,45 @@ def test_a_missing_environment_is_named(trained, monkeypatch, capsys):
         config.write_text(text)
     assert end.value.code == 2
     assert "env.id=Missing-v0 is not a known Gymnasium environment" in capsys.readouterr().err
+
+
+class Single(gymnasium.Env):
+    """An environment of which only one may exist at a time."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), dtype=np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), dtype=np.float32)
+    alive = 0
+
+    def __init__(self):
+        if Single.alive:
+            raise RuntimeError("port 5005 is in use")
+        Single.alive += 1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, dtype=np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, dtype=np.float32), 0.0, False, False, {}
+
+    def close(self):
+        Single.alive -= 1
+
+
+def test_an_environment_that_may_exist_once(tmp_path):
+    gymnasium.register("Single-v0", entry_point=Single, max_episode_steps=5)
+    rng, count = np.random.default_rng(0), 40
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        file["observations"] = rng.uniform(-1, 1, (count, 2))
+        file["actions"] = rng.uniform(-1, 1, (count, 1))
+        file["rewards"] = np.zeros(count)
+        file["terminals"] = np.zeros(count, dtype=bool)
+        file["timeouts"] = np.arange(count) % 5 == 4
+    own = ["task=single", "env.id=Single-v0", "data.source=hdf5", "w2_weights=[0.1]"]
+    own += [f"data.path={tmp_path / 'data.hdf5'}", f"log_dir={tmp_path}"]
+    small = [x for x in SMALL if "w2_weights" not in x]
+    main(["train", *small, *own, "total_steps=4"])
+    run = str(tmp_path / "single" / "w2_0.1" / "seed_0")
+    finetune([run, "env_steps=20", *SETTINGS])
+    assert len(rows(tmp_path / run / "finetune/seed_0/training/evaluations.csv")) == 3 * 2
+    assert Single.alive == 0

@@ -255,6 +255,18 @@ def test_rank_prints_a_table_and_writes_it(trained, capsys):
         assert len(list(csv.DictReader(file))) == 2
 
 
+def test_a_ranking_is_shown_even_if_it_cannot_be_written(trained, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "ranking.csv")
+
+    monkeypatch.setattr("pogo_torchrl.experiments.rank.CSVSink", refuse)
+    with pytest.raises(PermissionError):
+        rank([str(trained), "--updates", "2", "--critics=1"])
+    shown = capsys.readouterr()
+    assert "FQE value" in shown.out
+    assert "\r" not in shown.err  # a log file gets lines
+
+
 def test_the_report_shows_rankings_beside_the_scores(trained, tmp_path, capsys):
     values = rank([str(trained), *QUICK])
     logs = trained.parents[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +221,7 @@ class FineTuning(RunInProgress):
         self.settings["checkpoint_dir"] = self.folder.checkpoints
         self.loss.load_state_dict(source.loss.state_dict())
         self.loss.alpha = source.loss.alpha  # step control may have changed it
+        self._collection: Generator[TensorDictBase, None, None] | None = None
 
     def read_data(self, replay_buffer: OfflineReplayBuffer | None = None) -> None:
         """Create the collector, the replay buffers and the trainer.
@@ -237,7 +238,7 @@ class FineTuning(RunInProgress):
         try:
             check_run_folder(self.folder, cfg)
         except FileExistsError as error:
-            raise FileExistsError(str(error).replace("log_dir", "out")) from None
+            raise FileExistsError(str(error).replace(", variant or log_dir", " or out")) from None
         LOGGER.info(
             "POGO on %s, %d environment steps by actor %d, from update %d of %s; folder %s",
             cfg.task, choices.env_steps, choices.actor, self.source.trainer.collected_frames,
@@ -251,7 +252,7 @@ class FineTuning(RunInProgress):
         }
         self.buffer = OnlineBuffer(
             offline,
-            self._steps(offline),
+            self._steps(),
             capacity=choices.env_steps,
             batch_size=cfg.batch_size,
             updates_per_step=choices.updates_per_step,
@@ -260,13 +261,22 @@ class FineTuning(RunInProgress):
         self.trainer.register_module("online", self.buffer)
         self.resumed = self.trainer.resume() if cfg.resume else None
 
-    def _steps(self, offline: OfflineReplayBuffer) -> Iterator[TensorDictBase]:
-        """New transitions; the environment is created at the first step, in a fresh episode."""
+    def _steps(self) -> Iterator[TensorDictBase]:
+        """New transitions, in a fresh episode where there is no environment yet."""
+        while True:
+            if self._collection is None:
+                self._collection = self._collect()
+            yield next(self._collection)
+
+    def _collect(self) -> Generator[TensorDictBase, None, None]:
         cfg = self.cfg
+        evaluator = self.evaluator
+        if evaluator is not None and evaluator.eval_envs == 1:  # only one may be able to exist
+            evaluator.close()
         collector = make_collector(
             env_fn(cfg.task, cfg.env),
             self.loss.actor(self.options.actor),
-            offline,
+            self.replay_buffer,
             reward_shift=cfg.data.reward_shift,
             # Another seed after resuming: the start states should not repeat.
             seed=(cfg.seed + len(self.buffer.online)) % 2**31,
@@ -275,6 +285,22 @@ class FineTuning(RunInProgress):
             yield from collector
         finally:
             collector.shutdown()
+
+    def _evaluations(self) -> list[Evaluation]:
+        assert self.evaluator is not None
+        if self.evaluator.eval_envs == 1:
+            self._end_collection()
+        return super()._evaluations()
+
+    def _end_collection(self) -> None:
+        if self._collection is not None:
+            self._collection.close()
+            self._collection = None
+
+    def close(self) -> None:
+        """Close the collector and the logger, and remove the files of a start that failed."""
+        self._end_collection()
+        super().close()
 
 
 def _run_config(source: DictConfig, cfg: DictConfig) -> DictConfig:

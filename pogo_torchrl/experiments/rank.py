@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pogo_torchrl.experiments.config import option, option_lines, options
 from pogo_torchrl.experiments.csv_log import CSVSink
 from pogo_torchrl.experiments.overrides import parse_options, wants_help
 from pogo_torchrl.experiments.run import RunInProgress
 from pogo_torchrl.experiments.trained_run import open_run
 from pogo_torchrl.objectives.checks import check_gamma
+from pogo_torchrl.progress import progress_bar
 from pogo_torchrl.report import rank_correlation
 from pogo_torchrl.report.run_logs import read_evaluations
 from pogo_torchrl.trainers.ranking import OfflineValue, rank_actors, ranking_rows
@@ -64,7 +63,7 @@ def rank(arguments: Sequence[str]) -> list[OfflineValue]:
     if gamma == 1:
         raise ValueError("gamma=1.0 has no bound on the values: give gamma < 1, e.g. gamma=0.99.")
     started = time.perf_counter()
-    with tqdm(total=cfg.updates, unit=" updates", disable=not cfg.progress_bar) as bar:
+    with progress_bar(total=cfg.updates, unit=" updates", disable=not cfg.progress_bar) as bar:
         try:
             values = rank_actors(
                 run.deployed_actors(),
@@ -79,12 +78,12 @@ def rank(arguments: Sequence[str]) -> list[OfflineValue]:
             raise ValueError(str(error)) from error
     rows = ranking_rows(values, time.perf_counter() - started)
     step, file = run.trainer.collected_frames, run.folder.training / "ranking.csv"
-    CSVSink(file, resume_step=step - 1).write(step, rows)
     print(
         f"Actors of {cfg.run} at update {step}, by fitted Q evaluation ({cfg.updates} updates, "
         f"gamma {gamma:g})"
     )
     print(ranking_table(values, _scores(run), run.measure.name))
+    CSVSink(file, resume_step=step - 1).write(step, rows)  # may fail, which costs the file alone
     print(f"Written to {file}", flush=True)
     return values
 
