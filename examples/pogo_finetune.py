@@ -67,7 +67,7 @@ def main(
     for steps in collector:
         online.extend(steps.select(*loss.in_keys).clear_device_())
         for _ in range(len(steps)):
-            update(both.sample().reshape(-1))
+            update(both.sample().contiguous().reshape(-1))
     return [*scores, score()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import re
 from pathlib import Path
 
@@ -42,3 +43,28 @@ def headers(tmp_path_factory):
 def test_the_columns_of_a_run_are_documented(headers, name):
     columns = {re.sub(r"_\d+$", "_i", column) for column in headers[name]}
     assert table(f"Columns of `{name}`") == columns
+
+
+DESCRIBED = [
+    (module, names.split())
+    for page in sorted((REFERENCE / "api").glob("*.md"))
+    for module, names in re.findall(r"^```\{api\} (\S+)\n(.*?)^```$", page.read_text(), re.M | re.S)
+]
+
+
+@pytest.mark.parametrize(("module", "names"), DESCRIBED)
+def test_the_names_of_the_reference_exist(module, names):
+    found = importlib.import_module(module)
+    public = names or getattr(found, "__all__", [])
+    assert [name for name in public if not hasattr(found, name)] == []
+
+
+@pytest.mark.parametrize("package", ["data", "envs", "objectives", "report", "trainers", "configs"])
+def test_the_reference_has_all_public_names(package):
+    described = {
+        name
+        for module, names in DESCRIBED
+        for name in names or getattr(importlib.import_module(module), "__all__", ())
+    }
+    public = importlib.import_module(f"pogo_torchrl.{package}").__all__
+    assert set(public) - described == set()

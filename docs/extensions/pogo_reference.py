@@ -140,9 +140,9 @@ class API(SphinxDirective):
             ]
         )
         listed = "".join(f"   {name}\n" for name in names if not name.isupper())
+        summary = f".. autosummary::\n\n{listed}\n" if listed else ""
         text = (
-            f"```{{eval-rst}}\n.. currentmodule:: {module.__name__}\n\n"
-            f".. autosummary::\n\n{listed}\n"
+            f"```{{eval-rst}}\n.. currentmodule:: {module.__name__}\n\n{summary}"
             f".. automodule:: {module.__name__}\n   :members: {', '.join(names)}\n```\n"
         )
         return self.parse_text_to_nodes(text)

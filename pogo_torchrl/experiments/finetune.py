@@ -121,7 +121,8 @@ class OnlineBuffer:
         self.samples += 1
         if len(self.online) < self.half:
             return self.offline.sample(2 * self.half).select(*self.keys)
-        return self.both.sample().select(*self.keys).reshape(-1)
+        # A lazy stack would be indexed anew, row by row, at every access.
+        return self.both.sample().select(*self.keys).contiguous().reshape(-1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the new transitions and the number of samples."""
