@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 import sys
@@ -587,12 +589,17 @@ def test_files_that_the_system_refuses_are_not_called_damaged(root, monkeypatch,
     assert "damaged" not in str(caught.value)
 
 
-def test_a_lock_left_in_a_read_only_folder_is_ignored(root, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_lock_left_in_a_read_only_folder_is_ignored(root, monkeypatch, number):
     write(random_episodes())
-    (root / f".{ID.replace('/', '.')}.lock").touch()
+    name = ID.replace("/", ".")
+    (root / f".{name}.lock").touch()
 
     def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("pogo_torchrl.data.minari.hold", refuse)
     assert len(read_minari(ID).transitions) > 0
+    (root / f".{name}.partial").touch()  # unless it is of a download that was killed
+    with pytest.raises(OSError, match="cannot write to"):
+        read_minari(ID)

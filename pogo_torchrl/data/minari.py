@@ -33,6 +33,8 @@ _GOAL_KEYS = ("achieved_goal", "observation")
 # Reasons of the system to refuse a file, which say nothing about its content.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EAGAIN}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EIO, *_NO_LOCKS}
+# What prevents writing to the folder of another user, or to a read-only file system.
+_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _REPAIR_HINT = "delete {folder} to download it again, or restore it if it is your own"
 
 
@@ -199,8 +201,10 @@ def _load(minari: Any, dataset_id: str) -> Any:
                         _download(minari, dataset_id, folder)
                     finally:
                         partial.unlink(missing_ok=True)
-        except PermissionError as error:  # another user's folder, with a lock left behind
-            if not (folder / "data").exists():
+        except OSError as error:  # perhaps another user's folder, with a lock left behind
+            if error.errno not in _READ_ONLY:
+                raise
+            if partial.exists() or not (folder / "data").exists():
                 raise cannot_write(root, "MINARI_DATASETS_PATH", error) from error
     try:
         return minari.load_dataset(dataset_id)
