@@ -23,7 +23,7 @@ from pogo_torchrl.data import behaviour_dataset
 from pogo_torchrl.experiments import csv_log, results
 from pogo_torchrl.experiments.csv_log import LoggerSink, check_logger, make_logger
 from pogo_torchrl.experiments.run import run
-from pogo_torchrl.report import figures, write_report
+from pogo_torchrl.report import drawing, figures, write_report
 from pogo_torchrl.trainers import TrainerStack
 
 
@@ -175,6 +175,31 @@ def test_inherited_backends_of_figures_and_rendering(tmp_path):
     (warning,) = process.stderr.splitlines()
     assert warning.startswith("/dev/null/cache, for compiled code, cannot be written: using ")
     assert process.stdout == "module://no_such.backend no-such-library None\n"
+
+
+@pytest.mark.parametrize(
+    ("inherited", "used"),
+    [
+        ("module://matplotlib_inline.backend_inline", None),  # of Jupyter, installed or not
+        ("no-such-backend", None),
+        ("svg", "svg"),
+    ],
+)
+def test_inherited_backends_of_figures(inherited, used):
+    script = (
+        "import os, runpy, sys\n"
+        "Figure, matplotlib = map(runpy.run_path(sys.argv[1]).get, ('Figure', 'matplotlib'))\n"
+        "Figure().savefig(os.devnull, format='png')\n"
+        "print(os.environ['MPLBACKEND'], matplotlib.get_backend())"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, drawing.__file__], text=True, capture_output=True,
+        env=os.environ | {"MPLBACKEND": inherited}, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    name, backend = process.stdout.split()
+    assert name == inherited
+    assert used in (None, backend)
 
 
 # --------------------------------------------------------------------------- loggers

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+# An MPLBACKEND inherited, e.g. from a notebook, may not be installed here. Matplotlib then fails to
+# be imported, and a second attempt finds it half imported.
+_inherited = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 try:
     import matplotlib
-except ValueError:  # an MPLBACKEND inherited, e.g. from a notebook, that is not installed here
-    inherited = os.environ.pop("MPLBACKEND", "")
-    try:
-        import matplotlib
-    finally:
-        os.environ["MPLBACKEND"] = inherited
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+finally:
+    if _inherited is not None:
+        os.environ["MPLBACKEND"] = _inherited
+if _inherited:
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = _inherited
 
 __all__ = ["Axes", "Figure", "default_style", "matplotlib"]
 
