@@ -178,6 +178,13 @@ def test_errors(trained, tmp_path):
     assert not (trained / "finetune").exists()
 
 
+def test_a_run_without_an_environment(trained, tmp_path):
+    data = f"data.cache_dir={trained.parents[3] / 'cache'}"
+    main(["train", *SMALL, data, f"log_dir={tmp_path}", "total_steps=4", "env.id=null"])
+    with pytest.raises(ValueError, match="was trained without an environment"):
+        finetune([str(tmp_path / "hopper-medium-v2" / "w2_0.1_0.5" / "seed_0")])
+
+
 def test_a_missing_environment_is_named(trained, monkeypatch, capsys):
     def missing(*args, **kwargs):
         raise gymnasium.error.NameNotFound("no such environment")

@@ -212,6 +212,11 @@ class FineTuning(RunInProgress):
                 f"actor={cfg.actor} is out of range: the run has the actors 0 to {number - 1}, or "
                 f"-{number} to -1 from the end."
             )
+        if source.cfg.env.id is None:
+            raise ValueError(
+                f"{cfg.run} was trained without an environment (env.id=null), but fine-tuning "
+                "needs one: set env.id in its training/config.yaml."
+            )
         if source.cfg.batch_size < 2:
             raise ValueError(
                 "batch_size=1 has no halves of offline and new data: use a larger one."
