@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent / "extensions"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the tutorials, which are executed
+os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")  # TorchRL's notes about its storages
 
 project = "pogo_torchrl"
 author = "The pogo_torchrl authors"
