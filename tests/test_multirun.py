@@ -68,6 +68,19 @@ def test_runs_that_differ_in_any_option_have_their_own_folders(
     assert json.loads((task / "w2_0.5" / "seed_0" / "done.json").read_text())["total_steps"] == 2
 
 
+def test_runs_of_several_algorithms(cache, tmp_path, monkeypatch, capsys):
+    """Their folders are those of single runs."""
+    common = [f for f in SMALL if not f.startswith(("w2_weights", "freeze"))]
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", common)
+    assert train(monkeypatch, tmp_path, "-m", "algorithm=td3_bc,iql", "chain=0,1", cache) == 0
+    done = {path.parent.parent.name for path in tmp_path.rglob("done.json")}
+    assert done == {
+        "td3_bc_chain_0", "td3_bc_chain_1_w2_3.33333", "iql_chain_0", "iql_chain_1_w2_3.33333",
+    }  # fmt: skip
+    assert train(monkeypatch, tmp_path, "-m", "algorithm=td3_bc,sac", cache) == 2
+    assert "algorithm=sac is unknown; choose one of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "differ"),
     [

@@ -23,6 +23,7 @@ from pogo_torchrl.envs import Measure, make_gymnasium_env
 from pogo_torchrl.envs.flattening import flatten_observations, flatten_rows
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments.evaluate import evaluate
+from pogo_torchrl.experiments.finetune import finetune
 from pogo_torchrl.experiments.planner import measure_cost
 from pogo_torchrl.experiments.run import run
 from pogo_torchrl.experiments.run_stack import run_stack
@@ -594,3 +595,23 @@ def test_bounds_of_actions_without_an_environment(folder):
     train(*cfg)  # [-1, 1] is the convention
     with pytest.raises(ValueError, match=r"no timeouts.*env\.max_episode_steps"):
         train(*cfg, "env.max_episode_steps=null", "log_dir=other")
+
+
+def test_steps_of_chains_without_an_environment(folder):
+    """The data have the number of action dimensions d in ``w = 1 / (h d)``."""
+    write_data(folder / "reach.hdf5", actions=np.zeros((10 * HORIZON, 2)))
+    own = ["task=reach", "env.id=null", f"env.max_episode_steps={HORIZON}", *DATA]
+    small = [option for option in SMALL if not option.startswith(("w2_weights", "total_steps"))]
+
+    def start(*options: str) -> None:
+        run(compose([*small, *own, *options]))
+
+    start("step_sizes=[0.1,0.25]", "total_steps=2")
+    start("algorithm=td3_bc", "chain=1", "total_steps=2")
+    start("algorithm=td3_bc", "chain=1", "total_steps=4", "resume=true")
+    done = {path.parent.parent.name for path in Path("logs").rglob("done.json")}
+    assert done == {"w2_5_2", "td3_bc_chain_1_w2_5"}
+    with pytest.raises(FileNotFoundError, match=r"'none\.hdf5' is not a file"):
+        start("step_sizes=[0.1]", "data.path=none.hdf5")
+    with pytest.raises(ValueError, match=r"no environment \(env\.id=null\).*config\.yaml"):
+        finetune([str(Path("logs", "reach", "w2_5_2", "seed_0"))])

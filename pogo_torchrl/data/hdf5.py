@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +99,23 @@ def read_hdf5(
         >>> data.episode_returns.tolist()
         [2.0, 1.0]
     """
+    with _opened(path) as file:
+        return read_open_file(file, Path(file.filename), max_episode_steps, next_observations)
+
+
+def read_action_dim(path: str | Path) -> int:
+    """Number of action dimensions of an HDF5 file.
+
+    Args:
+        path: a file that :func:`read_hdf5` reads, which says what is raised for others.
+    """
+    with _opened(path) as file:
+        return _check_layout(file, Path(file.filename))["actions"].shape[1]
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[h5py.File]:
+    """Open a file for reading, or raise for one that is missing or of another type."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
@@ -109,7 +128,7 @@ def read_hdf5(
             f"{path.with_suffix('.hdf5')}."
         )
     with open_hdf5(path) as file:
-        return read_open_file(file, path, max_episode_steps, next_observations)
+        yield file
 
 
 def read_open_file(

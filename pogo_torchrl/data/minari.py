@@ -154,6 +154,16 @@ def read_minari_environment(dataset_id: str) -> RecordedEnvironment:
     return RecordedEnvironment(env_id, spec["kwargs"], spec["max_episode_steps"], references)
 
 
+def read_minari_action_dim(dataset_id: str) -> int:
+    """Number of action dimensions of a Minari dataset; 1 if its actions are not vectors.
+
+    Args:
+        dataset_id: ID of a dataset, see :func:`read_minari`, which rejects other actions.
+    """
+    with _quiet():
+        return _vector_dim(_open(dataset_id).action_space) or 1
+
+
 def _open(dataset_id: str) -> Any:
     if not _ID.fullmatch(dataset_id):
         raise ValueError(

@@ -19,9 +19,16 @@ import torch
 from omegaconf import DictConfig
 
 from pogo_torchrl.data import OfflineReplayBuffer
+from pogo_torchrl.data.hdf5 import read_action_dim
+from pogo_torchrl.data.minari import read_minari_action_dim
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments.console import LOGGER
-from pogo_torchrl.experiments.simulator import DataSpaces, env_fn, resolve_environment
+from pogo_torchrl.experiments.simulator import (
+    DataSpaces,
+    env_fn,
+    has_simulator,
+    resolve_environment,
+)
 from pogo_torchrl.functional import step_sizes_to_weights
 from pogo_torchrl.machine import physical_memory
 from pogo_torchrl.modules import make_actor, make_qvalue
@@ -134,8 +141,13 @@ def resolve_step_sizes(cfg: DictConfig) -> DictConfig:
 
 
 def action_dim(cfg: DictConfig) -> int:
-    """Number of action dimensions of the evaluation environment."""
-    env = env_fn(cfg.task, resolve_environment(cfg).env)()
+    """Number of action dimensions of the environment or, in a run without one, of its data."""
+    cfg = resolve_environment(cfg)
+    if not has_simulator(cfg) and cfg.data.path is not None:
+        read = {"hdf5": read_action_dim, "minari": read_minari_action_dim}.get(cfg.data.source)
+        if read is not None:
+            return read(cfg.data.path)
+    env = env_fn(cfg.task, cfg.env)()
     try:
         shape = env.action_space.shape
     finally:

@@ -206,6 +206,11 @@ class FineTuning(RunInProgress):
                 f"{cfg.run} has algorithm={source.cfg.algorithm}, but pogo finetune continues runs "
                 "of algorithm=pogo only."
             )
+        if source.cfg.env.id is None:
+            raise ValueError(
+                f"{cfg.run} has no environment (env.id=null), but fine-tuning needs one: set "
+                "env.id in its training/config.yaml."
+            )
         number = source.loss.num_actors
         if not -number <= cfg.actor < number:
             raise ValueError(
@@ -337,7 +342,8 @@ def finetune(arguments: Sequence[str]) -> list[Evaluation]:
         The last evaluation, one entry per actor and action mode.
 
     Raises:
-        ValueError: for unknown options, invalid values, or a run without a checkpoint.
+        ValueError: for unknown options, invalid values, or a run without a checkpoint or an
+            environment.
         OSError: if there is no run in the folder, or its files cannot be read or written.
     """
     cfg = parse_options(arguments, FinetuneConfig(), "run")

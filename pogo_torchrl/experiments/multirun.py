@@ -18,7 +18,9 @@ from omegaconf import OmegaConf
 from pogo_torchrl.experiments.config import to_text
 
 # Options by which the folders of runs differ anyway.
-_IN_FOLDER = {"task", "w2_weights", "step_sizes", "seed", "log_dir", "variant"}
+_IN_FOLDER = {
+    "task", "algorithm", "chain", "w2_weights", "step_sizes", "seed", "log_dir", "variant",
+}  # fmt: skip
 
 
 def variant_of(*names: str, _root_: Any) -> str:
@@ -59,8 +61,8 @@ def with_variant(arguments: Sequence[str]) -> list[str]:
         arguments: arguments of ``pogo train``, which have been checked.
 
     Returns:
-        The arguments, unchanged if they set ``variant``, or if ``task``, ``w2_weights`` and
-        ``seed`` are all that differs.
+        The arguments, unchanged if they set ``variant``, or if ``task``, ``algorithm``,
+        ``w2_weights`` and ``seed`` are all that differs.
 
     Example:
         >>> with_variant(["-m", "seed=0,1", "lr=1e-4,3e-4", "data.size=choice(10,20)"])[-1]

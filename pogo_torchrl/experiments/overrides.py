@@ -13,7 +13,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override, OverrideType, QuotedString
 from hydra.errors import HydraException
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
@@ -366,7 +366,8 @@ def _check_override(override: Override, schema: type, multirun: bool) -> None:
             )
         if not (override.is_choice_sweep() or override.is_range_sweep()):
             return
-        values = list(override.sweep_iterator())
+        found = override.sweep_iterator()
+        values = [value.text if isinstance(value, QuotedString) else value for value in found]
         texts = [to_text(value) for value in values]
     for value, text in zip(values, texts):
         if key == "task":

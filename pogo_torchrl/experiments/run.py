@@ -283,7 +283,7 @@ class RunInProgress:
                         else f"not in episodes, so their {noun} is unknown")  # fmt: skip
             if self.evaluate is None:
                 LOGGER.info("The actors are not evaluated: the run has no environment.")
-            if self.averaged:
+            elif self.averaged:
                 LOGGER.info("Evaluations show the averaged actors (average_actors=%g).",
                             cfg.average_actors)  # fmt: skip
             if cfg.resume and self.resumed is None:
