@@ -9,8 +9,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
+from torchrl.envs import RewardScaling
 
-from pogo_torchrl.data import Normalization, make_replay_buffer, read_hdf5
+from pogo_torchrl.data import Normalization, OfflineReplayBuffer, make_replay_buffer, read_hdf5
 from pogo_torchrl.experiments.build import check_data
 from pogo_torchrl.experiments.config import DataConfig
 
@@ -347,3 +349,15 @@ def test_actions_are_checked_in_each_dimension(tmp_path):
         check_data(rb, evaluator, DataConfig())
     space.low[0] = -torch.inf
     check_data(rb, evaluator, DataConfig())
+
+
+def test_transforms_leave_the_stored_rows():
+    """Reading rows twice transforms them once each: TorchRL's transforms write into slices."""
+    rows = TensorDict({"next": {"reward": torch.ones(4, 1)}}, [4])
+    identity = Normalization(torch.zeros(1), torch.ones(1))
+    buffer = OfflineReplayBuffer(rows, normalization=identity, episode_returns=np.zeros(0))
+    buffer.append_transform(RewardScaling(loc=0.0, scale=3.0, in_keys=[("next", "reward")]))
+    for _ in range(2):
+        assert buffer[:]["next", "reward"].unique().tolist() == [3.0]
+        assert buffer.sample(8)["next", "reward"].unique().tolist() == [3.0]
+    assert buffer.storage[:]["next", "reward"].unique().tolist() == [1.0]

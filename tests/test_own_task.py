@@ -23,8 +23,8 @@ from pogo_torchrl.envs import Measure, make_gymnasium_env
 from pogo_torchrl.envs.flattening import flatten_observations, flatten_rows
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments.evaluate import evaluate
-from pogo_torchrl.experiments.finetune import finetune
 from pogo_torchrl.experiments.planner import measure_cost
+from pogo_torchrl.experiments.rank import rank
 from pogo_torchrl.experiments.run import run
 from pogo_torchrl.experiments.run_stack import run_stack
 from pogo_torchrl.experiments.sweep_file import read_sweep
@@ -182,8 +182,20 @@ def test_reports_of_scores_and_returns(folder, module):
     """Each task is shown in its own measure, and returns are in no mean over tasks."""
     for options in (["task=a"], ["task=b", "env.reference_scores=[-40,0]"]):
         train(*options, f"env.id={module}:my/Reach-v0", *DATA)
+        options += ["algorithm=td3_bc", "variant=more"]
+        run(compose([*SMALL[:-2], f"env.id={module}:my/Reach-v0", *DATA, *options]))
+    rank(["logs/a/td3_bc_chain_0_more/seed_0", "updates=1", "progress_bar=false"])
     page = write_report("logs", "results").read_text()
     assert "; mean return for a" in page
+    assert "D4RL" not in page.partition("Published means")[0]
+    both = Path("results/tables/algorithms.md").read_text()
+    assert "; mean return for a" in both
+    assert "mean of" not in both
+    assert "| b | td3_bc | more |" in both
+    (ranked,) = rows(Path("results/tables/ranking.csv"))
+    value = rows(Path("logs/a/td3_bc_chain_0_more/seed_0/training/evaluations.csv"))[0]
+    assert ranked["w2_weights"] == "td3_bc (more)"
+    assert float(ranked["return"]) == pytest.approx(float(value["return_mean"]), abs=1e-4)
     assert {row["number_of_tasks"] for row in rows(Path("results/tables/groups.csv"))} == {"1"}
     assert {path.name for path in Path("results/figures").glob("weights_*.png")} == {
         "weights_a.png", "weights_b.png",
@@ -613,5 +625,3 @@ def test_steps_of_chains_without_an_environment(folder):
     assert done == {"w2_5_2", "td3_bc_chain_1_w2_5"}
     with pytest.raises(FileNotFoundError, match=r"'none\.hdf5' is not a file"):
         start("step_sizes=[0.1]", "data.path=none.hdf5")
-    with pytest.raises(ValueError, match=r"no environment \(env\.id=null\).*config\.yaml"):
-        finetune([str(Path("logs", "reach", "w2_5_2", "seed_0"))])

@@ -13,10 +13,10 @@ from torchrl.objectives import SoftUpdate
 
 from pogo_torchrl import POGOTrainer, make_actor, make_qvalue
 from pogo_torchrl.cli import main
-from pogo_torchrl.experiments.rank import rank
+from pogo_torchrl.experiments.rank import rank, ranking_table
 from pogo_torchrl.objectives import FQELoss
 from pogo_torchrl.report import read_runs, write_report
-from pogo_torchrl.trainers.ranking import RankActors, episode_starts, rank_actors
+from pogo_torchrl.trainers.ranking import OfflineValue, RankActors, episode_starts, rank_actors
 
 
 def constant(action: float) -> TensorDictModule:
@@ -279,6 +279,32 @@ def test_the_report_shows_rankings_beside_the_scores(trained, tmp_path, capsys):
     assert [int(row["fqe_rank"]) for row in rows] == [v.rank for v in values]
     (trained / "training" / "ranking.csv").write_text("step,actor,value\n6,0,no\0number\n6,")
     assert read_runs(logs)[0][0].ranking is None
+
+
+def test_large_values_keep_their_columns():
+    values = [OfflineValue(0, -152518.1, -169941.9, -135094.3, 1), OfflineValue(1, 0, 0, 0, 2)]
+    lines = ranking_table(values, [-1e6, 2.0], "return").splitlines()
+    assert lines[1].split() == ["0", "-152518.1", "[-169941.9,", "-135094.3]", "1", "-1000000.0"]
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert lines[-1].startswith("Rank correlation of values and returns")
+
+
+def test_values_are_in_units_of_the_data(trained, tmp_path, monkeypatch):
+    """IQL trains on scaled rewards, but is ranked with the same ones as POGO."""
+    cache = trained.parents[3] / "cache"
+    options = [o for o in SMALL if not o.startswith(("w2_weights", "freeze"))]
+    data = [f"data.cache_dir={cache}", f"log_dir={tmp_path}"]
+    main(["train", *options, *data, "total_steps=2", "algorithm=iql"])
+    ranked = []
+
+    def recorded(actors, rows, **settings):
+        ranked.append(rows["next", "reward"])
+        return rank_actors(actors, rows, **settings)
+
+    monkeypatch.setattr("pogo_torchrl.experiments.rank.rank_actors", recorded)
+    for run in (trained, tmp_path / "hopper-medium-v2" / "iql_chain_0" / "seed_0"):
+        rank([str(run), *QUICK])
+    torch.testing.assert_close(*ranked)
 
 
 def test_errors_of_rank(trained, tmp_path):

@@ -75,6 +75,10 @@ class Normalization(NamedTuple):
         return cls(torch.zeros_like(observation[0]), torch.ones_like(observation[0]))
 
 
+def _shallow_copy(rows: TensorDict) -> TensorDict:
+    return rows.clone(recurse=False)
+
+
 class OfflineReplayBuffer(TensorDictReplayBuffer):
     """An immutable TorchRL replay buffer over an entire dataset, sampled uniformly.
 
@@ -102,6 +106,8 @@ class OfflineReplayBuffer(TensorDictReplayBuffer):
             ),
             sampler=RandomSampler(),
             writer=ImmutableDatasetWriter(),
+            # Transforms write into the rows they get, and a slice shares its keys with the storage.
+            collate_fn=_shallow_copy,
             batch_size=batch_size,
         )
         self.normalization = normalization

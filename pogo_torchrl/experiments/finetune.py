@@ -206,11 +206,6 @@ class FineTuning(RunInProgress):
                 f"{cfg.run} has algorithm={source.cfg.algorithm}, but pogo finetune continues runs "
                 "of algorithm=pogo only."
             )
-        if source.cfg.env.id is None:
-            raise ValueError(
-                f"{cfg.run} has no environment (env.id=null), but fine-tuning needs one: set "
-                "env.id in its training/config.yaml."
-            )
         number = source.loss.num_actors
         if not -number <= cfg.actor < number:
             raise ValueError(

@@ -373,9 +373,9 @@ def _check_override(override: Override, schema: type, multirun: bool) -> None:
         if key == "task":
             _check_task(text.strip("'\" "))
             continue
-        if key == "algorithm" and text.strip("'\" ") not in algorithms():
+        if key == "algorithm" and (name := text.strip("'\" ")) not in algorithms():
             raise ValueError(
-                f"algorithm={text} is unknown; choose one of {', '.join(algorithms())}."
+                f"algorithm={name} is unknown; choose one of {', '.join(algorithms())}."
             )
         try:
             OmegaConf.update(OmegaConf.structured(schema), key, value)

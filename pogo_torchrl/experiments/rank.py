@@ -62,12 +62,15 @@ def rank(arguments: Sequence[str]) -> list[OfflineValue]:
     gamma = run.cfg.gamma if cfg.gamma is None else cfg.gamma
     if gamma == 1:
         raise ValueError("gamma=1.0 has no bound on the values: give gamma < 1, e.g. gamma=0.99.")
+    transitions = run.replay_buffer[:].clone(False)
+    # Values in units of the data's rewards, which algorithm=iql scales for its training.
+    transitions["next", "reward"] = transitions["next", "reward"] / run.reward_scale
     started = time.perf_counter()
     with progress_bar(total=cfg.updates, unit=" updates", disable=not cfg.progress_bar) as bar:
         try:
             values = rank_actors(
                 run.deployed_actors(),
-                run.replay_buffer[:],
+                transitions,
                 gamma=gamma,
                 updates=cfg.updates,
                 num_critics=cfg.critics,
@@ -108,16 +111,22 @@ def ranking_table(
               1        12.0       [11.5,    13.0]       1        55.5
         Rank correlation of values and scores (Spearman): 1.00
     """
-    header = f"  {'actor':>5}{'FQE value':>12}{'95 % interval':>22}{'rank':>8}"
-    lines = [header + ("" if scores is None else f"{measure:>12}")]
+    rows = [("actor", "FQE value", "95 % interval", "rank", measure)]
     for v in values:
+        score = "" if scores is None else f"{scores[v.actor]:.1f}"
         interval = f"[{v.low:.1f}, {v.high:7.1f}]"
-        score = "" if scores is None else f"{scores[v.actor]:>12.1f}"
-        lines.append(f"  {v.actor:>5}{v.value:>12.1f}{interval:>22}{v.rank:>8}{score}")
+        rows.append((str(v.actor), f"{v.value:.1f}", interval, str(v.rank), score))
+    columns = list(zip(*rows))[: 4 if scores is None else 5]
+    widths = [
+        max(width, *(len(cell) + 2 for cell in column))
+        for width, column in zip((7, 12, 22, 8, 12), columns)
+    ]
+    lines = ["".join(f"{c:>{w}}" for c, w in zip(row, widths)) for row in rows]
     if scores is not None and len(values) > 1:
         correlation = rank_correlation([v.value for v in values], scores)
         if not math.isnan(correlation):  # scores or values are all equal
-            lines.append(f"Rank correlation of values and scores (Spearman): {correlation:.2f}")
+            shown = "returns" if measure == "return" else "scores"
+            lines.append(f"Rank correlation of values and {shown} (Spearman): {correlation:.2f}")
     return "\n".join(lines)
 
 

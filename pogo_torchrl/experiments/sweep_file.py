@@ -38,7 +38,7 @@ from pogo_torchrl.experiments import algorithms, config
 from pogo_torchrl.experiments.option_files import flatten, read_yaml, to_override
 from pogo_torchrl.experiments.overrides import check_options, check_overrides, compose
 from pogo_torchrl.experiments.run_folder import RunFolder
-from pogo_torchrl.report.run_logs import weights_label
+from pogo_torchrl.report.run_logs import setting_label
 
 # Option names of the original code, and of the section sinkhorn.
 _ALIASES = {"max_timesteps": "total_steps", "eval_freq": "eval_interval", "learning_rate": "lr"}
@@ -83,11 +83,8 @@ class Run:
     @property
     def label(self) -> str:
         """The weights and, except for POGO, the algorithm: ``td3_bc + 2 (3.33, 3.33)``."""
-        weights = weights_label(tuple(self.cfg.w2_weights), self.cfg.variant or "").strip()
-        if self.cfg.algorithm == algorithms.POGO:
-            return weights
-        added = f" + {self.cfg.chain} ({weights})" if self.cfg.chain else ""
-        return f"{self.cfg.algorithm}{added}"
+        cfg = self.cfg
+        return setting_label(cfg.algorithm, tuple(cfg.w2_weights), cfg.variant or "")
 
     @property
     def name(self) -> str:

@@ -139,15 +139,16 @@ def scores_table(settings: Sequence[Setting]) -> Table:
     )
 
 
-def groups_table(scores: Sequence[GroupScore]) -> Table:
+def groups_table(scores: Sequence[GroupScore], selected: Sequence[Setting]) -> Table:
     """Means and interquartile means over tasks, with bootstrap intervals.
 
     Args:
         scores: the result of :func:`~pogo_torchrl.report.study.group_scores`.
+        selected: the settings that they are of, one per task and method.
     """
     return Table(
         "groups",
-        f"Over tasks and seeds, with the best w2_weights of each task: {SCORE}.",
+        f"Over tasks and seeds, with the best w2_weights of each task: {shown(selected)}.",
         (
             "tasks",
             "number of tasks",
@@ -169,17 +170,18 @@ def algorithms_table(settings: Sequence[Setting], selected: Sequence[Setting]) -
 
     Args:
         settings: all settings of the study.
-        selected: one setting per task and method, over whose tasks scores are averaged.
+        selected: one setting per task and method, whose scores are averaged over tasks; returns
+            are not.
     """
     added = max((setting.num_actors for setting in settings), default=1) - 1
     rows: list[tuple[Cell, ...]] = []
     if any(setting.algorithm != POGO for setting in settings):
         for setting in settings:
             cells: list[Cell] = [spread(column) for column in setting.last[:, :, 0].T]
-            weights = weights_label(setting.weights)
+            weights = weights_label(setting.weights, setting.variant)
             first = (setting.task, setting.algorithm, weights, len(setting.runs))
             rows.append((*first, *_padded(cells, added + 1)))
-        for members in by_method(selected).values():
+        for members in by_method(s for s in selected if s.scored).values():
             shortest = min(setting.num_actors for setting in members)
             if len(members) > 1:
                 last = [setting.last[:, :shortest, 0].mean(0) for setting in members]
@@ -190,7 +192,7 @@ def algorithms_table(settings: Sequence[Setting], selected: Sequence[Setting]) -
     return Table(
         "algorithms",
         "Every algorithm alone (base, the first actor) and with one or more actors on top (+1, +2, "
-        f"...), deterministic actions, last checkpoint: {SCORE}, {OVER_SEEDS}.",
+        f"...), deterministic actions, last checkpoint: {shown(settings)}, {OVER_SEEDS}.",
         ("task", "algorithm", "w2_weights", "seeds", "base", *(f"+{i + 1}" for i in range(added))),
         rows,
         (LAST_BEST, *weights_note(settings)),
@@ -257,19 +259,23 @@ def weights_table(settings: Sequence[Setting]) -> Table:
     )
 
 
-def ranking_table(runs: Sequence[RunRecord]) -> Table:
+def ranking_table(runs: Sequence[RunRecord], settings: Sequence[Setting]) -> Table:
     """Values of fitted Q evaluation beside the true scores, for runs that have been ranked.
 
     Args:
         runs: all runs of the study.
+        settings: the settings of those that have been evaluated.
     """
     rows: list[tuple[Cell, ...]] = []
-    for run in runs:
-        if run.ranking is None:
-            continue
+    setting_of = {run.name: setting for setting in settings for run in setting.runs}
+    ranked = [run for run in runs if run.ranking is not None]
+    known = list({id(s): s for run in ranked if (s := setting_of.get(run.name))}.values())
+    for run in ranked:
+        assert run.ranking is not None
         values = [estimate.value for estimate in run.ranking.values]
-        steps, scores, *_ = run.evaluations
-        at_step = scores[steps == run.ranking.step, :, 0]
+        setting = setting_of.get(run.name)
+        true_values = run.evaluations.scores if setting is None else setting.values(run)
+        at_step = true_values[run.evaluations.steps == run.ranking.step, :, 0]
         true = at_step[0].tolist() if len(at_step) else [None] * len(values)
         for actor, estimate in enumerate(run.ranking.values):
             rank = 1 + sum(value > estimate.value for value in values)
@@ -278,9 +284,9 @@ def ranking_table(runs: Sequence[RunRecord]) -> Table:
     return Table(
         "ranking",
         "Actors ranked without an environment, by fitted Q evaluation on the run's data: mean "
-        f"discounted return from the start states with its 95 % interval, beside {SCORE} of "
-        "deterministic actions at the same step.",
-        ("task", "w2_weights", "seed", "step", "actor", "FQE value", "FQE rank", "score"),
+        f"discounted return from the start states with its 95 % interval, beside "
+        f"{shown(known)} of deterministic actions at the same step.",
+        ("task", "w2_weights", "seed", "step", "actor", "FQE value", "FQE rank", noun(known)),
         rows,
     )
 

@@ -99,8 +99,8 @@ class RunRecord:
 
     @property
     def label(self) -> str:
-        """The weights as text, such as ``0.2, 0.2, 0.1``, and the variant, if any."""
-        return weights_label(self.weights, self.variant)
+        """The weights and the variant, if any, see :func:`setting_label`."""
+        return setting_label(self.algorithm, self.weights, self.variant)
 
     @property
     def evaluated(self) -> bool:
@@ -136,8 +136,33 @@ def weights_label(weights: tuple[float, ...], variant: str = "") -> str:
         '0.2, 1'
         >>> weights_label((0.2, 1.0), "lr_0.001")
         '0.2, 1 (lr_0.001)'
+        >>> weights_label((), "lr_0.001")
+        'lr_0.001'
     """
-    return ", ".join(f"{w:g}" for w in weights) + (f" ({variant})" if variant else "")
+    text = ", ".join(f"{w:g}" for w in weights)
+    return f"{text} ({variant})" if text and variant else text or variant
+
+
+def method_name(algorithm: str, weights: tuple[float, ...]) -> str:
+    """``pogo``, or another algorithm and the number of actors added to it: ``iql + 2``."""
+    added = count_actors(algorithm, weights) - 1 if algorithm != POGO else 0
+    return f"{algorithm} + {added}" if added else algorithm
+
+
+def setting_label(algorithm: str, weights: tuple[float, ...], variant: str = "") -> str:
+    """The weights and the variant, if any, of POGO; those of others with their method.
+
+    Example:
+        >>> setting_label("pogo", (0.2, 0.1))
+        '0.2, 0.1'
+        >>> setting_label("iql", (0.2, 0.1)), setting_label("iql", (), "lr_0.001")
+        ('iql + 2 (0.2, 0.1)', 'iql (lr_0.001)')
+    """
+    label = weights_label(weights, variant)
+    if algorithm == POGO:
+        return label
+    method = method_name(algorithm, weights)
+    return f"{method} ({label})" if label else method
 
 
 def count_actors(algorithm: str, weights: Sequence[float]) -> int:

@@ -16,7 +16,8 @@ from pogo_torchrl.report.run_logs import (
     Array,
     RunRecord,
     count_actors,
-    weights_label,
+    method_name,
+    setting_label,
 )
 
 _LOCOMOTION = ("halfcheetah", "hopper", "walker2d")
@@ -63,16 +64,12 @@ class Setting(NamedTuple):
     @property
     def method(self) -> str:
         """``pogo``, or another algorithm and the number of actors added to it: ``iql + 2``."""
-        added = self.num_actors - 1 if self.algorithm != POGO else 0
-        return f"{self.algorithm} + {added}" if added else self.algorithm
+        return method_name(self.algorithm, self.weights)
 
     @property
     def label(self) -> str:
         """The weights and the variant, if any: ``0.2, 0.1``; others as ``iql + 2 (0.2, 0.1)``."""
-        label = weights_label(self.weights, self.variant)
-        if self.algorithm == POGO:
-            return label
-        return f"{self.method} ({label.strip()})" if label else self.method
+        return setting_label(self.algorithm, self.weights, self.variant)
 
     @property
     def averaged(self) -> bool:

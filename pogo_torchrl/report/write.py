@@ -100,10 +100,10 @@ def _tables(
         content.headline_table(found),
         content.scores_table(found),
         content.algorithms_table(found, selected),
-        content.groups_table(scores),
+        content.groups_table(scores, [s for s in selected if s.scored]),
         content.chain_table(found),
         content.weights_table(found),
-        content.ranking_table(runs),
+        content.ranking_table(runs, found),
         content.published_table(selected),
         content.published_groups_table(),
     ]
