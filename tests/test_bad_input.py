@@ -250,6 +250,7 @@ INVALID = {
     int | None: st.sampled_from(["x", "1.5", "0", "-1", "[1]"]),
     float | None: st.sampled_from(["x", "[1.0]", "nan", "inf", "-.inf", "{a:1}", "'1 2'"]),
     str | None: st.sampled_from(["[a]", "{a:b}"]),
+    list[str] | None: st.sampled_from(["7", "text", "{a:b}"]),
     dict[str, Any]: st.sampled_from(["x", "7", "[1]", "null"]),
 }
 
@@ -271,7 +272,9 @@ def valid_values(name, entry, hint, default):
         return st.sampled_from(["true", "false"])
     if hint == dict[str, Any]:
         return st.just("{a: 1, b: [text]}")
-    return st.just("text")
+    if hint == list[str] | None:
+        return st.just("[text, more]")
+    return st.just("iql" if name == "algorithm" else "text")
 
 
 ENTRIES = [entry for entry in config.iter_options() if entry[0] != "task"]

@@ -147,13 +147,6 @@ def read_open_file(
     follows = _follows(arrays) if stores_next else np.ones(len(rewards), dtype=bool)
     if flags.keys() == {"terminals"}:
         flags = _with_episodes(arrays, flags, follows, path)
-    if max_episode_steps is None:
-        if not stores_next and "timeouts" not in flags and len(flags) < 2:
-            raise UnsupportedFileError(
-                f"{path} has no timeouts, and the horizon of the task is unknown: set "
-                "env.max_episode_steps=N."
-            )
-        max_episode_steps = len(rewards) + 1
     in_order = _in_order(follows, flags)
     ends = read_ends(
         flags,

@@ -113,7 +113,8 @@ def check_name(name: str, known: Collection[str]) -> None:
         ValueError: if it does not; the message suggests similar names.
     """
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        near = [option for option in known if option.startswith(f"{name}.")]  # of a section
+        near = near or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(f"unknown option {name!r}; {hint}(--help lists all)")
 

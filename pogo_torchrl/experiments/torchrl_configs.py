@@ -87,7 +87,11 @@ class POGODataConfig(ConfigBase):
     seed: int = 0
     cache_dir: str | None = None
     next_action: bool = False
+    clip_actions: bool = False
+    max_episode_steps: int | None = None
+    dict_space: Any = None
     device: str = "cpu"
+    progress: bool = True
     _target_: str = "pogo_torchrl.data.make_replay_buffer"
 
     def __post_init__(self) -> None:
