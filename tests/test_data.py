@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -215,6 +216,7 @@ def test_missing_file(tmp_path, path):
             r"data\.path='x\.hdf5'.*only used with data\.source=hdf5 or minari",
         ),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"reward_shift": math.nan}, "data.reward_shift=nan must be a finite number"),
     ],
 )
 def test_incompatible_settings(settings, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -229,6 +230,8 @@ def make_replay_buffer(
         torch.Size([256, 3])
     """
     _check_arguments(source, path, mirror, batch_size)
+    if not math.isfinite(reward_shift):
+        raise ValueError(f"data.reward_shift={reward_shift} must be a finite number, e.g. -1.")
     own_task = not is_d4rl_task(task)
     if own_task and source not in ("hdf5", "minari"):
         raise ValueError(
