@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from runs import SMALL
 from tensordict import TensorDict
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 
@@ -98,3 +99,27 @@ def make_buffer(make_batch):
         return buffer
 
     return make
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Cache folder with data, shared by all runs of a file."""
+    from pogo_torchrl.data import behaviour_dataset
+
+    folder = tmp_path_factory.mktemp("cache")
+    behaviour_dataset("hopper-medium-v2", size=2000, cache_dir=folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def options(cache, tmp_path):
+    """Options of a run of six updates in the folder of the test."""
+    return [*SMALL, "total_steps=6", f"log_dir={tmp_path / 'logs'}", f"data.cache_dir={cache}"]
+
+
+@pytest.fixture
+def make_cfg(options):
+    """Factory of such runs, with further options."""
+    from pogo_torchrl.configs import compose
+
+    return lambda *overrides: compose([*options, *overrides])

@@ -30,24 +30,6 @@ from pogo_torchrl.trainers import POGOOptimizationStepper
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Cache folder with data, shared by all runs of this file."""
-    folder = tmp_path_factory.mktemp("cache")
-    behaviour_dataset("hopper-medium-v2", size=2000, cache_dir=folder, progress=False)
-    return folder
-
-
-@pytest.fixture
-def options(cache, tmp_path):
-    return [*SMALL, "total_steps=6", f"log_dir={tmp_path / 'logs'}", f"data.cache_dir={cache}"]
-
-
-@pytest.fixture
-def make_cfg(options):
-    return lambda *overrides: compose([*options, *overrides])
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     run(compose([*SMALL, "total_steps=6", f"log_dir={folder / 'logs'}", f"data.cache_dir={cache}"]))

@@ -13,11 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import SMALL, command, run_folder
+from runs import command, run_folder
 
 from pogo_torchrl.cli import main
-from pogo_torchrl.configs import compose
-from pogo_torchrl.data import behaviour_dataset
 from pogo_torchrl.experiments.console import TrainLogHandler, log_to
 from pogo_torchrl.experiments.run import RunInProgress, run
 from pogo_torchrl.experiments.run_stack import run_stack
@@ -37,22 +35,6 @@ class Lost(io.TextIOBase):
 
     def flush(self):
         self.write("")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    behaviour_dataset("hopper-medium-v2", size=2000, cache_dir=folder, progress=False)
-    return folder
-
-
-@pytest.fixture
-def make_cfg(cache, tmp_path):
-    def make(*overrides):
-        own = ["total_steps=6", f"log_dir={tmp_path / 'logs'}", f"data.cache_dir={cache}"]
-        return compose([*SMALL, *own, *overrides])
-
-    return make
 
 
 @pytest.fixture

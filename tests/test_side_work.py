@@ -14,12 +14,10 @@ from types import SimpleNamespace
 import matplotlib
 import pytest
 import torch
-from runs import SMALL, run_folder
+from runs import run_folder
 from torch.testing import assert_close
 
 from pogo_torchrl import POGOTrainer
-from pogo_torchrl.configs import compose
-from pogo_torchrl.data import behaviour_dataset
 from pogo_torchrl.experiments import csv_log, results
 from pogo_torchrl.experiments.csv_log import LoggerSink, check_logger, make_logger
 from pogo_torchrl.experiments.run import run
@@ -29,22 +27,6 @@ from pogo_torchrl.trainers import TrainerStack
 
 def fail(*args, **kwargs):
     raise RuntimeError("out of order")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    behaviour_dataset("hopper-medium-v2", size=2000, cache_dir=folder, progress=False)
-    return folder
-
-
-@pytest.fixture
-def make_cfg(cache, tmp_path):
-    def make(*overrides):
-        own = ["total_steps=6", f"log_dir={tmp_path / 'logs'}", f"data.cache_dir={cache}"]
-        return compose([*SMALL, *own, *overrides])
-
-    return make
 
 
 # --------------------------------------------------------------------------- compilers

@@ -13,10 +13,9 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.version import getbase
-from runs import SMALL, run_folder, state
+from runs import run_folder, state
 
 from pogo_torchrl.configs import compose
-from pogo_torchrl.data.rollouts import behaviour_dataset
 from pogo_torchrl.experiments import run as run_module
 from pogo_torchrl.experiments.run import run
 from pogo_torchrl.experiments.run_stack import run_stack
@@ -24,23 +23,6 @@ from pogo_torchrl.experiments.signals import on_signals
 from pogo_torchrl.trainers import POGOOptimizationStepper, TrainerStack
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Cache folder with data, shared by all runs of this file."""
-    folder = tmp_path_factory.mktemp("cache")
-    behaviour_dataset("hopper-medium-v2", size=2000, cache_dir=folder, progress=False)
-    return folder
-
-
-@pytest.fixture
-def make_cfg(cache, tmp_path):
-    def make(*overrides):
-        own = ["total_steps=6", f"log_dir={tmp_path / 'logs'}", f"data.cache_dir={cache}"]
-        return compose([*SMALL, *own, *overrides])
-
-    return make
 
 
 # --------------------------------------------------------------------------- threads
