@@ -1,4 +1,4 @@
-"""Helpers of the tests: small runs of the command line in separate processes."""
+"""Helpers of the tests: small runs of the command line in processes, and their results."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from processes import Pogo, pogo
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pogo_offline.py"
 SMALL = [
@@ -60,13 +61,16 @@ def spoil_at(trainer, step: int) -> None:
 
 
 def command(*arguments: str) -> list[str]:
+    """Command line of a run in a new interpreter."""
     return [sys.executable, str(EXAMPLE), *SMALL, *arguments]
 
 
-def pogo(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=300, **options
-    )
+def start(folder: Path, *arguments: str, **options) -> Pogo:
+    return Pogo(folder, "train", *SMALL, *arguments, **options)
+
+
+def train(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    return pogo(folder, "train", *SMALL, *arguments, **options)
 
 
 def run_folder(folder: Path, task: str = "hopper-medium-v2") -> Path:

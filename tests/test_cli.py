@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, run_folder
+from runs import run_folder, train
 from torchrl.data import Bounded
 
 from pogo_torchrl import make_actor
@@ -26,12 +26,6 @@ from pogo_torchrl.export import on_raw_observations, policy_environment, save_ac
 from pogo_torchrl.trainers.hooks import Evaluation
 
 COMMANDS = ("train", "evaluate", "rank", "finetune", "sweep", "report", "check-dataset")
-
-
-def module(*arguments: str, **options) -> subprocess.CompletedProcess:
-    """Run ``python -m pogo_torchrl``."""
-    command = [sys.executable, "-m", "pogo_torchrl", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def policy(folder, observation_dim: int = 11, action_dim: int = 3, **kwargs):
@@ -146,7 +140,7 @@ def test_invalid_flags(given, answer):
 
 
 def test_evaluate_reproduces_the_last_evaluation_of_a_run(tmp_path, capsys):
-    run = module("train", *SMALL, "data.cache_dir=cache", "--total-steps", "6", cwd=tmp_path)
+    run = train(tmp_path, "data.cache_dir=cache", "--total-steps", "6")
     assert run.returncode == 0, run.stderr
     folder = run_folder(tmp_path)
     with (folder / "training" / "evaluations.csv").open(newline="") as file:

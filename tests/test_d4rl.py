@@ -6,13 +6,13 @@ import http.server
 import json
 import threading
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from processes import FORKS
 from torchrl.data.datasets import D4RLExperienceReplay
 from torchrl.data.datasets.d4rl_infos import D4RL_DATASETS
 
@@ -339,7 +339,7 @@ def _start(cache_dir: str, mirror: str) -> int:
 
 def test_concurrent_runs_download_once(tmp_path, server, rows):
     server.files[f"/{FILE}"] = (tmp_path / FILE).read_bytes()
-    with get_context("spawn").Pool(2) as pool:
+    with FORKS.Pool(2) as pool:
         jobs = [(str(tmp_path / "cache"), server.url)] * 2
         sizes = pool.starmap(_start, jobs)
     assert sizes[0] == sizes[1] == len(expected_rows(rows)["action"])

@@ -7,12 +7,11 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from runs import assert_same, command, pogo, rows, run_folder, state
+from processes import Pogo
+from runs import assert_same, rows, run_folder, start, state, train
 
 from pogo_torchrl.data import behaviour_dataset
 
@@ -31,19 +30,12 @@ def cache(tmp_path_factory):
 def uninterrupted(cache, tmp_path_factory):
     """State of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    process = pogo(folder, cache, STEPS)
+    process = train(folder, cache, STEPS)
     assert process.returncode == 0, process.stderr
     return state(run_folder(folder))
 
 
-def start(folder: Path, *arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(*arguments), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True, **options,
-    )  # fmt: skip
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
+def wait_for(condition, process: Pogo) -> None:
     deadline = time.monotonic() + 120
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -59,13 +51,13 @@ def test_kill_9_at_random_times(cache, uninterrupted, tmp_path, kills):
         process = start(tmp_path, cache, STEPS, "resume=true")
         if killed:  # the first kill may also hit data loading or start-up
             wait_for(lambda n=before: metrics.exists() and len(rows(metrics)) != n, process)
-        time.sleep(moments.uniform(0, 0.4 if killed else 8))
+        time.sleep(moments.uniform(0, 0.4 if killed else 1.5))
         if process.poll() is not None:
             break  # the run was faster
         process.kill()
         process.communicate()
         killed += 1
-    process = pogo(tmp_path, cache, STEPS, "resume=true")
+    process = train(tmp_path, cache, STEPS, "resume=true")
     assert process.returncode == 0, process.stderr
     assert killed > 0
     assert_same(state(run_folder(tmp_path)), uninterrupted)
@@ -83,7 +75,7 @@ def test_signal_saves_and_the_run_resumes(cache, uninterrupted, tmp_path, number
     assert process.returncode == 128 + number, stderr
     step = int(max((run_folder(tmp_path) / "checkpoints").glob("step-*")).name.split("-")[1])
     assert stderr.strip() == f"Stopped at update {step}; continue with resume=true."
-    resumed = pogo(tmp_path, cache, STEPS, "resume=true")
+    resumed = train(tmp_path, cache, STEPS, "resume=true")
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resumed at update {step}." in resumed.stdout
     assert_same(state(run_folder(tmp_path)), uninterrupted)
@@ -98,7 +90,7 @@ def test_forwarded_signal_counts_once(cache, uninterrupted, tmp_path):
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, stderr
-    assert pogo(tmp_path, cache, STEPS, "resume=true").returncode == 0
+    assert train(tmp_path, cache, STEPS, "resume=true").returncode == 0
     assert_same(state(run_folder(tmp_path)), uninterrupted)
 
 
@@ -146,7 +138,7 @@ def test_signal_during_an_evaluation(cache, uninterrupted, tmp_path, faulty):
     assert process.returncode == 128 + signal.SIGTERM
     assert time.monotonic() - asked < 20
     assert not (run_folder(tmp_path) / "training" / "evaluations.csv").exists()
-    resumed = pogo(tmp_path, *arguments, "resume=true", **faulty())
+    resumed = train(tmp_path, *arguments, "resume=true", **faulty())
     assert resumed.returncode == 0, resumed.stderr
     assert_same(state(run_folder(tmp_path)), uninterrupted)
 
@@ -166,38 +158,34 @@ def test_second_signal_stops_immediately(cache, tmp_path, faulty):
 
 def test_evaluation_environment_that_raises(cache, uninterrupted, tmp_path, faulty):
     arguments = (cache, STEPS, "env.id=faulty:Faulty-v0")
-    process = pogo(tmp_path, *arguments, **faulty("BROKEN"))
+    process = train(tmp_path, *arguments, **faulty("BROKEN"))
     assert process.returncode == 1
     assert "faulty.py" in process.stderr  # where it was raised
     last = process.stderr.strip().splitlines()[-1]
     assert "The evaluation at update 6 failed: the simulator is gone" in last
     assert "resume=true" in last
-    resumed = pogo(tmp_path, *arguments, "resume=true", **faulty())
+    resumed = train(tmp_path, *arguments, "resume=true", **faulty())
     assert resumed.returncode == 0, resumed.stderr
     assert "Resumed at update 6." in resumed.stdout
     assert_same(state(run_folder(tmp_path)), uninterrupted)
 
 
-def limited_files() -> None:
-    """Limit the size of files of a new process to 9 MB, to simulate a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
-
-
 def test_disk_full_while_saving_a_checkpoint(cache, tmp_path):
-    wide = (cache, "hidden_sizes=[1024,1024]", "total_steps=8")  # its checkpoints are larger
-    full = pogo(tmp_path, *wide, preexec_fn=limited_files)
+    wide = (cache, "hidden_sizes=[256,256]", "total_steps=8")  # its checkpoints are larger
+    full = start(tmp_path, *wide)
+    resource.prlimit(full.pid, resource.RLIMIT_FSIZE, (900_000, 900_000))  # no larger files
+    _, error = full.communicate()
     assert full.returncode == 2
-    assert full.stderr.startswith("pogo: cannot write a checkpoint at update 4: ")
-    assert full.stderr.count("\n") == 1
+    assert error.startswith("pogo: cannot write a checkpoint at update 4: ")
+    assert error.count("\n") == 1
     assert not list((run_folder(tmp_path) / "checkpoints").glob("*"))
-    resumed = pogo(tmp_path, *wide, "resume=true")
+    resumed = train(tmp_path, *wide, "resume=true")
     assert resumed.returncode == 0, resumed.stderr
 
 
 def test_folder_that_cannot_be_written(cache, tmp_path):
     (tmp_path / "logs").write_text("a file where the folder should be")
-    process = pogo(tmp_path, cache, STEPS)
+    process = train(tmp_path, cache, STEPS)
     assert process.returncode == 2
     assert process.stderr.startswith("pogo: cannot write to logs/hopper-medium-v2")
     assert process.stderr.count("\n") == 1
@@ -207,7 +195,7 @@ def test_two_processes_in_one_folder(cache, uninterrupted, tmp_path):
     log = run_folder(tmp_path) / "training" / "train.log"
     first = start(tmp_path, cache, "total_steps=1000000", "eval_interval=1000000")
     wait_for(log.exists, first)
-    second = pogo(tmp_path, cache, STEPS, "resume=true")
+    second = train(tmp_path, cache, STEPS, "resume=true")
     assert second.returncode == 2
     assert "is in use by another process" in second.stderr
     assert second.stderr.count("\n") == 1
@@ -216,21 +204,21 @@ def test_two_processes_in_one_folder(cache, uninterrupted, tmp_path):
     first.communicate()
     shutil.rmtree(run_folder(tmp_path) / "training")
     shutil.rmtree(run_folder(tmp_path) / "checkpoints", ignore_errors=True)
-    third = pogo(tmp_path, cache, STEPS)
+    third = train(tmp_path, cache, STEPS)
     assert third.returncode == 0, third.stderr
     assert_same(state(run_folder(tmp_path)), uninterrupted)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
 def test_checkpoint_truncated_at_a_random_byte(cache, uninterrupted, tmp_path, seed):
-    process = pogo(tmp_path, cache, "total_steps=44")
+    process = train(tmp_path, cache, "total_steps=44")
     assert process.returncode == 0, process.stderr
     chance = random.Random(seed)
     newest = max((run_folder(tmp_path) / "checkpoints").glob("step-*"))
     file = chance.choice(sorted(p for p in newest.rglob("*") if p.stat().st_size and p.is_file()))
     content = file.read_bytes()
     file.write_bytes(content[: chance.randrange(len(content))])
-    resumed = pogo(tmp_path, cache, STEPS, "resume=true")
+    resumed = train(tmp_path, cache, STEPS, "resume=true")
     assert resumed.returncode == 0, resumed.stderr
     skipping = "Skipping damaged or incomplete checkpoint"
     (skipped,) = (line for line in resumed.stdout.splitlines() if skipping in line)
@@ -244,19 +232,20 @@ def test_checkpoint_truncated_at_a_random_byte(cache, uninterrupted, tmp_path, s
 
 def test_checkpoint_of_another_run(cache, tmp_path):
     shared = "checkpoint_dir=shared"
-    assert pogo(tmp_path, cache, "total_steps=4", shared).returncode == 0
+    assert train(tmp_path, cache, "total_steps=4", shared).returncode == 0
     for change, named in (
         ("w2_weights=[0.1,0.5,0.5]", "w2_weights: [0.1, 0.5] -> [0.1, 0.5, 0.5]"),
         ("data.size=3000", "data: "),
     ):
-        process = pogo(tmp_path, cache, "total_steps=8", "log_dir=b", shared, change, "resume=true")
+        again = ("total_steps=8", "log_dir=b", shared, change, "resume=true")
+        process = train(tmp_path, cache, *again)
         assert process.returncode == 2
         assert f"is a checkpoint of another run ({named}" in process.stderr.splitlines()[-1]
         assert not (tmp_path / "b").exists()
 
 
 def test_divergence_stops_the_run(cache, tmp_path):
-    process = pogo(
+    process = train(
         tmp_path, cache, "total_steps=2000", "eval_interval=2000", "lr=1e18", "log_interval=10",
         "checkpoint_interval=10",
     )  # fmt: skip

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import assert_same, command, pogo, rows, run_folder, state
+from processes import pogo
+from runs import SMALL, assert_same, command, rows, run_folder, state, train
 
 from pogo_torchrl import load_actors
 from pogo_torchrl.envs import make_env
@@ -31,7 +32,10 @@ def cache(tmp_path_factory):
 def finished(cache, tmp_path_factory):
     """Working folder and process of a finished run of 12 updates."""
     folder = tmp_path_factory.mktemp("run")
-    return folder, pogo(folder, cache, "total_steps=12", "progress_bar=false")
+    arguments = command(cache, "total_steps=12")  # in a new interpreter, as users start it
+    return folder, subprocess.run(
+        arguments, cwd=folder, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_run_prints_evaluations_and_scores(finished):
@@ -73,13 +77,13 @@ def test_policy_acts_on_raw_observations(finished):
 
 def test_same_options_give_bitwise_identical_runs(finished, cache, tmp_path):
     folder, _ = finished
-    assert pogo(tmp_path, cache, "total_steps=12").returncode == 0
+    assert train(tmp_path, cache, "total_steps=12").returncode == 0
     assert_same(state(run_folder(tmp_path)), state(run_folder(folder)))
 
 
 def test_logging_and_evaluation_do_not_affect_training(finished, cache, tmp_path):
     folder, _ = finished
-    process = pogo(
+    process = train(
         tmp_path, cache, "total_steps=12", "log_interval=5", "eval_interval=100",
         "eval_episodes=2", "checkpoint_interval=7", "save_model=false", "deterministic=true",
     )  # fmt: skip
@@ -92,7 +96,7 @@ def test_logging_and_evaluation_do_not_affect_training(finished, cache, tmp_path
 
 def test_different_seeds_give_different_runs(finished, cache, tmp_path):
     folder, _ = finished
-    assert pogo(tmp_path, cache, "total_steps=12", "seed=1").returncode == 0
+    assert train(tmp_path, cache, "total_steps=12", "seed=1").returncode == 0
     other = run_folder(tmp_path).with_name("seed_1")
     mine, theirs = (rows(f / "training" / "metrics.csv") for f in (run_folder(folder), other))
     assert all(a["loss_qvalue"] != b["loss_qvalue"] for a, b in zip(mine, theirs))
@@ -100,7 +104,7 @@ def test_different_seeds_give_different_runs(finished, cache, tmp_path):
 
 def test_second_start_without_resume_is_rejected(finished, cache):
     folder, _ = finished
-    process = pogo(folder, cache, "total_steps=12")
+    process = train(folder, cache, "total_steps=12")
     assert process.returncode == 2
     assert process.stderr.startswith("pogo: ")
     assert "resume=true" in process.stderr
@@ -108,16 +112,16 @@ def test_second_start_without_resume_is_rejected(finished, cache):
 
 def test_resume_with_another_lr_is_rejected(finished, cache):
     folder, _ = finished
-    process = pogo(folder, cache, "total_steps=20", "resume=true", "lr=1e-3")
+    process = train(folder, cache, "total_steps=20", "resume=true", "lr=1e-3")
     assert process.returncode == 2
     assert "lr: 0.0003 -> 0.001" in process.stderr
 
 
 def test_resumed_run_logs_the_same_metrics_as_an_uninterrupted_one(finished, cache, tmp_path):
     folder, _ = finished
-    short = pogo(tmp_path, cache, "total_steps=8", "eval_interval=4")
+    short = train(tmp_path, cache, "total_steps=8", "eval_interval=4")
     assert short.returncode == 0, short.stderr
-    longer = pogo(tmp_path, cache, "total_steps=12", "resume=true")
+    longer = train(tmp_path, cache, "total_steps=12", "resume=true")
     assert longer.returncode == 0, longer.stderr
     folders = (run_folder(tmp_path), run_folder(folder))
     resumed, uninterrupted = (rows(f / "training" / "metrics.csv") for f in folders)
@@ -139,7 +143,7 @@ def test_resumed_run_logs_the_same_metrics_as_an_uninterrupted_one(finished, cac
     ],
 )
 def test_bad_input_gives_a_one_line_error(cache, tmp_path, arguments, answer):
-    process = pogo(tmp_path, cache, *arguments)
+    process = train(tmp_path, cache, *arguments)
     assert process.returncode == 2
     assert answer in process.stderr
     assert len(process.stderr.strip().splitlines()) == 1
@@ -166,7 +170,7 @@ def random_episodes(path, env, length, episodes=3):
 
 def test_antmaze_trains_and_evaluates(cache, tmp_path):
     random_episodes(tmp_path / "data.hdf5", make_env("antmaze-umaze-v2"), 20)
-    process = pogo(
+    process = train(
         tmp_path, cache, "task=antmaze-umaze-v2", "data.source=hdf5", "data.path=data.hdf5",
         "total_steps=4", "env.max_episode_steps=25",
     )  # fmt: skip
@@ -178,13 +182,13 @@ def test_antmaze_trains_and_evaluates(cache, tmp_path):
 
 def test_custom_environment(cache, tmp_path):
     random_episodes(tmp_path / "data.hdf5", gymnasium.make("Pendulum-v1"), 20)
-    process = pogo(
+    process = train(
         tmp_path, cache, "env.id=Pendulum-v1", "data.source=hdf5", "data.path=data.hdf5",
         "total_steps=4", "env.max_episode_steps=25",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert "  Actor 0 - Deterministic: -" in process.stdout  # a pendulum's returns are negative
-    process = pogo(
+    process = train(
         tmp_path, cache, "data.source=hdf5", "data.path=data.hdf5", "log_dir=other"
     )  # fmt: skip
     assert process.returncode == 2
@@ -219,8 +223,8 @@ def test_step_sizes_and_other_options_of_the_networks(cache, tmp_path):
     )  # fmt: skip
 
     def start(*more):
-        words = [word for word in command(*options, *more) if not word.startswith("w2_weights")]
-        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        small = [word for word in SMALL if not word.startswith("w2_weights")]
+        return pogo(tmp_path, "train", *small, *options, *more)
 
     assert start("total_steps=4").returncode == 0
     process = start("total_steps=8")
@@ -238,7 +242,7 @@ def test_step_sizes_and_other_options_of_the_networks(cache, tmp_path):
 
 
 def test_steps_that_change_during_training(cache, tmp_path):
-    process = pogo(
+    process = train(
         tmp_path, cache, "alpha_growth=4", "freeze_critics_at=0.5", "alpha=0.5", "total_steps=104",
         "log_interval=52", "eval_interval=104",
     )  # fmt: skip
@@ -249,7 +253,7 @@ def test_steps_that_change_during_training(cache, tmp_path):
     assert [float(row["alpha"]) for row in found] == pytest.approx(alphas)
     first, second = ({k: float(v) for k, v in row.items()} for row in found)
     assert first["w2_1"] == first["step_mse_1"] == 0 < second["step_mse_1"]
-    process = pogo(
+    process = train(
         tmp_path, cache, "alpha_growth=4", "freeze_critics_at=0.5", "alpha=0.5", "total_steps=200",
         "resume=true",
     )  # fmt: skip
@@ -260,7 +264,7 @@ def test_steps_that_change_during_training(cache, tmp_path):
 def test_help_lists_every_option(cache, tmp_path):
     from pogo_torchrl.experiments.config import options
 
-    process = pogo(tmp_path, cache, "--help")
+    process = train(tmp_path, cache, "--help")
     assert process.returncode == 0
     assert [name for name in options() if f"  {name} " not in process.stdout] == []
 

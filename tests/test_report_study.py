@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from runs import pogo, run_folder
+from runs import run_folder, train
 
 from pogo_torchrl.cli import main
 from pogo_torchrl.report import Estimate, bootstrap, iqm, read_runs, spread, write_report
@@ -496,7 +496,7 @@ def test_published_scores_have_the_means_of_their_tables():
 
 
 def test_the_command_reports_a_real_run(tmp_path):
-    process = pogo(tmp_path, f"data.cache_dir={tmp_path / 'cache'}", "total_steps=12")
+    process = train(tmp_path, f"data.cache_dir={tmp_path / 'cache'}", "total_steps=12")
     assert process.returncode == 0, process.stderr
     done = subprocess.run(  # reads logs and writes results by default
         [sys.executable, "-m", "pogo_torchrl.report"],
