@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Pogo
 from runs import assert_same, state
 
 from pogo_torchrl.cli import main
@@ -25,7 +25,6 @@ from pogo_torchrl.experiments.run_folder import lock_run_folder
 from pogo_torchrl.experiments.sweep import sweep
 from pogo_torchrl.experiments.sweep_file import read_sweep
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "pogo_sweep.py"
 MEDIUM, REPLAY = "hopper-medium-v2/w2_0.1", "hopper-medium-replay-v2/w2_0.2_0.3"
 RUNS = [f"{MEDIUM}/seed_0", f"{MEDIUM}/seed_1", f"{REPLAY}/seed_0"]
 FILE = """
@@ -56,18 +55,11 @@ def cache(tmp_path_factory):
     return f"data.cache_dir={folder}"
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(EXAMPLE), "sweep=sweep.yaml", *arguments],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start(folder: Path, *arguments: str) -> Pogo:
+    return Pogo(folder, "sweep", "sweep=sweep.yaml", *arguments)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+def finish(process: Pogo) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=200)
     return process.returncode, out, err
 
@@ -117,6 +109,12 @@ def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _quick_estimates(monkeypatch):
+    """Sweeps in this process measure their cost in a fraction of a second."""
+    monkeypatch.setattr(planner, "measure_cost", partial(measure_cost, seconds=0.02))
 
 
 @pytest.fixture
@@ -194,9 +192,7 @@ def test_folder_with_a_damaged_config(folder, content):
 
 def test_killed_sweep_resumes(uninterrupted, cache, folder):
     process = start(folder, cache, "jobs=2")
-    for line in process.stdout:
-        if ": done" in line:
-            break
+    wait_for(lambda: ": done" in process.output())
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     wait_for(lambda: not workers(folder))  # the workers notice and stop
