@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 
 import gymnasium
 import pytest
@@ -59,6 +60,11 @@ def test_presets_repeat_the_second_published_weight(task):
     assert cfg.data.normalize
 
 
+@cache
+def local_settings(task):
+    return configs.compose([f"task={task}"])
+
+
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_settings_found_on_local_data_apply_to_local_data_only(task, source):
@@ -69,7 +75,7 @@ def test_settings_found_on_local_data_apply_to_local_data_only(task, source):
         for key in tuned - {"w2_weights"}:
             assert cfg[key] == getattr(defaults, key)
     # Nothing else depends on the source.
-    local = configs.compose([f"task={task}"])
+    local = local_settings(task)
     differ = {key for key in cfg if cfg[key] != local[key]}
     assert differ <= {"data", *tuned}
     assert configs.compose([f"task={task}", f"data.source={source}", "alpha=2"]).alpha == 2

@@ -42,45 +42,57 @@ def test_wheel_is_complete(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_example_runs_from_the_wheel(wheel, tmp_path):
+# Each line of input is a command line; one interpreter runs all, as imports take seconds.
+COMMANDS = """
+import runpy, sys
+import pogo_torchrl
+print(pogo_torchrl.__file__)
+for line in sys.stdin.read().splitlines():
+    sys.argv[1:] = line.split()
+    try:
+        runpy.run_module("pogo_torchrl", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, line
+"""
+
+
+def test_examples_and_commands_run_from_the_wheel(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    example = shutil.copy(ROOT / "examples" / "pogo_offline.py", tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(site)}
 
-    def python(*arguments):
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    def python(*arguments, **options):
+        process = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)},
+            capture_output=True, text=True, timeout=300, **options,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        return process.stdout
 
-    where = python("-c", "import pogo_torchrl; print(pogo_torchrl.__file__)")
-    assert Path(where.stdout.strip()).is_relative_to(site)
-    process = python(
-        example, "data.size=500", "data.cache_dir=cache", "total_steps=3", "eval_episodes=1",
+    offline, sweep = (
+        shutil.copy(ROOT / "examples" / f"pogo_{name}.py", tmp_path)
+        for name in ("offline", "sweep")
+    )
+    python(
+        offline, "data.size=500", "data.cache_dir=cache", "total_steps=3", "eval_episodes=1",
         "hidden_sizes=[8]", "batch_size=8",
     )  # fmt: skip
-    assert process.returncode == 0, process.stderr
     (policy,) = (tmp_path / "logs").rglob("policy.safetensors")
     (data,) = (tmp_path / "cache").rglob("*.hdf5")
     (tmp_path / "sweep.yaml").write_text(
         "common: {total_steps: 2, seeds: [1], eval_episodes: 1, hidden_sizes: [8], batch_size: 8,"
         " data: {size: 500, cache_dir: cache}}\nenvironments: {hopper: {medium: {}}}\n"
     )
-    for command, output in {
-        ("sweep", "sweep=sweep.yaml", "jobs=1", "device=cpu"): "1 of 1 runs",
-        ("evaluate", str(policy), "--episodes", "1"): "on hopper-medium-v2, 1 episode",
-        ("report",): "Report: results/README.md",
-        ("check-dataset", str(data)): "matches",
-        ("--version",): "torchrl ",
-    }.items():
-        process = python("-m", "pogo_torchrl", *command)
-        assert process.returncode == 0, process.stderr
-        assert output in process.stdout
+    assert "1 of 1 runs" in python(sweep, "sweep=sweep.yaml", "jobs=1", "device=cpu")
+    commands = {
+        f"evaluate {policy} --episodes 1": "on hopper-medium-v2, 1 episode",
+        "report": "Report: results/README.md",
+        f"check-dataset {data}": "matches",
+        "--version": "torchrl ",
+    }
+    out = python("-c", COMMANDS, input="\n".join(commands))
+    assert Path(out.splitlines()[0]).is_relative_to(site)
+    for expected in commands.values():
+        assert expected in out
 
 
 def test_the_wheel_installs_the_command(wheel):
