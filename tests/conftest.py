@@ -10,11 +10,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from runs import SMALL
 from tensordict import TensorDict
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 
 from pogo_torchrl import POGOLoss, make_actor, make_qvalue
+
+# Hydra copies its registry at each composition, with all of TorchRL's entries in it, which takes
+# most of the time. It need not: every entry is copied when it is used.
+ConfigStore.__deepcopy__ = lambda self, memo: self
 
 
 def pytest_configure(config):

@@ -328,6 +328,7 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
     """
     parser = OverridesParser.create()
     arguments = keep_text(arguments, schema)
+    cfg = OmegaConf.structured(schema)
     for previous, argument in zip(("", *arguments), arguments):
         if argument.startswith("-") or (previous.startswith("-") and "=" not in argument):
             continue  # Hydra's flags and their values
@@ -339,13 +340,13 @@ def check_overrides(arguments: Sequence[str], schema: type = RunConfig) -> None:
                 f"contain special characters, e.g. 'data.path=\"a=b.hdf5\"' (--help lists all)"
             ) from error
         if not override.is_hydra_override():
-            _check_override(override, schema, is_multirun(arguments))
+            _check_override(override, schema, cfg, is_multirun(arguments))
     keys = {argument.partition("=")[0] for argument in arguments}
     if {"step_sizes", "w2_weights"} <= keys:
         raise ValueError("step_sizes set w2_weights; give one of the two.")
 
 
-def _check_override(override: Override, schema: type, multirun: bool) -> None:
+def _check_override(override: Override, schema: type, cfg: DictConfig, multirun: bool) -> None:
     key, line = override.key_or_group, str(override.input_line)
     known = {name: (hint, default) for name, _, hint, default in iter_options(schema)}
     if key.startswith("env.kwargs."):
@@ -379,7 +380,7 @@ def _check_override(override: Override, schema: type, multirun: bool) -> None:
                 f"algorithm={name} is unknown; choose one of {', '.join(algorithms())}."
             )
         try:
-            OmegaConf.update(OmegaConf.structured(schema), key, value)
+            OmegaConf.update(cfg, key, value)
             # OmegaConf converts every integer to a boolean.
             if known.get(key, (None,))[0] is bool and type(value) is int and value not in (0, 1):
                 raise ValueError("not a boolean")
