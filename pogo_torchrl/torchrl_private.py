@@ -22,6 +22,8 @@ once and uses a fallback.
   networks that have an updater. Replaceable by a public method.
 * ``LossModule._loss_mask_keys``, since 0.14: keys of the masks of padded steps. Replaceable by a
   public list.
+* ``ReplayBufferEnsemble._rbs``, since 0.3: hooks see rows of all buffers of an ensemble.
+  Replaceable by its length.
 * ``LossModule._clear_weakrefs``, since 0.6: ``torch.compile`` cannot return weak references.
   Replaceable by weak references that can be compiled.
 """
@@ -35,6 +37,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.data import ReplayBuffer
 from torchrl.objectives.common import LossModule
 
 _STAGES = {
@@ -97,6 +100,15 @@ def count_updates(trainer: Any, count: int) -> None:
         trainer._optim_count += count
     else:
         _warn_once("Trainer._optim_count", "TorchRL's own count of updates is too low")
+
+
+def ensemble_members(replay_buffer: Any) -> list[ReplayBuffer]:
+    """Return the replay buffers of an ensemble; an empty list for other objects.
+
+    Args:
+        replay_buffer: any replay buffer.
+    """
+    return list(getattr(replay_buffer, "_rbs", ()))
 
 
 def share_update_marks(wrapper: LossModule, loss: LossModule) -> None:

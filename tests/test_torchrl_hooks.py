@@ -15,7 +15,12 @@ import torchrl.trainers
 from tensordict.nn import TensorDictModule
 from torch.optim.lr_scheduler import StepLR
 from torch.testing import assert_close
-from torchrl.data import LazyTensorStorage, OfflineToOnlineReplayBuffer, TensorDictReplayBuffer
+from torchrl.data import (
+    LazyTensorStorage,
+    OfflineToOnlineReplayBuffer,
+    ReplayBufferEnsemble,
+    TensorDictReplayBuffer,
+)
 from torchrl.envs import GymEnv, TransformedEnv
 from torchrl.modules import TanhModule
 from torchrl.objectives import SoftUpdate
@@ -352,6 +357,41 @@ def test_hooks_see_rows_of_trajectories(make_loss, make_batch):
     trainer.register_op("pre_steps_log", lambda batch: seen.append(batch.shape))
     trainer.train()
     assert seen == [(25,), (5,)]
+
+
+def test_hooks_see_rows_of_several_buffers(make_loss, make_buffer):
+    parts = make_buffer(8), make_buffer(24)
+    buffers = {
+        "ensemble": ReplayBufferEnsemble(*parts, batch_size=16),
+        "offline": OfflineToOnlineReplayBuffer(parts[0], online_capacity=24, batch_size=16),
+    }
+    for name, buffer in buffers.items():
+        trainer, seen = POGOTrainer(make_loss(), buffer, 50, progress_bar=False), []
+        if name == "offline":
+            buffer.extend(parts[1][:])
+        trainer.register_op("pre_steps_log", lambda batch, seen=seen: seen.append(batch[REWARD]))
+        trainer.train()
+        assert [len(rewards) for rewards in seen] == [25, 25]
+        found = {float(reward) for reward in torch.cat(seen)}
+        for part in parts:
+            assert found & {float(reward) for reward in part[:][REWARD]}
+
+
+def test_hooks_that_look_at_rows_need_a_buffer_that_gives_them(make_loss, make_buffer):
+    class Samples:
+        data = make_buffer()
+
+        def __len__(self):
+            return 64
+
+        def sample(self):
+            return self.data.sample()
+
+    POGOTrainer(make_loss(), Samples(), 2, progress_bar=False).train()
+    trainer = POGOTrainer(make_loss(), Samples(), 2, progress_bar=False)
+    LogScalar(REWARD, "reward").register(trainer)
+    with pytest.raises(ValueError, match="looks at rows of the data, which Samples does not give"):
+        trainer.train()
 
 
 def test_changing_the_batch_size_of_a_tick_is_an_error(make_loss, make_buffer):

@@ -6,13 +6,15 @@ import copy
 import inspect
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from torch.testing import assert_close
-from torchrl.data import LazyTensorStorage, TensorDictPrioritizedReplayBuffer
+from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictPrioritizedReplayBuffer
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.trainers import Trainer
@@ -203,6 +205,27 @@ def test_checkpoints_contain_priorities(make_loss, make_batch, tmp_path):
     uninterrupted = trained(12)
     trained(6, checkpoint_dir=tmp_path)
     assert_close(trained(12, checkpoint_dir=tmp_path), uninterrupted, rtol=0, atol=0)
+
+
+def test_priorities_that_nobody_would_update_are_rejected(make_loss, make_buffer):
+    sampler = PrioritizedSampler.__new__(PrioritizedSampler)  # without TorchRL's compiled trees
+    part = SimpleNamespace(sampler=sampler)
+    ensemble = make_buffer()
+    ensemble._rbs = [make_buffer(), part]
+    with pytest.raises(ValueError, match="would not tell it their priorities: use members"):
+        POGOTrainer(make_loss(), ensemble, 3)
+    plain = make_buffer()
+    single = ReplayBuffer(storage=plain.storage, batch_size=16)
+    single._sampler = sampler
+    with pytest.raises(ValueError, match="use TensorDictPrioritizedReplayBuffer"):
+        POGOTrainer(make_loss(), single, 3)
+
+
+@pytest.mark.parametrize("kind", [TensorDict, list])
+def test_data_without_samples_are_rejected(make_loss, make_batch, kind):
+    data = make_batch(64) if kind is TensorDict else [make_batch(64)]
+    with pytest.raises(ValueError, match=rf"which {kind.__name__} has not: create TensorDictRepl"):
+        POGOTrainer(make_loss(), data, 3)
 
 
 def test_a_buffer_with_another_priority_key_is_rejected(make_loss, make_batch):

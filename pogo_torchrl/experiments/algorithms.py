@@ -29,7 +29,7 @@ from pogo_torchrl.modules import (
     make_qvalue,
 )
 from pogo_torchrl.objectives import GaussianPOGOLoss, JKOChain, POGOLoss, ReBRACLoss
-from pogo_torchrl.objectives.checks import check_step_sizes, check_weights
+from pogo_torchrl.objectives.settings import check_step_sizes, check_weights
 from pogo_torchrl.policy_nets import make_deterministic_net, make_gaussian_net
 from pogo_torchrl.trainers import ChainTrainer, POGOTrainer
 from pogo_torchrl.trainers.chain_trainer import CRITICS_FIRST, TOGETHER

@@ -33,7 +33,7 @@ from pogo_torchrl.functional import step_sizes_to_weights
 from pogo_torchrl.machine import physical_memory
 from pogo_torchrl.modules import make_actor, make_qvalue
 from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.objectives.checks import check_step_sizes
+from pogo_torchrl.objectives.settings import check_step_sizes
 from pogo_torchrl.trainers import LR_SCHEDULES, lr_scheduler
 from pogo_torchrl.trainers.fused.compilation import COMPILABLE
 from pogo_torchrl.trainers.optimizers import adam

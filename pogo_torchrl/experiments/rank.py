@@ -13,7 +13,7 @@ from pogo_torchrl.experiments.csv_log import CSVSink
 from pogo_torchrl.experiments.overrides import parse_options, wants_help
 from pogo_torchrl.experiments.run import RunInProgress
 from pogo_torchrl.experiments.trained_run import open_run
-from pogo_torchrl.objectives.checks import check_gamma
+from pogo_torchrl.objectives.settings import check_gamma
 from pogo_torchrl.progress import progress_bar
 from pogo_torchrl.report import rank_correlation
 from pogo_torchrl.report.run_logs import read_evaluations

@@ -13,13 +13,7 @@ from torchrl.data import TensorSpec
 from torchrl.objectives.utils import distance_loss
 
 from pogo_torchrl import functional
-from pogo_torchrl.objectives.checks import (
-    action_bounds,
-    as_networks,
-    check_choice,
-    check_integer,
-    check_positive,
-)
+from pogo_torchrl.objectives.checks import action_bounds, as_networks
 from pogo_torchrl.objectives.critics import critic_values
 from pogo_torchrl.objectives.keyed_loss import KeyedLoss
 
@@ -38,6 +32,8 @@ class ActorCriticLoss(KeyedLoss):
     qvalue_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
     max_action: Tensor
+
+    fixed = ("num_qvalue_nets", "delay_actor", "delay_qvalue")
 
     def __init__(
         self,
@@ -58,16 +54,6 @@ class ActorCriticLoss(KeyedLoss):
         use_prioritized_weights: bool | Literal["auto"],
     ) -> None:
         super().__init__()
-        check_integer("num_qvalue_nets", num_qvalue_nets)
-        for name, value in (
-            ("critic_bc_weight", critic_bc_weight),
-            ("policy_noise", policy_noise),
-            ("noise_clip", noise_clip),
-        ):
-            check_positive(name, value, or_zero=True)
-        check_choice("q_normalization", q_normalization, functional.Q_NORMALIZATIONS)
-        check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
-        check_choice("reduction", reduction, ("mean", "sum", "none", None))
         self.critic_bc_weight = critic_bc_weight
         self.q_normalization = q_normalization
         self.num_qvalue_nets = num_qvalue_nets
@@ -76,10 +62,10 @@ class ActorCriticLoss(KeyedLoss):
         self.delay_actor = delay_actor
         self.delay_qvalue = delay_qvalue
         self.loss_function = loss_function
-        self.reduction = reduction or "mean"
+        self.reduction = "mean" if reduction is None else reduction
         self.use_prioritized_weights = use_prioritized_weights
 
-        owner = type(self).__name__
+        owner, num_qvalue_nets = type(self).__name__, self.num_qvalue_nets  # a Python number
         (actor,) = as_networks(actor_network, 1, "actor", "one", owner=owner)
         critics = as_networks(
             qvalue_network, num_qvalue_nets, "qvalue_network", "num_qvalue_nets", owner=owner

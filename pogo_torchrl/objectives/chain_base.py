@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torchrl.modules
 from tensordict import NestedKey, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictModule
@@ -12,8 +15,17 @@ from torchrl.modules import Delta, GRUModule, LSTMModule, TanhDelta
 from torchrl.objectives.common import LossModule
 
 from pogo_torchrl.modules import TransportActor
-from pogo_torchrl.objectives.chain_loss import ChainLoss
+from pogo_torchrl.objectives.chain_loss import ChainLoss, parameter_sizes
+from pogo_torchrl.objectives.settings import CHAIN_CHECKS, Check, check_choice, check_positive
 from pogo_torchrl.policy_nets import DeterministicNet
+
+CHECKS_OF_CHAINS: dict[str, Check] = {
+    **{key: CHAIN_CHECKS[key] for key in ("alpha", "blur", "num_samples", "w2_backend")},
+    "q_normalization": CHAIN_CHECKS["q_normalization"],
+    "actor_q": partial(check_choice, allowed=("first", "mean", "min", "advantage")),
+    "entropy_weight": partial(check_positive, or_zero=True),
+}
+"""Checks of the settings of :class:`~pogo_torchrl.JKOChain`, by name."""
 
 # Actors of TorchRL that draw noise without a distribution; the installed version may lack some.
 _NOISY = tuple(
@@ -60,6 +72,45 @@ def first_actor_params(base: LossModule) -> TensorDictParams:
     """Parameters of the base's actor, or of the first one of a chain."""
     name = "actor_network_0_params" if isinstance(base, ChainLoss) else "actor_network_params"
     return getattr(base, name)
+
+
+def check_value_network(actor_q: str, base: LossModule) -> None:
+    """Check that a loss has the value network of an advantage, or raise ``ValueError``."""
+    if actor_q == "advantage" and not hasattr(base, "value_network_params"):
+        raise ValueError(
+            f"actor_q='advantage' needs a value network, which {type(base).__name__} does not "
+            "have: use 'first', 'mean' or 'min'."
+        )
+
+
+def base_settings(base: LossModule) -> dict[str, Any]:
+    """Settings of a base loss by name, which a run must share with a checkpoint.
+
+    Args:
+        base: any of TorchRL's actor-critic losses.
+
+    Returns:
+        Its public attributes that are numbers or text, its buffers and those of its value estimator
+        (such as gamma), and the dtype and the sizes of its networks.
+    """
+    if isinstance(base, ChainLoss):
+        return base.settings()
+    estimator = base.value_estimator
+    return {
+        **{
+            name: value
+            for name, value in vars(base).items()
+            if isinstance(value, bool | int | float | str)
+            and name[0] != "_"
+            and name not in ("training", "deactivate_vmap")
+        },
+        **dict(base.named_buffers(recurse=False)),
+        "value_estimator": type(estimator).__name__,
+        **dict(estimator.named_buffers(recurse=False)),
+        "dtype": str(next(base.parameters()).dtype),
+        "actor_network": parameter_sizes(base.actor_network_params),
+        "qvalue_network": parameter_sizes(base.qvalue_network_params),
+    }
 
 
 def check_base(base: LossModule) -> None:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import dispatch
 from torch import Tensor
 from torch.func import functional_call
 from torchrl.envs.utils import ExplorationType
 
 from pogo_torchrl import functional
+from pogo_torchrl.objectives.checks import check_reads_noise, check_rows
 from pogo_torchrl.objectives.networks import ChainNetworks, Params
+from pogo_torchrl.objectives.settings import CHAIN_CHECKS, check_change_of_weights, check_exact
 
 Noise = dict[str, Tensor]
 """Standard normal draws by name, see :meth:`ChainLoss.draw_noise`."""
@@ -39,6 +41,11 @@ def actor_scalars(index: int) -> tuple[str, str, str, str]:
     return f"actor_loss_{index}", f"q_actor_{index}", distance, f"lmbd_{index}"
 
 
+def parameter_sizes(params: TensorDictParams) -> str:
+    """Shapes of the parameters of a network, such as ``"16, 16x5, 2, 2x16"``."""
+    return ", ".join("x".join(map(str, values.shape)) for values in params.parameters())
+
+
 class ChainLoss(ChainNetworks):
     """Base class for losses of a chain of actors and their critics.
 
@@ -48,9 +55,13 @@ class ChainLoss(ChainNetworks):
     # With TorchRL's default, DETERMINISTIC, a transport map would act with z = 0 in the losses.
     deterministic_sampling_mode = ExplorationType.RANDOM
 
+    checks = CHAIN_CHECKS
+    fixed = ("num_actors", "num_qvalue_nets", "delay_actor", "delay_qvalue")
+
     num_samples: int
     w2_weights: Any
     alpha: Any
+    w2_backend: Any
     data_weight: float
     shared_noise: bool
     deactivate_vmap: bool
@@ -60,6 +71,24 @@ class ChainLoss(ChainNetworks):
     qvalue_terms: Terms
     first_actor_terms: Terms
     jko_terms: Terms
+
+    def checked_change(self, name: str, value: Any) -> Any:
+        """Return the new value of a setting, checked with the other settings and the networks."""
+        if name == "w2_weights":
+            return check_change_of_weights(value, self.num_actors)
+        if name in ("w2_backend", "num_samples"):
+            both = {"w2_backend": self.w2_backend, "num_samples": self.num_samples, name: value}
+            check_exact(**both)
+        if name == "shared_noise" and value:
+            check_reads_noise(self.actor_network)
+        if name == "average_actors" and (value is None) != (self.average_actors is None):
+            raise ValueError(self.too_late(name, value))
+        return value
+
+    def traced_settings(self) -> list[Any]:
+        """Return what a compiled update reads when it is traced, to notice when it changes."""
+        values = [getattr(self, name) for name in _SETTINGS if name not in ("w2_weights", "alpha")]
+        return [*values, self.value_estimator, *vars(self.tensor_keys).values()]
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that a run must share with a checkpoint that it continues from.
@@ -75,6 +104,8 @@ class ChainLoss(ChainNetworks):
             "min_action": self.min_action,
             "max_action": self.max_action,
             "dtype": str(self.min_action.dtype),
+            "actor_network": parameter_sizes(self.actor_network_0_params),
+            "qvalue_network": parameter_sizes(self.qvalue_network_params),
             "value_estimator": type(estimator).__name__,
             **dict(estimator.named_buffers(recurse=False)),  # gamma, lmbda
         }
@@ -259,6 +290,7 @@ class ChainLoss(ChainNetworks):
                 f"actor index {index} is out of range: the actors are 0..{self.num_actors - 1}."
             )
         indices = range(self.num_actors) if index is None else (index,)
+        check_rows(tensordict)
         if 0 in indices or self.data_weight:
             self.check_batch(tensordict, (*self.actor_network.in_keys, self.tensor_keys.action))
         noise = self.draw_noise(tensordict, critic=False, actors=indices)

@@ -2,187 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
 
-import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchrl.data import Composite, TensorSpec
 
-from pogo_torchrl.functional import Q_NORMALIZATIONS
 from pogo_torchrl.modules import fresh_copies, noise_reader
-from pogo_torchrl.ot import BACKENDS, MAX_POINTS
 from pogo_torchrl.specs import bounded_action_spec
-
-
-def plain_number(value: Any) -> Any:
-    """Return a NumPy scalar or a tensor with no dimensions as a number of Python.
-
-    All other values are returned as they are.
-    """
-    scalar = isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0
-    return value.item() if scalar else value
-
-
-def check_weights(w2_weights: Sequence[float]) -> tuple[float, ...]:
-    """Return the weights of a chain as a tuple of floats.
-
-    Raises:
-        ValueError: if they are not a non-empty sequence of finite numbers >= 0.
-    """
-    try:
-        weights = () if isinstance(w2_weights, str) else tuple(float(w) for w in w2_weights)
-    except (TypeError, ValueError):
-        weights = ()
-    if not weights or not all(math.isfinite(w) and w >= 0 for w in weights):
-        raise ValueError(
-            f"w2_weights={w2_weights!r} must be a sequence of finite numbers >= 0, one per actor "
-            "of the chain, e.g. (0.2, 0.2, 0.2)."
-        )
-    return weights
-
-
-def check_step_sizes(step_sizes: Sequence[float] | float, num_actors: int) -> tuple[float, ...]:
-    """Return the step sizes of a chain as a tuple of floats.
-
-    Args:
-        step_sizes: one per actor, or a single number for all ``num_actors``.
-        num_actors: number of actors, for a single number.
-
-    Raises:
-        ValueError: if they are not positive finite numbers.
-    """
-    try:
-        step_sizes = plain_number(step_sizes)
-        if isinstance(step_sizes, int | float):
-            sizes: tuple[float, ...] = (float(step_sizes),) * num_actors
-        else:
-            sizes = () if isinstance(step_sizes, str) else tuple(float(h) for h in step_sizes)
-    except (TypeError, ValueError):
-        sizes = ()
-    if not sizes or not all(0 < h < math.inf for h in sizes):
-        raise ValueError(
-            f"step_sizes={step_sizes!r} must be a positive number, or a sequence of positive "
-            "numbers, one per actor of the chain, e.g. (0.5, 0.5, 0.5)."
-        )
-    return sizes
-
-
-def chain_weights(
-    w2_weights: Sequence[float] | None,
-    step_sizes: Sequence[float] | None,
-    low: Tensor,
-    alpha: float,
-) -> tuple[float, ...]:
-    """Return the weights of the actors that a chain adds to a base.
-
-    Args:
-        w2_weights: the weights, or ``None``. They may be empty: the base alone.
-        step_sizes: the sizes of their steps, or ``None``.
-        low: lower action bound, which gives the number of action dimensions.
-        alpha: weight of the Q term.
-
-    Raises:
-        ValueError: if not exactly one of both is given, or if it is invalid.
-    """
-    if w2_weights is not None and step_sizes is None:
-        return check_weights(w2_weights) if len(w2_weights) else ()
-    if step_sizes is None or w2_weights is not None:
-        raise ValueError("JKOChain needs either w2_weights or step_sizes, one per added actor.")
-    if not low.dim():
-        raise ValueError(
-            "step_sizes depend on the number of action dimensions, which bounds=(low, high) of "
-            "two numbers do not tell: pass action_spec=Bounded(...)."
-        )
-    return tuple(alpha / (h * low.shape[-1]) for h in check_step_sizes(step_sizes, 1))
-
-
-def check_integer(name: str, value: int) -> None:
-    """Check that a setting is an integer >= 1, raising ``ValueError`` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer >= 1.")
-
-
-def check_positive(name: str, value: float, or_zero: bool = False) -> None:
-    """Check that a setting is finite and > 0 (or >= 0), raising ``ValueError`` otherwise."""
-    ok = isinstance(value, (int, float)) and math.isfinite(value)
-    if not ok or value < 0 or (value == 0 and not or_zero):
-        raise ValueError(
-            f"{name}={value!r} must be a finite number {'>= 0' if or_zero else '> 0'}."
-        )
-
-
-def check_share(name: str, value: float, or_zero: bool = False) -> None:
-    """Check that a setting is in (0, 1] (or [0, 1]), raising ``ValueError`` otherwise."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-    if not ok or (value == 0 and not or_zero):
-        interval = "[0, 1]" if or_zero else "(0, 1]"
-        raise ValueError(f"{name}={value!r} must be a number in {interval}, e.g. 0.25.")
-
-
-def check_gamma(gamma: float | Tensor) -> None:
-    """Check that the discount factor is in [0, 1], raising ``ValueError`` otherwise."""
-    try:
-        fits = 0 <= float(gamma) <= 1
-    except (TypeError, ValueError, RuntimeError):
-        fits = False
-    if not fits:
-        raise ValueError(f"gamma={gamma} must be a number in [0, 1], e.g. 0.99.")
-
-
-def check_choice(name: str, value, allowed: tuple) -> None:
-    """Check that a setting is one of the allowed values, raising ``ValueError`` otherwise."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {list(allowed)}.")
-
-
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "num_qvalue_nets": check_integer,
-    "num_samples": check_integer,
-    "blur": check_positive,
-    "w2_fraction": check_share,
-    "alpha": check_positive,
-    "data_weight": partial(check_share, or_zero=True),
-    "critic_bc_weight": partial(check_positive, or_zero=True),
-    "policy_noise": partial(check_positive, or_zero=True),
-    "noise_clip": partial(check_positive, or_zero=True),
-    "w2_backend": partial(check_choice, allowed=BACKENDS),
-    "q_normalization": partial(check_choice, allowed=Q_NORMALIZATIONS),
-    "loss_function": partial(check_choice, allowed=("l2", "l1", "smooth_l1")),
-    "reduction": partial(check_choice, allowed=("mean", "sum", "none")),
-    "target_action": partial(check_choice, allowed=("noisy", "min_clean_noisy")),
-    "actor_q": partial(check_choice, allowed=("first", "mean")),
-    "chain_init": partial(check_choice, allowed=("independent", "copy")),
-}
-
-
-def check_settings(loss: Any) -> None:
-    """Check the settings of a :class:`~pogo_torchrl.POGOLoss`, given as its attributes.
-
-    Scalars of NumPy and tensors without dimensions become numbers of Python.
-
-    Raises:
-        ValueError: if a setting is out of range.
-    """
-    for name in (*_CHECKS, "average_actors", "advantage_temperature"):
-        setattr(loss, name, plain_number(getattr(loss, name)))
-    for name, check in _CHECKS.items():
-        check(name, getattr(loss, name))
-    if loss.average_actors is not None:
-        check_share("average_actors", loss.average_actors)
-    if loss.advantage_temperature is not None:
-        check_positive("advantage_temperature", loss.advantage_temperature)
-    if loss.w2_backend == "exact" and loss.num_samples > MAX_POINTS:
-        raise ValueError(
-            f"num_samples={loss.num_samples} is too large for w2_backend='exact', which supports "
-            f"at most {MAX_POINTS}: lower it, or use w2_backend='fast'."
-        )
 
 
 def check_reads_noise(actor: nn.Module) -> None:
@@ -307,6 +137,18 @@ def _actor_spec(actor: nn.Module) -> TensorSpec | None:
     return spec if isinstance(spec, TensorSpec) else None
 
 
+_NO_ROWS = (
+    "the batch has no rows ({}), and a mean over none does not exist: sample at least one "
+    "transition."
+)
+
+
+def check_rows(batch: TensorDictBase) -> None:
+    """Check that a batch has rows, raising ``ValueError`` otherwise."""
+    if 0 in batch.batch_size:
+        raise ValueError(_NO_ROWS.format(f"its shape is {tuple(batch.batch_size)}"))
+
+
 def check_batch(
     batch: TensorDictBase,
     keys: Sequence[NestedKey],
@@ -370,10 +212,7 @@ def check_batch(
         )
     shape = found[action].shape
     if 0 in shape[:-1]:
-        raise ValueError(
-            f"the batch has no rows ({action!r} has shape {tuple(shape)}), and a mean over none "
-            "does not exist: sample at least one transition."
-        )
+        raise ValueError(_NO_ROWS.format(f"{action!r} has shape {tuple(shape)}"))
     if low.dim() and shape[-1] != low.shape[-1]:
         raise ValueError(
             f"{action!r} has shape {tuple(shape)}, but the actors have actions of shape "

@@ -30,7 +30,7 @@ from torchrl.modules import IndependentNormal, TanhNormal
 
 from pogo_torchrl import functional
 from pogo_torchrl.objectives.chain_base import distribution_class, is_deterministic
-from pogo_torchrl.objectives.checks import check_positive
+from pogo_torchrl.objectives.settings import check_choice, check_positive
 from pogo_torchrl.ot import MAX_POINTS, sinkhorn_divergence
 
 OF_SAMPLES = ("sinkhorn", "exact", "l2")
@@ -60,6 +60,7 @@ def check_distance(distance: str, actor: nn.Module, num_samples: int, backend: s
     Raises:
         ValueError: if it does not.
     """
+    check_choice("distance", distance, DISTANCES)
     kind = distribution_class(actor)
     name = type(actor).__name__ if kind is None else kind.__name__
     if distance == "l2" and not is_deterministic(actor):

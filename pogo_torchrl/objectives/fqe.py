@@ -15,7 +15,6 @@ from torch.func import functional_call
 from torchrl.objectives.utils import distance_loss
 
 from pogo_torchrl.modules import fresh_copies
-from pogo_torchrl.objectives.checks import check_choice, check_integer
 from pogo_torchrl.objectives.keyed_loss import KeyedLoss
 
 
@@ -94,6 +93,7 @@ class FQELoss(KeyedLoss):
     target_qvalue_network_params: TensorDictParams
 
     critic_bc_weight = 0.0
+    fixed = ("num_qvalue_nets",)
 
     def __init__(
         self,
@@ -107,9 +107,8 @@ class FQELoss(KeyedLoss):
         policies = list(policies)
         if not policies:
             raise ValueError("policies is empty: pass the policies to evaluate, e.g. [actor].")
-        check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
-        check_integer("num_qvalue_nets", num_qvalue_nets)
         self.num_qvalue_nets = num_qvalue_nets
+        num_qvalue_nets = self.num_qvalue_nets  # a Python number by now
         self.loss_function = loss_function
         self.reduction, self.use_prioritized_weights = "mean", "auto"
         self.__dict__.update(policies=policies, actor_network=policies[0])  # not submodules

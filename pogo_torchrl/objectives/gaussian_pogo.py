@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,8 +19,14 @@ from torchrl.modules import IndependentNormal
 from pogo_torchrl import functional
 from pogo_torchrl.objectives.actor_critic import ActorCriticLoss
 from pogo_torchrl.objectives.chain_base import distribution_class
-from pogo_torchrl.objectives.checks import check_choice, check_positive
+from pogo_torchrl.objectives.checks import check_rows
 from pogo_torchrl.objectives.distances import OF_GAUSSIANS, gaussian_distance, moments
+from pogo_torchrl.objectives.settings import (
+    COMMON_CHECKS,
+    check_choice,
+    check_positive,
+    plain_number,
+)
 
 
 class GaussianPOGOLoss(ActorCriticLoss):
@@ -123,6 +130,12 @@ class GaussianPOGOLoss(ActorCriticLoss):
 
     deterministic_sampling_mode = ExplorationType.RANDOM
 
+    checks = COMMON_CHECKS | {
+        "distance": partial(check_choice, allowed=tuple(OF_GAUSSIANS)),
+        "entropy_weight": partial(check_positive, or_zero=True),
+        "w2_weight": partial(check_positive, or_zero=True),
+    }
+
     behaviour_network: TensorDictModule
     behaviour_network_params: TensorDictParams
     target_behaviour_network_params: TensorDictParams
@@ -150,9 +163,6 @@ class GaussianPOGOLoss(ActorCriticLoss):
         reduction: Literal["mean", "sum", "none"] | None = "mean",
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
-        check_choice("distance", distance, tuple(OF_GAUSSIANS))
-        check_positive("entropy_weight", entropy_weight, or_zero=True)
-        check_positive("alpha", alpha)
         if behaviour_network is None:
             behaviour_network = copy.deepcopy(actor_network)
         for name, network in (("actor", actor_network), ("behaviour_network", behaviour_network)):
@@ -201,9 +211,8 @@ class GaussianPOGOLoss(ActorCriticLoss):
         if weight is not None and size is not None:
             raise ValueError(f"step_size={size} sets w2_weight={weight}; give one of the two.")
         if size is None:
-            weight = 0.2 if weight is None else weight
-            check_positive("w2_weight", weight, or_zero=True)
-            return weight
+            return 0.2 if weight is None else weight
+        size = plain_number(size)
         check_positive("step_size", size)
         if not self.min_action.dim():
             raise ValueError(
@@ -222,6 +231,7 @@ class GaussianPOGOLoss(ActorCriticLoss):
             The loss and the detached scalars ``q_actor``, ``w2_behaviour``, ``entropy`` and
             ``lmbd``.
         """
+        check_rows(tensordict)
         box = self.min_action, self.max_action
         policy = self._policy("actor", tensordict)
         with torch.no_grad():

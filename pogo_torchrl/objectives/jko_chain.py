@@ -19,22 +19,17 @@ from torchrl.objectives.utils import ValueEstimators
 
 from pogo_torchrl import functional
 from pogo_torchrl.objectives.chain_base import (
+    CHECKS_OF_CHAINS,
     check_base,
+    check_value_network,
     distribution_of,
     first_actor_params,
     is_deterministic,
     value_key,
 )
-from pogo_torchrl.objectives.checks import (
-    action_bounds,
-    chain_weights,
-    check_choice,
-    check_integer,
-    check_positive,
-)
+from pogo_torchrl.objectives.checks import action_bounds, check_rows
 from pogo_torchrl.objectives.critics import critic_values
 from pogo_torchrl.objectives.distances import (
-    DISTANCES,
     OF_GAUSSIANS,
     check_distance,
     check_entropy_weight,
@@ -42,13 +37,15 @@ from pogo_torchrl.objectives.distances import (
     moments,
     sample_distance,
 )
-from pogo_torchrl.ot import BACKENDS
+from pogo_torchrl.objectives.settings import (
+    CheckedSettings,
+    chain_weights,
+    check_change_of_weights,
+)
 from pogo_torchrl.torchrl_private import ProtectedLossModule, reduce_loss, share_update_marks
 
-ACTOR_Q = ("first", "mean", "min", "advantage")
 
-
-class JKOChain(ProtectedLossModule):
+class JKOChain(CheckedSettings, ProtectedLossModule):
     r"""A JKO chain on top of a TorchRL actor-critic loss.
 
     The base loss is untouched: its actor is :math:`\pi_0`, and its critics are trained by it alone.
@@ -147,6 +144,8 @@ class JKOChain(ProtectedLossModule):
     base_loss: LossModule
     actor_network: TensorDictModule
 
+    checks = CHECKS_OF_CHAINS
+
     def __init__(
         self,
         base_loss: LossModule,
@@ -169,20 +168,7 @@ class JKOChain(ProtectedLossModule):
         check_base(base_loss)
         super().__init__()
         self.base_loss = base_loss
-        check_choice("actor_q", actor_q, ACTOR_Q)
-        check_choice("distance", distance, DISTANCES)
-        check_choice("w2_backend", w2_backend, BACKENDS)
-        check_choice("q_normalization", q_normalization, ("mean_abs", None))
-        check_integer("num_samples", num_samples)
-        check_positive("blur", blur)
-        check_positive("alpha", alpha)
-        check_distance(distance, base_loss.actor_network, num_samples, w2_backend)
-        check_entropy_weight(entropy_weight, base_loss.actor_network)
-        if actor_q == "advantage" and not hasattr(base_loss, "value_network_params"):
-            raise ValueError(
-                f"actor_q='advantage' needs a value network, which {type(base_loss).__name__} does "
-                "not have: use 'first', 'mean' or 'min'."
-            )
+        check_value_network(actor_q, base_loss)
         self.actor_q = actor_q
         self.distance = distance
         self.num_samples = num_samples
@@ -191,6 +177,8 @@ class JKOChain(ProtectedLossModule):
         self.q_normalization = q_normalization
         self.alpha = alpha
         self.entropy_weight = entropy_weight
+        check_distance(distance, base_loss.actor_network, self.num_samples, w2_backend)
+        check_entropy_weight(self.entropy_weight, base_loss.actor_network)
 
         self.w2_weights: tuple[float, ...] = ()
         self.__dict__["actor_network"] = base_loss.actor_network  # registered by the base
@@ -200,10 +188,32 @@ class JKOChain(ProtectedLossModule):
         low, high = action_bounds(action_spec, bounds, self.actor(0), key, owner="JKOChain")
         self.register_buffer("action_low", low)
         self.register_buffer("action_high", high)
-        self.w2_weights = chain_weights(w2_weights, step_sizes, low, alpha)
-        for i in range(1, len(self.w2_weights) + 1):
+        weights = chain_weights(w2_weights, step_sizes, low, self.alpha)
+        for i in range(1, len(weights) + 1):
             setattr(self, f"chain_actor_{i}_params", copy.deepcopy(self._params(0)))
+        self.w2_weights = weights
         share_update_marks(self, base_loss)
+
+    @property
+    def is_created(self) -> bool:
+        """Whether the constructor has checked the base and its bounds."""
+        return "action_high" in self.__dict__.get("_buffers", ())
+
+    def checked_change(self, name: str, value: Any) -> Any:
+        """Return the new value of a setting, checked with the other settings and the actors."""
+        if name == "w2_weights":
+            added = [key for key, _ in self.named_children() if key.startswith("chain_actor_")]
+            return check_change_of_weights(value, len(added))
+        if name in ("distance", "num_samples", "w2_backend"):
+            now = {key: getattr(self, key) for key in ("distance", "num_samples", "w2_backend")}
+            now[name] = value
+            distance, num_samples, backend = now.values()
+            check_distance(distance, self.actor_network, num_samples, backend)
+        if name == "actor_q":
+            check_value_network(value, self.base_loss)
+        if name == "entropy_weight":
+            check_entropy_weight(value, self.actor_network)
+        return value
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -227,6 +237,7 @@ class JKOChain(ProtectedLossModule):
             raise IndexError(
                 f"actor index {index} is out of range: the chain trains 1..{self.num_actors - 1}."
             )
+        check_rows(tensordict)
         losses, metadata = [], {}
         for i in range(1, self.num_actors) if index is None else (index,):
             action, distance, entropy = self._proximal_terms(tensordict, i)

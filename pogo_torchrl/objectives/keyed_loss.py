@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -11,13 +12,14 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
-from torchrl.objectives.value import ValueEstimatorBase
+from torchrl.objectives.value import GAE, ValueEstimatorBase, VTrace
 
-from pogo_torchrl.objectives.checks import check_batch, check_gamma, check_padding
+from pogo_torchrl.objectives.checks import check_batch, check_padding
+from pogo_torchrl.objectives.settings import CheckedSettings, check_gamma
 from pogo_torchrl.torchrl_private import ProtectedLossModule
 
 
-class KeyedLoss(ProtectedLossModule):
+class KeyedLoss(CheckedSettings, ProtectedLossModule):
     """Loss with an actor and critics that reads transitions and bootstraps from a TD target."""
 
     @dataclass
@@ -64,6 +66,12 @@ class KeyedLoss(ProtectedLossModule):
     critic_bc_weight: float
     _out_keys: list[NestedKey]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; settings are checked, see :class:`CheckedSettings`."""
+        super().__setattr__(name, value)
+        if name == "critic_bc_weight" and self.is_created:
+            self._set_in_keys()  # the batch may need next actions from now on
+
     def make_value_estimator(
         self, value_type: ValueEstimators | None = None, **hyperparams
     ) -> KeyedLoss:
@@ -78,15 +86,20 @@ class KeyedLoss(ProtectedLossModule):
             The loss itself.
 
         Raises:
+            NotImplementedError: if the estimator needs a network of state values.
             ValueError: if ``gamma`` is not in [0, 1].
         """
         if "gamma" in hyperparams:
             check_gamma(hyperparams["gamma"])
         if value_type is None:
             value_type = self.default_value_estimator
-        if isinstance(value_type, ValueEstimatorBase) or (
-            isinstance(value_type, type) and issubclass(value_type, ValueEstimatorBase)
-        ):
+        kind = value_type if isinstance(value_type, type) else type(value_type)
+        if issubclass(kind, GAE | VTrace):
+            raise NotImplementedError(
+                f"{kind.__name__} needs a network of state values, which {type(self).__name__} "
+                "does not have: use TD0Estimator, TD1Estimator or TDLambdaEstimator."
+            )
+        if issubclass(kind, ValueEstimatorBase):
             if isinstance(value_type, type):
                 hyperparams.setdefault("value_network", None)
             LossModule.make_value_estimator(self, value_type, **hyperparams)
@@ -151,6 +164,8 @@ class KeyedLoss(ProtectedLossModule):
                 rows are not finite.
         """
         keys = self.in_keys if keys is None else keys
+        if not torch.compiler.is_compiling():
+            self._check_written()
         check_batch(
             tensordict,
             keys,
@@ -165,6 +180,20 @@ class KeyedLoss(ProtectedLossModule):
             # Next actions are NaN where there is none.
             missing_allowed = ("next", self.tensor_keys.action)
             check_padding(tensordict, [k for k in keys if k != missing_allowed], valid)
+
+    def _check_written(self) -> None:
+        """Check that the networks write the keys that the loss reads from them."""
+        for name, network in (
+            ("action", self.actor_network),
+            ("state_action_value", self.qvalue_network),
+        ):
+            key = getattr(self.tensor_keys, name)
+            if key not in network.out_keys:
+                raise ValueError(
+                    f"{type(self).__name__} reads {key!r} from the {type(network).__name__}, which "
+                    f"writes {list(network.out_keys)}: use loss.set_keys({name}=...), or other "
+                    "out_keys."
+                )
 
     @property
     def in_keys(self) -> list[NestedKey]:

@@ -19,15 +19,9 @@ from torchrl.objectives.utils import distance_loss
 
 from pogo_torchrl import functional
 from pogo_torchrl.objectives.chain_loss import ChainLoss, Noise, Params, actor_scalars
-from pogo_torchrl.objectives.checks import (
-    action_bounds,
-    as_networks,
-    check_reads_noise,
-    check_settings,
-    check_step_sizes,
-    check_weights,
-)
+from pogo_torchrl.objectives.checks import action_bounds, as_networks, check_reads_noise
 from pogo_torchrl.objectives.distances import unit_box_divergence
+from pogo_torchrl.objectives.settings import check_exact, check_step_sizes, check_weights
 
 
 class POGOLoss(ChainLoss):
@@ -149,6 +143,9 @@ class POGOLoss(ChainLoss):
         use_prioritized_weights (bool or "auto"): weight samples by ``priority_weight`` if the
             batch contains it. Defaults to ``"auto"``.
 
+    Settings may be set later, as in ``loss.alpha = 0.5``: they are checked in the same way, and the
+    next update uses them. Those from which networks are created cannot be changed.
+
     Raises:
         ValueError: if a setting is out of range, if a list of networks has the wrong length, or
             if its networks differ in architecture.
@@ -261,7 +258,7 @@ class POGOLoss(ChainLoss):
         self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
         self.w2_weights = check_weights(w2_weights)
-        check_settings(self)
+        check_exact(self.w2_backend, self.num_samples)
         sizes = None
         if step_sizes is not None:
             sizes = check_step_sizes(step_sizes, len(self.w2_weights))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from tensordict import TensorDictBase
@@ -12,7 +13,7 @@ from torchrl.data import TensorSpec
 
 from pogo_torchrl import functional
 from pogo_torchrl.objectives.actor_critic import ActorCriticLoss
-from pogo_torchrl.objectives.checks import check_positive
+from pogo_torchrl.objectives.settings import COMMON_CHECKS, check_positive
 
 
 class ReBRACLoss(ActorCriticLoss):
@@ -107,6 +108,8 @@ class ReBRACLoss(ActorCriticLoss):
         >>> (out["loss_qvalue"] + out["loss_actor"]).backward()
     """
 
+    checks = COMMON_CHECKS | {"actor_bc_weight": partial(check_positive, or_zero=True)}
+
     def __init__(
         self,
         actor_network: TensorDictModule,
@@ -126,7 +129,6 @@ class ReBRACLoss(ActorCriticLoss):
         reduction: Literal["mean", "sum", "none"] | None = "mean",
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
-        check_positive("actor_bc_weight", actor_bc_weight, or_zero=True)
         super().__init__(
             actor_network,
             qvalue_network,

@@ -106,7 +106,10 @@ def sinkhorn_divergence(
 
 # GeomLoss derives its schedule from the batch's diameter on the host. torch.compile would recompile
 # for every value, so this call stays uncompiled.
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="GeomLoss reads values on the host: use w2_backend='fast', which is the same "
+    "divergence, or compile without fullgraph=True"
+)
 def _geomloss(x: Tensor, y: Tensor, blur: float, backend: str, diameter: float | None) -> Tensor:
     if _diameter(x, y) == 0:
         # All points coincide, for which GeomLoss raises: value and gradient are exactly 0.

@@ -115,14 +115,14 @@ class ChainOptimizationStepper(OptimizationStepper):
         for i, name in enumerate(self._chain_names, 1):
             self.parameters[name] = chain.actor_params(i)
         self.optimizers: dict[str, Optimizer] = {}
-        self._schedulers: dict[str, LRScheduler] = {}
+        self.schedulers: dict[str, LRScheduler] = {}
         for name, parameters in self.parameters.items():
             is_actor = "actor" in name
             make = actor_optimizer if is_actor else qvalue_optimizer
             schedule = actor_lr_scheduler if is_actor else qvalue_lr_scheduler
             self.optimizers[name] = (default if make is None else make)(parameters)
             if schedule is not None:
-                self._schedulers[name] = schedule(self.optimizers[name])
+                self.schedulers[name] = schedule(self.optimizers[name])
         self._targets = None if tau is None else SoftUpdate(chain, tau=tau)
         self.steps = 0
         self.freeze_at: int | None = None
@@ -180,7 +180,7 @@ class ChainOptimizationStepper(OptimizationStepper):
         if with_actors and not self.frozen and self._targets is not None:
             self._targets.step()
         self.steps += 1
-        step_schedulers(self._schedulers.values())
+        step_schedulers(self.schedulers.values())
         self.last_batch = batch
         self._scalars |= scalars  # networks that are not trained repeat their last values
         for mean in self._means:
@@ -236,7 +236,7 @@ class ChainOptimizationStepper(OptimizationStepper):
             "scalars": dict(self._scalars),
             "means": [mean.state_dict() for mean in self._means],
             "optimizers": {name: one.state_dict() for name, one in self.optimizers.items()},
-            "schedulers": {name: one.state_dict() for name, one in self._schedulers.items()},
+            "schedulers": {name: one.state_dict() for name, one in self.schedulers.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -246,7 +246,7 @@ class ChainOptimizationStepper(OptimizationStepper):
             mean.load_state_dict(state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict["optimizers"][name])
-        for name, scheduler in self._schedulers.items():
+        for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(state_dict["schedulers"][name])
 
 

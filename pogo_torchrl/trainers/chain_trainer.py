@@ -8,6 +8,7 @@ from typing import Any
 from torchrl.data import ReplayBuffer
 
 from pogo_torchrl.objectives import JKOChain
+from pogo_torchrl.objectives.chain_base import base_settings
 from pogo_torchrl.trainers.chain_stepper import ChainOptimizationStepper
 from pogo_torchrl.trainers.trainer import POGOTrainer
 
@@ -97,9 +98,10 @@ class ChainTrainer(POGOTrainer):
         return ChainOptimizationStepper(loss_module, order=self.order, **settings)
 
     def loss_settings(self) -> dict[str, Any]:
-        """Return the settings of the chain, and the class of its base."""
+        """Return the settings of the chain, and the class and the settings of its base."""
         chain = self.loss_module
         names = ("w2_weights", "actor_q", "distance", "num_samples", "blur", "w2_backend",
-                 "q_normalization", "alpha")  # fmt: skip
+                 "q_normalization", "alpha", "entropy_weight")  # fmt: skip
         found = {name: getattr(chain, name) for name in names}
-        return {**found, "base": type(chain.base_loss).__name__, "order": self.order}
+        base = {f"base.{name}": value for name, value in base_settings(chain.base_loss).items()}
+        return {**found, **base, "base": type(chain.base_loss).__name__, "order": self.order}

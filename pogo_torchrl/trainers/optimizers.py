@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
 from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.trainers.checkpoints import plain
 from pogo_torchrl.trainers.fused.update import trained_parameters
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -132,6 +133,11 @@ class ChainOptimizers:
             raise ValueError(_INVALID_OPTIMIZER.format(option, "an optimizer", made))
         return made
 
+    @property
+    def schedulers(self) -> dict[str, LRScheduler]:
+        """The learning-rate schedules by name, of the optimizers that have one."""
+        return self._schedulers if self.by_name else {}
+
     def step_schedulers(self) -> None:
         """Advance all learning-rate schedules by one update."""
         step_schedulers(self._schedulers.values())
@@ -161,6 +167,37 @@ def step_schedulers(schedulers: Iterable[LRScheduler]) -> None:
             # neither does an update without the actors.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             scheduler.step()
+
+
+# Arguments of optimizers that choose an implementation, which may differ between devices.
+_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+
+
+def optimizer_settings(
+    name: str, optimizer: Optimizer, scheduler: LRScheduler | None
+) -> dict[str, Any]:
+    """Return the settings of an optimizer that a run must share with a checkpoint.
+
+    Args:
+        name: name of the optimizer.
+        optimizer: the optimizer, before its first step.
+        scheduler: its learning-rate schedule, if there is one.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+        >>> found = optimizer_settings("qvalue", sgd, None)
+        >>> found["qvalue_optimizer"], found["qvalue_optimizer.momentum"]
+        ('SGD(lr=0.1)', 0.9)
+    """
+    group = dict(optimizer.param_groups[0])
+    lr = group.pop("lr")
+    lr = plain(float(group.pop("initial_lr", lr)))  # the former with a schedule
+    others = {k: v for k, v in group.items() if k not in ("params", *_IMPLEMENTATION)}
+    return {
+        f"{name}_optimizer": f"{type(optimizer).__name__}(lr={lr})",
+        f"{name}_lr_scheduler": None if scheduler is None else type(scheduler).__name__,
+        **{f"{name}_optimizer.{key}": value for key, value in others.items()},
+    }
 
 
 _INVALID_OPTIMIZER = (

@@ -17,7 +17,7 @@ from torchrl.trainers import TrainerHookBase
 from pogo_torchrl import functional
 from pogo_torchrl.modules import make_qvalue
 from pogo_torchrl.objectives import FQELoss
-from pogo_torchrl.objectives.checks import check_integer
+from pogo_torchrl.objectives.settings import check_integer, plain_number
 from pogo_torchrl.trainers.hooks import Sink
 
 # 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
@@ -225,7 +225,8 @@ class RankActors(TrainerHookBase):
         **settings: Any,
     ) -> None:
         check_integer("interval", interval)
-        self.sinks, self.interval, self.report, self.settings = sinks, interval, report, settings
+        self.sinks, self.interval = sinks, plain_number(interval)
+        self.report, self.settings = report, settings
 
     def register(self, trainer: Any, name: str = "rank_actors") -> None:
         """Register the hook with a trainer.

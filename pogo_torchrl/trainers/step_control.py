@@ -9,7 +9,7 @@ from typing import Any
 from torchrl.trainers import TrainerHookBase
 
 from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.objectives.checks import check_integer, check_positive
+from pogo_torchrl.objectives.settings import check_integer, check_positive, plain_number
 from pogo_torchrl.trainers.stepper import RunningMean
 
 
@@ -29,8 +29,8 @@ class StepControl(TrainerHookBase):
     """
 
     def __init__(self, interval: int = 100) -> None:
-        check_integer("interval", interval)
-        self.interval = interval
+        self.interval = plain_number(interval)
+        check_integer("interval", self.interval)
 
     def register(self, trainer: Any, name: str = "step_control") -> None:
         """Register the hook with a trainer.
@@ -135,7 +135,9 @@ class HoldDisplacement(StepControl):
         for name, factor in {"limit": limit, "bound": bound}.items():
             if not 1 <= factor < math.inf:
                 raise ValueError(f"{name}={factor!r} must be a finite number >= 1.")
-        self.target, self.rate, self.limit, self.bound = target, rate, limit, bound
+        self.target, self.rate, self.limit, self.bound = map(
+            plain_number, (target, rate, limit, bound)
+        )
 
     def register(self, trainer: Any, name: str = "step_control") -> None:
         """Register the hook with a trainer.
@@ -209,7 +211,7 @@ class GrowSteps(StepControl):
     def __init__(self, growth: float, *, interval: int = 100) -> None:
         super().__init__(interval)
         check_positive("alpha_growth", growth)
-        self.growth = growth
+        self.growth = plain_number(growth)
 
     def factor(self, step: int, total: int) -> float:
         r"""Return :math:`\alpha_t / \alpha_0`.

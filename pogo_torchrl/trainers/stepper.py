@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
@@ -185,6 +186,11 @@ class POGOOptimizationStepper(OptimizationStepper):
     def optimizers(self) -> dict[str, Optimizer]:
         """Optimizers by name: ``qvalue``, ``actor_0``, ``actor_1``, ...; created on first use."""
         return self._optimizers.by_name
+
+    @property
+    def schedulers(self) -> dict[str, LRScheduler]:
+        """Learning-rate schedules by the name of their optimizer."""
+        return self._optimizers.schedulers
 
     # ------------------------------------------------------------------ updates
 

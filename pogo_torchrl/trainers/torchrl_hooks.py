@@ -1,12 +1,9 @@
-"""TorchRL's trainer hooks on POGOTrainer: those without effect are refused; rows for the others."""
+"""TorchRL's trainer hooks on POGOTrainer: those without effect are refused."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from tensordict import TensorDictBase
-from torchrl.data import ReplayBuffer
 from torchrl.trainers import (
     LRSchedulerHook,
     ReplayBufferTrainer,
@@ -111,24 +108,3 @@ def check_hook(trainer: Any, hook: Any, stage: str | None = None) -> None:
         )
     if reason is not None:
         raise ValueError(f"{type(hook).__name__} cannot be registered: {reason}.")
-
-
-def rows_for_hooks(replay_buffer: ReplayBuffer, count: int, seed: int) -> TensorDictBase:
-    """Draw rows for hooks that look at the batch, which is collected data in TorchRL's trainers.
-
-    Neither the global random state nor the sampler is used, so that such hooks do not affect the
-    training.
-
-    Args:
-        replay_buffer: the data.
-        count: number of rows.
-        seed: seed of the draw.
-
-    Returns:
-        ``[count]`` rows, without the entries that describe how they were collected.
-    """
-    rows = replay_buffer
-    if replay_buffer.storage.ndim > 1:  # an index selects whole trajectories
-        rows = replay_buffer[:].reshape(-1)
-    generator = torch.Generator().manual_seed(seed)
-    return rows[torch.randint(len(rows), (count,), generator=generator)].exclude("collector")

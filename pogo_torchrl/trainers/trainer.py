@@ -13,7 +13,6 @@ from tensordict import TensorDict, TensorDictBase
 from torch.optim import Optimizer
 from torchrl.checkpoint import CheckpointError, CheckpointRotation
 from torchrl.data import ReplayBuffer
-from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
@@ -21,7 +20,8 @@ from torchrl.trainers import EarlyStopping, Trainer, TrainerHookBase
 from torchrl.trainers.trainers import OptimizationStepper
 
 from pogo_torchrl.objectives import POGOLoss
-from pogo_torchrl.objectives.checks import plain_number
+from pogo_torchrl.objectives.settings import plain_number
+from pogo_torchrl.trainers.buffers import check_buffer, prioritized_sampler, rows_for_hooks
 from pogo_torchrl.trainers.checkpoints import (
     FORMAT_VERSION,
     DurableCheckpoint,
@@ -33,10 +33,10 @@ from pogo_torchrl.trainers.checkpoints import (
 )
 from pogo_torchrl.trainers.freeze import FreezeThenFlow
 from pogo_torchrl.trainers.hooks import DivergenceError, ProgressBar
-from pogo_torchrl.trainers.optimizers import MakeOptimizer, MakeScheduler
+from pogo_torchrl.trainers.optimizers import MakeOptimizer, MakeScheduler, optimizer_settings
 from pogo_torchrl.trainers.stepper import POGOOptimizationStepper
 from pogo_torchrl.trainers.ticks import OfflineStepIterator
-from pogo_torchrl.trainers.torchrl_hooks import BATCH_STAGES, check_hook, rows_for_hooks
+from pogo_torchrl.trainers.torchrl_hooks import BATCH_STAGES, check_hook
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -161,8 +161,9 @@ class POGOTrainer(Trainer):
         logger: Logger | None = None,
         log_interval: int = 10_000,
     ) -> None:
-        total_steps, policy_freq, checkpoint_interval, keep_checkpoints = map(
-            plain_number, (total_steps, policy_freq, checkpoint_interval, keep_checkpoints)
+        total_steps, policy_freq, checkpoint_interval, keep_checkpoints, log_interval = map(
+            plain_number,
+            (total_steps, policy_freq, checkpoint_interval, keep_checkpoints, log_interval),
         )
         lr, clip_grad_norm, tau, freeze_critics_at = map(
             plain_number, (lr, clip_grad_norm, tau, freeze_critics_at)
@@ -177,8 +178,7 @@ class POGOTrainer(Trainer):
             keep_checkpoints=keep_checkpoints,
             log_interval=log_interval,
         )
-        if len(replay_buffer) == 0:
-            raise ValueError("The replay buffer is empty: fill it before training.")
+        check_buffer(replay_buffer)
 
         delays = (getattr(loss_module, f"delay_{name}", False) for name in ("qvalue", "actor"))
         if target_net_updater is None and any(delays):
@@ -289,21 +289,12 @@ class POGOTrainer(Trainer):
 
     def _register_priority_updates(self, replay_buffer: ReplayBuffer) -> None:
         """Write TD errors to a prioritised replay buffer, and checkpoint its priorities."""
-        sampler = getattr(replay_buffer, "sampler", None)
-        if not isinstance(sampler, PrioritizedSampler):
+        sampler = prioritized_sampler(replay_buffer, self.loss_module.tensor_keys.priority)
+        if sampler is None:
             return
-        update = getattr(replay_buffer, "update_tensordict_priority", None)
-        key = self.loss_module.tensor_keys.priority
-        theirs = getattr(replay_buffer, "priority_key", None)
-        if update is None or theirs != key:
-            raise ValueError(
-                f"the prioritised replay buffer reads priorities from {theirs!r}, but the loss "
-                f"writes them to {key!r}: use a TensorDictReplayBuffer with priority_key={key!r}, "
-                f"or loss.set_keys(priority=...)."
-            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchRL may rename this stage
-            self.register_op("post_loss", update)
+            self.register_op("post_loss", replay_buffer.update_tensordict_priority)
         self.register_module("priorities", PriorityState(sampler))
 
     @staticmethod
@@ -419,9 +410,7 @@ class POGOTrainer(Trainer):
             found[name] = getattr(stepper, name)
         found["freeze_critics_at"] = self.freeze_critics_at
         for name, optimizer in stepper.optimizers.items():
-            group = optimizer.param_groups[0]
-            lr = plain(float(group.get("initial_lr", group["lr"])))  # the former with a schedule
-            found[f"{name}_optimizer"] = f"{type(optimizer).__name__}(lr={lr})"
+            found |= optimizer_settings(name, optimizer, stepper.schedulers.get(name))
         return {name: plain(value) for name, value in found.items()}
 
     def loss_settings(self) -> dict[str, Any]:

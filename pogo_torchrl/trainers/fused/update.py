@@ -95,8 +95,8 @@ class Update:
         clip_grad_norm: maximum gradient norm of each network. Defaults to ``None``: no clipping.
         stacked: batches and results have a leading dimension ``[R]``. Defaults to ``False``.
         compile: run the update as one graph of ``torch.compile``, which gives the same values
-            except for rounding. Settings of the losses other than ``w2_weights`` and ``alpha`` are
-            read when the graph is traced, at the first call. Supports Adam and AdamW only, as does
+            except for rounding. If a setting other than ``w2_weights`` and ``alpha`` changes, a
+            new update has to be created. Supports Adam and AdamW only, as does
             a stack. If compiling fails, there is one warning, and the update runs uncompiled.
             Defaults to ``False``.
         bf16: run the networks in bfloat16 (autocast); parameters, moments and the divergence stay
@@ -123,6 +123,7 @@ class Update:
             check_backend(self.loss)
         self.runs = list(optimizers)
         self.tau, self.clip_grad_norm, self.bf16 = tau, clip_grad_norm, bf16
+        self._compiled = compile
         # A compiled single run is a stack of one: its products are traced as batched products,
         # whose biases are fused with the activations (those of a linear layer are written before).
         self.stacked = stacked or compile
@@ -165,6 +166,7 @@ class Update:
             for name, network in self.networks.items()
         }
         self._addresses, self._layout = self._get_addresses(), self._get_layout()
+        self._settings = self._traced_settings()
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -285,22 +287,24 @@ class Update:
         """Check whether parameters and moments still use the memory that the update is bound to.
 
         Returns:
-            ``False`` if any of them has been moved; then call :meth:`refresh`.
+            ``False`` if any of them has been moved, or if a setting has changed that a compiled
+            update has read; then call :meth:`refresh`.
 
         Raises:
             ValueError: if a setting of an optimizer has changed that the update cannot follow.
         """
         for optimizer in self.optimizers.values():
             optimizer.check()
-        return self._get_addresses() == self._addresses
+        unchanged = self._traced_settings() == self._settings
+        return unchanged and self._get_addresses() == self._addresses
 
     def refresh(self) -> bool:
         """Bind to the current memory of the parameters and moments.
 
         Returns:
-            ``False`` if shapes, dtypes or devices have changed; then create a new update.
+            ``False`` if shapes, dtypes, devices or settings have changed; then create a new update.
         """
-        if self._get_layout() != self._layout:
+        if self._get_layout() != self._layout or self._traced_settings() != self._settings:
             return False
         self.write_steps()
         self._bind()
@@ -387,6 +391,10 @@ class Update:
         if self.stacked:
             return FusedAdam(optimizers, parameters, params)
         return TorchOptimizer(optimizers[0], parameters[0])
+
+    def _traced_settings(self) -> list[Any]:
+        """Settings of the losses that a compiled update reads once, when it is traced."""
+        return [one.traced_settings() for one in self.losses] if self._compiled else []
 
     def _get_addresses(self) -> list[int]:
         """Return the memory addresses of all tensors that the update is bound to."""
