@@ -67,6 +67,9 @@ NAMES: dict[str, tuple[str, ...]] = {
 """Names under which arrays are found, for each name in D4RL's layout; ``dones`` are ends of either
 kind, ``starts`` first rows, and ``episodes`` numbers of episodes."""
 
+GROUPS = ("observations", "next_observations")
+"""Names whose arrays may be groups of arrays."""
+
 _D4RL_KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
 
 # HDF5's deflate compresses by a factor of about a thousand at most. Small arrays are not checked.
@@ -164,21 +167,36 @@ def get_named_arrays(file: h5py.File, name: str) -> list[h5py.Dataset]:
         The arrays that the file has under any of the names.
 
     Raises:
-        ValueError: for the reasons of :func:`get_local_array`. Groups under names that are not
-            D4RL's, and links that give an array a second name, are left out instead.
+        ValueError: for the reasons of :func:`get_local_array`. Groups of observations or under
+            names that are not D4RL's, and links that give an array a second name, are left out
+            instead.
     """
     keys = [key for key in NAMES[name] if _may_be_array(file, key)]
     return [array for key in keys if (array := get_local_array(file, key)) is not None]
 
 
+def is_group(file: h5py.File, key: str) -> bool:
+    """Whether a key is a group that is stored in the file itself.
+
+    Args:
+        file: an open HDF5 file.
+        key: path of the group inside the file.
+    """
+    try:
+        hard = isinstance(file.get(key, getlink=True), h5py.HardLink)
+    except KeyError:  # a part of the path is an array
+        return False
+    return hard and isinstance(file[key], h5py.Group)
+
+
 def _may_be_array(file: h5py.File, key: str) -> bool:
     """Whether a key is D4RL's, or neither a group nor a link to an array under another name."""
-    if "/" in key or key in _D4RL_KEYS:
+    if "/" in key or (key in _D4RL_KEYS and not (key in GROUPS and is_group(file, key))):
         return True
     link = file.get(key, getlink=True)
     if isinstance(link, h5py.SoftLink):
         return link.path.strip("/") not in {name for names in NAMES.values() for name in names}
-    return not (isinstance(link, h5py.HardLink) and isinstance(file[key], h5py.Group))
+    return not is_group(file, key)
 
 
 def _link_error(name: str, key: str, reason: str) -> ValueError:

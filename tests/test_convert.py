@@ -79,11 +79,18 @@ def test_command(tmp_path, capsys, suffix):
     assert "exists: delete it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["log.npz", "log.pkl"])
-def test_other_types_of_files_are_to_be_converted(tmp_path, name):
+def test_other_types_of_files_are_to_be_converted(tmp_path):
+    (tmp_path / "log.npz").write_bytes(b"anything")
+    with pytest.raises(ValueError, match=r"pogo convert .*log\.npz .*log\.hdf5"):
+        read_hdf5(tmp_path / "log.npz")
+
+
+@pytest.mark.parametrize("name", ["log.pkl", "log.npy", "log.PT"])
+def test_the_advice_for_a_pickle_is_what_convert_accepts(tmp_path, name):
     (tmp_path / name).write_bytes(b"anything")
-    with pytest.raises(ValueError, match=rf"pogo convert .*{name} .*log\.hdf5"):
-        read_hdf5(tmp_path / name)
+    for read in (read_hdf5, lambda path: convert(path, tmp_path / "log.hdf5")):
+        with pytest.raises(ValueError, match=rf"{name} is or may be pickled.*numpy\.savez"):
+            read(tmp_path / name)
 
 
 def test_dictionary(tmp_path):

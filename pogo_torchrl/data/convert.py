@@ -21,14 +21,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from pogo_torchrl.data.hdf5 import Dataset, read_open_file
+from pogo_torchrl.data.hdf5 import Dataset, read_open_file, refuse_pickle
 from pogo_torchrl.files import atomic_write, cannot_read, cannot_write
 from pogo_torchrl.hdf5_files import NAMES, UnsupportedFileError
 from pogo_torchrl.machine import physical_memory
 
 Arrays = dict[str, np.ndarray]
 
-_PICKLED = (".pkl", ".pickle", ".p", ".pt", ".pth", ".joblib", ".npy")
 _HDF5 = (".hdf5", ".h5")
 _MATRICES = ("observations", "actions", "next_observations")
 # A column of a matrix in a CSV file: obs_3, obs3, obs.3 or obs[3].
@@ -52,7 +51,7 @@ def convert(
     """Write a dictionary of arrays as a file in D4RL's HDF5 layout, and check that it can be read.
 
     Common names of arrays (:data:`~pogo_torchrl.hdf5_files.NAMES`) are replaced by D4RL's; other
-    arrays are copied as they are.
+    arrays are copied as they are, and dictionaries of arrays become groups.
 
     Args:
         source: arrays by name, or a file of them: ``.npz``, ``.safetensors``, ``.json`` (an object
@@ -118,6 +117,10 @@ def convert(
 def _to_arrays(content: Mapping[str, Any], name: str) -> Arrays:
     arrays: Arrays = {}
     for key, values in content.items():
+        if isinstance(values, Mapping):  # a group of arrays
+            parts = _to_arrays(values, f"{name}: {key}")
+            arrays.update({f"{key}/{part}": array for part, array in parts.items()})
+            continue
         try:
             arrays[str(key)] = found = np.asarray(values)
         except (ValueError, TypeError) as error:  # e.g. lists of different lengths
@@ -152,12 +155,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         with path.open("rb") as file:
             start = file.read(2)
         suffix = path.suffix.lower()
-        if suffix in _PICKLED or start[:1] == b"\x80":
-            raise UnsupportedFileError(
-                f"{path} is or may be pickled, and loading a pickle can run any code that its "
-                "author put in: load it in a program of your own if you trust it, save its arrays "
-                "with numpy.savez, and convert that file."
-            )
+        refuse_pickle(path, always=start[:1] == b"\x80")
         if suffix in _HDF5:
             raise UnsupportedFileError(
                 f"{path} is an HDF5 file already: use data.source=hdf5 data.path={path}."

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 import torch
+from gymnasium.spaces import Dict
 from tensordict import TensorDict
 
+from pogo_torchrl.data.groups import GroupedArray
 from pogo_torchrl.data.layout import (
     CHUNK_ROWS,
     ends_of_episodes,
@@ -22,10 +24,13 @@ from pogo_torchrl.data.layout import (
     read_ends,
     trajectory_ends,
 )
+from pogo_torchrl.files import cannot_read
 from pogo_torchrl.hdf5_files import UnsupportedFileError, check_real, open_hdf5, size_in_memory
 from pogo_torchrl.machine import physical_memory
 
-_OTHER_TYPES = (".npz", ".npy", ".csv", ".json", ".safetensors", ".pkl", ".pickle", ".pt", ".pth")
+_CONVERTIBLE = (".npz", ".csv", ".json", ".safetensors")
+_PICKLED = (".pkl", ".pickle", ".p", ".pt", ".pth", ".joblib", ".npy")
+Arrays = dict[str, h5py.Dataset | GroupedArray]
 _FLAGS = ("terminals", "timeouts", "dones")
 
 
@@ -41,7 +46,11 @@ class Dataset(NamedTuple):
 
 
 def read_hdf5(
-    path: str | Path, *, max_episode_steps: int | None = 1000, next_observations: bool = True
+    path: str | Path,
+    *,
+    max_episode_steps: int | None = 1000,
+    next_observations: bool = True,
+    dict_space: Dict | None = None,
 ) -> Dataset:
     """Read the transitions of an HDF5 file in D4RL's layout.
 
@@ -61,11 +70,14 @@ def read_hdf5(
         path: an HDF5 file with ``observations [n, obs]``, ``actions [n, d]``, ``rewards [n]``,
             ``terminals [n]`` (any dtype; nonzero is terminal) and, optionally, ``timeouts [n]`` and
             ``next_observations [n, obs]``, under these or other common names
-            (:data:`~pogo_torchrl.hdf5_files.NAMES`).
+            (:data:`~pogo_torchrl.hdf5_files.NAMES`). Observations may also be groups of arrays,
+            which become vectors.
         max_episode_steps: horizon of the task, in steps, used only for files that store neither
             time-outs nor next observations; ``None``: unknown. Defaults to ``1000``.
         next_observations: whether to use stored next observations. Defaults to ``True``;
             ``d4rl.qlearning_dataset`` does not.
+        dict_space: observation space of the environment, whose entries are read from groups of
+            observations, in its order. Defaults to all entries, sorted by name.
 
     Returns:
         The transitions and the episode returns. An episode ends with its first terminal row, even
@@ -100,7 +112,9 @@ def read_hdf5(
         [2.0, 1.0]
     """
     with _opened(path) as file:
-        return read_open_file(file, Path(file.filename), max_episode_steps, next_observations)
+        return read_open_file(
+            file, Path(file.filename), max_episode_steps, next_observations, dict_space
+        )
 
 
 def read_action_dim(path: str | Path) -> int:
@@ -113,16 +127,42 @@ def read_action_dim(path: str | Path) -> int:
         return _check_layout(file, Path(file.filename))["actions"].shape[1]
 
 
+def refuse_pickle(path: Path, *, always: bool = False) -> None:
+    """Refuse a file whose name says that it is a pickle, or may contain one.
+
+    Args:
+        path: the file.
+
+    Keyword Args:
+        always: refuse it whatever its name. Defaults to ``False``.
+
+    Raises:
+        ValueError: an :class:`UnsupportedFileError` that says what to do instead.
+    """
+    if always or path.suffix.lower() in _PICKLED:
+        raise UnsupportedFileError(
+            f"{path} is or may be pickled, and loading a pickle can run any code that its author "
+            "put in: load it in a program of your own if you trust it, save its arrays with "
+            "numpy.savez, and convert that file with pogo convert."
+        )
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[h5py.File]:
     """Open a file for reading, or raise for one that is missing or of another type."""
     path = Path(path).expanduser()
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # its folder must not be searched
+        raise cannot_read(path, error) from error
+    if not is_file:
         raise FileNotFoundError(
             f"data.path={str(path)!r} is not a file; give the path of an HDF5 file in D4RL's "
             "layout."
         )
-    if path.suffix.lower() in _OTHER_TYPES and not h5py.is_hdf5(path):
+    suffix = path.suffix.lower()
+    if suffix in (*_CONVERTIBLE, *_PICKLED) and not h5py.is_hdf5(path):
+        refuse_pickle(path)
         raise UnsupportedFileError(
             f"{path} is not an HDF5 file: convert it first, with pogo convert {path} "
             f"{path.with_suffix('.hdf5')}."
@@ -132,10 +172,14 @@ def _opened(path: str | Path) -> Iterator[h5py.File]:
 
 
 def read_open_file(
-    file: h5py.File, path: Path, max_episode_steps: int | None = 1000, use_next: bool = True
+    file: h5py.File,
+    path: Path,
+    max_episode_steps: int | None = 1000,
+    use_next: bool = True,
+    dict_space: Dict | None = None,
 ) -> Dataset:
     """Read an open file; see :func:`read_hdf5`."""
-    arrays = _check_layout(file, path)
+    arrays = _check_layout(file, path, dict_space)
     if not use_next:
         arrays.pop("next_observations", None)
     stores_next = "next_observations" in arrays
@@ -209,7 +253,7 @@ def _in_order(follows: np.ndarray, flags: dict[str, np.ndarray]) -> bool:
 
 
 def _with_episodes(
-    arrays: dict[str, h5py.Dataset], flags: dict[str, np.ndarray], follows: np.ndarray, path: Path
+    arrays: Arrays, flags: dict[str, np.ndarray], follows: np.ndarray, path: Path
 ) -> dict[str, np.ndarray]:
     """Add the ends that first rows or numbers of episodes tell, unless the rows are shuffled."""
     keys = [key for key in ("starts", "episodes") if key in arrays]
@@ -238,14 +282,15 @@ def _from_rlds(
     return {"terminals": terminals, "timeouts": last}
 
 
-def _check_layout(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
+def _check_layout(file: h5py.File, path: Path, dict_space: Dict | None = None) -> Arrays:
     """Validate keys, dtypes, shapes and sizes without reading any values; returns the arrays."""
-    arrays = find_arrays(file, path)
+    arrays = find_arrays(file, path, dict_space)
     shapes: dict[str, tuple[int, ...]] = {key: array.shape or () for key, array in arrays.items()}
     rows = shapes["observations"][0] if shapes["observations"] else 0
     for name, array in arrays.items():
         shape, key = shapes[name], key_of(array)
-        check_real(array, key)
+        for part in _parts(array):
+            check_real(part, key_of(part))
         is_matrix = name in ("observations", "actions", "next_observations")
         fits = len(shape) == 2 and shape[1] > 0 if is_matrix else shape in ((rows,), (rows, 1))
         if not fits or shape[0] != rows:
@@ -265,7 +310,8 @@ def _check_layout(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
             f"{path} has {rows} rows; at least 2 are needed, so use another file."
         )
     needed = sum(
-        size_in_memory(array, key_of(array)) + 4.0 * array.size for array in arrays.values()
+        sum(size_in_memory(part, key_of(part)) for part in _parts(array)) + 4.0 * array.size
+        for array in arrays.values()
     )
     if "next_observations" not in arrays:  # copied twice, as current and as next observations
         needed += 4.0 * arrays["observations"].size
@@ -277,14 +323,18 @@ def _check_layout(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
     return arrays
 
 
-def _column(arrays: dict[str, h5py.Dataset], key: str, path: Path) -> np.ndarray:
-    column = arrays[key][()].reshape(-1)
+def _parts(array: h5py.Dataset | GroupedArray) -> list[h5py.Dataset]:
+    return array.parts if isinstance(array, GroupedArray) else [array]
+
+
+def _column(arrays: Arrays, key: str, path: Path) -> np.ndarray:
+    column = arrays[key][:].reshape(-1)
     with np.errstate(over="ignore"):  # overflows to infinity, which the check rejects
         _check_finite(column.astype(np.float32, copy=False), key_of(arrays[key]), path, 0)
     return column
 
 
-def _follows(arrays: dict[str, h5py.Dataset]) -> np.ndarray:
+def _follows(arrays: Arrays) -> np.ndarray:
     """Rows whose stored next observation is, up to rounding, the observation of the next row."""
     observations, following = arrays["observations"], arrays["next_observations"]
     follows = np.zeros(len(observations), dtype=bool)
@@ -308,7 +358,7 @@ def _check_finite(array: np.ndarray, key: str, path: Path, first_row: int) -> No
 
 
 def _gather(
-    arrays: dict[str, h5py.Dataset], key: str, path: Path, *selections: np.ndarray
+    arrays: Arrays, key: str, path: Path, *selections: np.ndarray
 ) -> tuple[torch.Tensor, ...]:
     """Select rows of an array as float32 tensors, one tensor per selection.
 

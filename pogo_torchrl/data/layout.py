@@ -11,11 +11,15 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 import torch
+from gymnasium.spaces import Dict
 
+from pogo_torchrl.data.groups import GroupedArray, find_group
 from pogo_torchrl.hdf5_files import (
+    GROUPS,
     NAMES,
     UnsupportedFileError,
     get_named_arrays,
+    is_group,
     size_in_memory,
 )
 
@@ -50,12 +54,16 @@ class Ends(NamedTuple):
     """Whether the file itself tells the time-outs."""
 
 
-def find_arrays(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
+def find_arrays(
+    file: h5py.File, path: Path, dict_space: Dict | None = None
+) -> dict[str, h5py.Dataset | GroupedArray]:
     """Find the arrays of a file under any of their :data:`NAMES`.
 
     Args:
         file: an open HDF5 file.
         path: its path, for messages.
+        dict_space: observation space, in whose order groups of observations are read. Defaults to
+            ``None``: sorted by name.
 
     Returns:
         The arrays by their name in D4RL's layout.
@@ -64,10 +72,12 @@ def find_arrays(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
         ValueError: when arrays are missing, when two arrays of the same meaning differ, or when
             only keys of unknown meaning tell where episodes end.
     """
-    found: dict[str, h5py.Dataset] = {}
+    found: dict[str, h5py.Dataset | GroupedArray] = {}
     for name in NAMES:
         arrays = get_named_arrays(file, name)
         if not arrays:
+            if name in GROUPS and (group := find_group(file, name, dict_space)):
+                found[name] = group
             continue
         found[name] = arrays[0]
         # "states" beside "observations" are the simulator's.
@@ -101,15 +111,14 @@ def find_arrays(file: h5py.File, path: Path) -> dict[str, h5py.Dataset]:
     return found
 
 
-def key_of(array: h5py.Dataset) -> str:
+def key_of(array: h5py.Dataset | GroupedArray) -> str:
     """Key of an array in its file."""
     return str(array.name).lstrip("/")
 
 
 def _hint(file: h5py.File, missing: list[str], unclear: list[str]) -> str:
     """What else to say about a file that lacks arrays."""
-    groups = [key for key in file if isinstance(file.get(key, getlink=True), h5py.HardLink)]
-    groups = [key for key in groups if isinstance(file[key], h5py.Group)]
+    groups = [key for key in file if is_group(file, key)]
     if "observations" in missing and len(groups) == len(file) > 0:
         return (
             f"; this one holds groups ({', '.join(groups[:2])}{', ...' * (len(groups) > 2)}): join "

@@ -205,7 +205,8 @@ def make_replay_buffer(
         max_episode_steps: steps after which episodes of a task of one's own are truncated, for
             files that do not say where this happened. Defaults to ``None``: D4RL's, or unknown.
         dict_space: observation space of the environment of a task of one's own, in whose order
-            ``Dict`` observations of Minari are flattened. Defaults to the dataset's own.
+            ``Dict`` observations of Minari, or groups of observations in a file, are flattened.
+            Defaults to the dataset's own, or to the order of the names.
         device: device of the data. Defaults to ``"cpu"``.
         progress: show progress bars of rollouts and downloads. Defaults to ``True``.
 
@@ -250,7 +251,8 @@ def make_replay_buffer(
             )
         try:
             horizon = max_episode_steps if own_task else d4rl_horizon(task)
-            data = read_hdf5(str(path), max_episode_steps=horizon)
+            space = dict_space if own_task else None
+            data = read_hdf5(str(path), max_episode_steps=horizon, dict_space=space)
         except ValueError as error:
             raise ValueError(f"data.path: {error}" if source == "hdf5" else str(error)) from error
     if batch_size > len(data.transitions):
