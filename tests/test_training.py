@@ -204,6 +204,25 @@ def test_leftovers_of_a_killed_process_are_removed(make_trainer, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000000002"]
 
 
+def test_checkpoints_of_another_training_are_not_mixed_with(make_trainer, tmp_path):
+    make_trainer(2, checkpoint_dir=tmp_path).train()
+    kept = sorted(tmp_path.rglob("*"))
+    for fingerprint in (None, {"data": "b"}):
+        other = make_trainer(4, checkpoint_dir=tmp_path, fingerprint=fingerprint)
+        with pytest.raises(FileExistsError, match=r"contains step-0+2 of another .*resume\(\)"):
+            other.train()
+        assert other.collected_frames == 0
+    assert sorted(tmp_path.rglob("*")) == kept
+    resumed = make_trainer(4, checkpoint_dir=tmp_path)
+    assert resumed.resume() == 2
+    resumed.train()
+    for checkpoint in tmp_path.glob("step-*"):
+        next(checkpoint.rglob("state.pt")).write_bytes(b"damaged")
+    again = make_trainer(2, checkpoint_dir=tmp_path)
+    assert again.resume() is None
+    again.train()  # nothing is lost
+
+
 def test_a_checkpoint_with_another_fingerprint_is_rejected(make_trainer, tmp_path):
     make_trainer(2, checkpoint_dir=tmp_path, fingerprint={"data": "a", "lr": 0.1}).train()
     other = make_trainer(4, checkpoint_dir=tmp_path, fingerprint={"data": "b", "lr": 0.1})

@@ -198,6 +198,25 @@ def plain(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
+def check_unused(rotation: CheckpointRotation | None) -> None:
+    """Check that a training that starts does not mix its checkpoints with those of another.
+
+    A rotation keeps the checkpoints of the most updates, whichever training wrote them.
+
+    Args:
+        rotation: checkpoint rotation of the training; ``None``: it writes no checkpoints.
+
+    Raises:
+        FileExistsError: if its folder already contains checkpoints.
+    """
+    found = rotation and sorted(rotation.directory.glob(f"{rotation.prefix}-*"))
+    if rotation and found:
+        raise FileExistsError(
+            f"{rotation.directory} already contains {found[-1].name} of another training: continue "
+            "that one by calling resume() before train(), or choose another checkpoint_dir."
+        )
+
+
 def remove_unfinished(rotation: CheckpointRotation) -> None:
     """Delete leftovers of a process that was killed while writing or removing a checkpoint.
 

@@ -27,6 +27,7 @@ from pogo_torchrl.trainers.checkpoints import (
     DurableCheckpoint,
     PriorityState,
     check_fingerprint,
+    check_unused,
     is_intact,
     plain,
     remove_unfinished,
@@ -40,8 +41,7 @@ from pogo_torchrl.trainers.torchrl_hooks import BATCH_STAGES, check_hook
 
 _LOGGER = logging.getLogger(__name__)
 
-# Stages that TorchRL's loop runs at each update. With a hook in any of them, updates run one by
-# one.
+# Stages of each update in TorchRL's loop. With a hook in any of them, updates run one by one.
 _PER_UPDATE_STAGES = {"process_optim_batch", "post_loss", "post_optim", "post_optim_log"}
 
 
@@ -113,6 +113,7 @@ class POGOTrainer(Trainer):
     Raises:
         ValueError: if a setting is out of range (see :meth:`check_settings`), if the replay buffer
             is empty, or if an optimizer is invalid.
+        FileExistsError: by :meth:`train`, if ``checkpoint_dir`` has another training's checkpoints.
 
     Example:
         >>> import torch
@@ -190,7 +191,7 @@ class POGOTrainer(Trainer):
         self.freeze_critics_at = freeze_critics_at
         self.stages: dict[str, list[tuple[Callable, dict[str, Any]]]] = {}  # hooks, arguments
         self._has_per_update_hooks = self._has_batch_hooks = False
-        self.stopping = False
+        self.stopping = self._has_resumed = False
         self.stop_reason: str | None = None
         self._tick: TensorDictBase | None = None  # set if the stepper runs the whole tick at once
         ticks, rotation = OfflineStepIterator(total_steps), None
@@ -241,7 +242,7 @@ class POGOTrainer(Trainer):
         for hook in (freeze, *hooks, self.bar):
             if hook is not None:
                 hook.register(self)
-        self.register_op("setup", self._record_settings)
+        self.register_op("setup", self._start)
 
     def make_stepper(self, loss_module: POGOLoss, **settings: Any) -> OptimizationStepper:
         """Create the optimization stepper."""
@@ -417,6 +418,11 @@ class POGOTrainer(Trainer):
         """Return the settings of the loss, by name."""
         return self.loss_module.settings()
 
+    def _start(self) -> None:
+        if not (self.collected_frames or self._has_resumed):
+            check_unused(self.checkpoint_rotation)
+        self._record_settings()
+
     def _record_settings(self) -> None:
         """Use the current settings as fingerprint, before hooks such as step control change any."""
         if self.fingerprint is None:
@@ -432,7 +438,7 @@ class POGOTrainer(Trainer):
             ValueError: if the checkpoint belongs to another run or has another format version. The
                 trainer is unchanged in these cases.
         """
-        rotation = self.checkpoint_rotation
+        rotation, self._has_resumed = self.checkpoint_rotation, True
         if rotation is None:
             return None
         remove_unfinished(rotation)
