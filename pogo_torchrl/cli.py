@@ -72,15 +72,17 @@ def _report(arguments: Sequence[str]) -> None:
 
     @dataclass
     class ReportConfig:
-        log_dir: str = option("logs", "folder that contains the runs", path=True)
+        log_dir: str = option(
+            "logs", "folder that contains the runs; `log_dir=` may be omitted", path=True
+        )
         results_dir: str = option("results", "folder to write the report to", path=True)
 
     if wants_help(arguments):
         print("Write tables, figures and a summary of all runs, finished or not.\n")
-        print("  pogo report [log_dir=FOLDER] [results_dir=FOLDER]\n\nOptions:")
+        print("  pogo report [FOLDER] [option=value ...]\n\nOptions:")
         print("\n".join(option_lines(options(ReportConfig))))
         return
-    cfg = parse_options(arguments, ReportConfig())
+    cfg = parse_options(arguments, ReportConfig(), "log_dir")
     print(f"Report: {write_report(cfg.log_dir, cfg.results_dir)}")
 
 

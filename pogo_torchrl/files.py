@@ -154,14 +154,25 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
             not set, ``~/.cache/pogo_torchrl``.
 
     Raises:
-        OSError: if the user has no home folder.
+        OSError: if the user has no home folder, or no permission to search the cache folder.
 
     Example:
         >>> cache_folder("data").name
         'data'
     """
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+    folder = _cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
+    with suppress(FileNotFoundError, NotADirectoryError):  # it is made when it is needed
+        try:
+            os.stat(os.path.join(folder, "."))
+        except PermissionError as error:
+            raise PermissionError(
+                f"the files in {folder} cannot be looked up ({error.strerror}): ask its owner for "
+                "permission to search the folder (x), or choose another one with data.cache_dir."
+            ) from error
+    return folder
+
+
+def _cache_folder() -> Path:
     # As the XDG specification requires, an empty variable counts as unset.
     try:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

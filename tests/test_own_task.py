@@ -170,7 +170,8 @@ def test_a_named_task_with_reference_scores_and_arguments(folder, module, capsys
         assert mean < -3 * HORIZON  # far from the goal of the arguments
     out = capsys.readouterr().out
     assert "mean score 90.0" in out
-    assert "Scores (0: random policy, 100: expert)" in out
+    assert "Scores (0, 100: the reference returns of the task)" in out
+    assert "expert" not in out
     assert "D4RL" not in out
     (recorded,), _ = read_runs("logs")
     assert (recorded.data_score, recorded.evaluations.scored) == (90.0, True)
@@ -435,6 +436,8 @@ def test_an_environment_without_a_horizon_asks_for_one(folder):
     env = make_gymnasium_env("my/Reach-v0", max_episode_steps=5, action_bounds=[-3, 3])
     assert env.spec.max_episode_steps == 5
     assert env.action_space.high.tolist() == [3, 3]
+    env = make_gymnasium_env("my/Reach-v0", max_episode_steps=5, action_bounds=[[-3, -1], [3, 4]])
+    assert (env.action_space.low.tolist(), env.action_space.high.tolist()) == ([-3, -1], [3, 4])
 
 
 # ------------------------------------------------------------------------------ dictionaries
@@ -593,6 +596,41 @@ def test_runs_without_an_environment(folder, module, capsys):
     with pytest.raises(ValueError, match=r"task='reach' has no environment: set env\.id"):
         evaluate([policy])
     assert evaluate([policy, f"env.id={module}:my/Reach-v0", "episodes=1"])
+
+
+def test_runs_are_ranked_without_their_environment(folder, module, monkeypatch):
+    """Unless it is needed: here it alone says where episodes end."""
+    write_data(folder / "reach.hdf5", timeouts=np.arange(10 * HORIZON) % HORIZON == HORIZON - 1)
+    seed = Path("logs", "reach", "w2_0.2_0.3", "seed_0")
+    train("task=reach", f"env.id={module}:my/Reach-v0", *DATA)
+    quick = [str(seed), "updates=2", "critics=1", "progress_bar=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr("pogo_torchrl.experiments.run.make_evaluator", None)  # cannot be called
+        without = rank(quick)
+    (seed / "checkpoints" / "policy.safetensors").unlink()
+    assert rank(quick) == without
+    write_data(folder / "reach.hdf5")
+    train("task=other", f"env.id={module}:my/Reach-v0", *DATA)
+    assert len(rank([quick[0].replace("reach", "other"), *quick[1:]])) == 2
+
+
+def test_bounds_of_each_action(folder):
+    actions = np.random.default_rng(0).uniform([-2, -1], [2, 3], size=(10 * HORIZON, 2))
+    write_data(folder / "reach.hdf5", actions=actions)
+    cfg = ["task=reach", "eval_interval=0", f"env.max_episode_steps={HORIZON}", *DATA]
+    with pytest.raises(ValueError, match=r"beyond the bounds .* \(-2 to 2\) in dimension 1"):
+        train(*cfg, "env.action_bounds=[[-2,-2],[2,2]]")
+    for bad in ("[[-2,-1,-1],[2,3,1]]", "[[-2],[2]]"):
+        with pytest.raises(ValueError, match=r"lower bounds, but there are 2 action dimensions"):
+            train(*cfg, f"env.action_bounds={bad}")
+    for bad in ("[[-2,-1],[2]]", "[[-2,-1]]", "[[-2,3],[2,3]]", "[a,b]", "[[[1]],[[2]]]"):
+        with pytest.raises(ValueError, match=r"env\.action_bounds=.*or \[\[-1,-2\],\[1,2\]\]"):
+            train(*cfg, f"env.action_bounds={bad}")
+    train(*cfg, "env.action_bounds=[[-2,-1],[2,3]]")
+    train(*cfg, "env.action_bounds=[[-1,-1],[1,1]]", "data.clip_actions=true", "log_dir=clipped")
+    actor = load_actors("logs/reach/w2_0.2_0.3/seed_0/checkpoints/policy.safetensors")[0]
+    space = actor.action_spec.space
+    assert (space.low.tolist(), space.high.tolist()) == ([-2, -1], [2, 3])
 
 
 def test_bounds_of_actions_without_an_environment(folder):

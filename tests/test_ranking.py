@@ -13,6 +13,7 @@ from torchrl.objectives import SoftUpdate
 
 from pogo_torchrl import POGOTrainer, make_actor, make_qvalue
 from pogo_torchrl.cli import main
+from pogo_torchrl.experiments import trained_run
 from pogo_torchrl.experiments.rank import rank, ranking_table
 from pogo_torchrl.objectives import FQELoss
 from pogo_torchrl.report import read_runs, write_report
@@ -253,6 +254,25 @@ def test_rank_prints_a_table_and_writes_it(trained, capsys):
     assert rank([str(trained), *QUICK]) == first  # replaces the rows of the same update
     with (trained / "training" / "ranking.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 2
+
+
+def test_rank_makes_no_environment_where_it_can_do_without(trained, monkeypatch):
+    made = []
+    make = trained_run.RunInProgress
+
+    def recorded(cfg):
+        made.append(make(cfg))
+        return made[-1]
+
+    monkeypatch.setattr(trained_run, "RunInProgress", recorded)
+    first = rank([str(trained), *QUICK])
+    policy = trained / "checkpoints" / "policy.safetensors"
+    hidden = policy.rename(policy.with_name("hidden"))
+    try:
+        assert rank([str(trained), *QUICK]) == first
+    finally:
+        hidden.rename(policy)
+    assert [one.evaluator is None for one in made] == [True, False]
 
 
 def test_a_ranking_is_shown_even_if_it_cannot_be_written(trained, monkeypatch, capsys):

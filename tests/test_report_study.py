@@ -536,6 +536,27 @@ def test_bad_input_gives_a_one_line_error(tmp_path, monkeypatch, capsys, argumen
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_must_not_be_read_is_not_called_empty(tmp_path, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path)])
+    assert capsys.readouterr().err.startswith(f"pogo: no access to {tmp_path} (Permission denied)")
+
+
+def test_the_folder_of_the_runs_alone(logs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["report", str(logs)])
+    page = (tmp_path / "results" / "README.md").read_bytes()
+    main(["report", f"log_dir={logs}", "results_dir=other"])
+    assert (tmp_path / "other" / "README.md").read_bytes() == page
+    with pytest.raises(SystemExit):
+        main(["report", "nowhere"])
+    assert "log_dir=nowhere contains no runs" in capsys.readouterr().err
+
+
 def test_a_results_dir_that_is_a_file_gives_a_one_line_error(logs, tmp_path, capsys):
     (tmp_path / "results").write_text("")
     with pytest.raises(SystemExit) as stop:

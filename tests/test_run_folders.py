@@ -17,7 +17,7 @@ from runs import SMALL, assert_same, rows, run_folder, state
 
 from pogo_torchrl.cli import main
 from pogo_torchrl.configs import compose
-from pogo_torchrl.data import behaviour_dataset, rollouts
+from pogo_torchrl.data import behaviour_dataset, read_hdf5, rollouts
 from pogo_torchrl.data.download import download
 from pogo_torchrl.experiments import algorithms, results
 from pogo_torchrl.experiments import run as run_module
@@ -283,3 +283,29 @@ def test_full_disk_at_the_very_end(make_cfg, tmp_path, monkeypatch):
             run(make_cfg())
     run(make_cfg("resume=true"))
     assert json.loads((run_folder(tmp_path) / "done.json").read_text()) == {"total_steps": 6}
+
+
+def test_folders_that_must_not_be_searched(tmp_path, monkeypatch, capsys):
+    """Without permission (x) for a folder, it is unknown which files are in it."""
+    error = PermissionError(13, "Permission denied", str(tmp_path / "file"))
+
+    def refuse(path, *args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        with pytest.raises(PermissionError, match=r"looked up .*\(x\).* with data\.cache_dir"):
+            cache_folder(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", refuse)
+        with pytest.raises(PermissionError, match=r"data\.hdf5 cannot be read .*ask its owner"):
+            read_hdf5(tmp_path / "data.hdf5")
+    with monkeypatch.context() as patch:
+        patch.setattr("pogo_torchrl.report.write_report", refuse)
+        with pytest.raises(SystemExit) as stop:
+            main(["report"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        f"pogo: no access to {tmp_path}/file (Permission denied): ask its owner for permission, or "
+        "choose another file or folder.\n"
+    )

@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.version import getbase
 from runs import run_folder, state
 
+from pogo_torchrl.cli import main
 from pogo_torchrl.configs import compose
 from pogo_torchrl.experiments import run as run_module
 from pogo_torchrl.experiments.run import run
@@ -78,6 +79,19 @@ def test_a_start_that_failed_leaves_nothing(make_cfg, tmp_path, monkeypatch, fai
     assert list(tmp_path.iterdir()) == []
     run(make_cfg())
     assert (run_folder(tmp_path) / "done.json").exists()
+
+
+def test_wrong_data_give_the_error_only(tmp_path, monkeypatch, capsys):
+    """Not the line that a run has started, which would come first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.hdf5").write_text("no data")
+    for path, message in (("none", "is not a file"), ("bad.hdf5", "is not a readable HDF5 file")):
+        with pytest.raises(SystemExit):
+            main(["train", "task=mine", "env.id=null", "data.source=hdf5", f"data.path={path}"])
+        out, error = capsys.readouterr()
+        assert out == ""
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_files_that_were_there_before_stay(make_cfg, tmp_path, monkeypatch):

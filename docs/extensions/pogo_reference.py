@@ -32,6 +32,7 @@ TYPES = {
     "list[float]": "list of numbers",
     "list[int]": "list of integers",
     "list[str]": "list of texts",
+    "list[Any]": "list",
 }
 
 

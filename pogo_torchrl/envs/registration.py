@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.wrappers import TransformAction
+from numpy.typing import NDArray
 
 from pogo_torchrl.envs.flattening import flatten_observations
 from pogo_torchrl.envs.probe import check_spaces
@@ -88,7 +90,7 @@ def make_gymnasium_env(
     *,
     kwargs: Mapping[str, Any] | None = None,
     max_episode_steps: int | None = None,
-    action_bounds: Sequence[float] | None = None,
+    action_bounds: Sequence[Any] | None = None,
     render_mode: str | None = None,
 ) -> gymnasium.Env:
     """Create an environment of one's own with :func:`gymnasium.make`.
@@ -99,8 +101,8 @@ def make_gymnasium_env(
         kwargs: arguments of the environment. Defaults to none.
         max_episode_steps: number of steps after which an episode is truncated. Defaults to that of
             the registration.
-        action_bounds: lower and upper bound of every action dimension. Defaults to those of the
-            environment.
+        action_bounds: lower and upper bound of the actions, numbers for all dimensions or one list
+            each. Defaults to those of the environment.
         render_mode: Gymnasium's render mode. Defaults to ``None``, no rendering.
 
     Returns:
@@ -149,28 +151,51 @@ def make_gymnasium_env(
     return env
 
 
-def _bounded(env: gymnasium.Env, bounds: Sequence[float]) -> gymnasium.Env:
+def _bounded(env: gymnasium.Env, bounds: Sequence[Any]) -> gymnasium.Env:
     """Replace the bounds of the actions, which are passed on as they are."""
-    low, high = check_action_bounds(bounds)
-    space = Box(low, high, env.action_space.shape, np.float32)
+    shape = env.action_space.shape or ()
+    low, high = read_action_bounds(bounds, math.prod(shape))
+    space = Box(low.reshape(shape), high.reshape(shape), dtype=np.float32)
     return TransformAction(env, lambda action: action, space)
 
 
-def check_action_bounds(bounds: Sequence[float]) -> tuple[float, float]:
-    """Check the option ``env.action_bounds``.
+def read_action_bounds(
+    bounds: Sequence[Any], size: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Lower and upper bounds of the actions, from the option ``env.action_bounds``.
 
     Args:
-        bounds: lower and upper bound of every action dimension.
+        bounds: ``[low, high]``, numbers for all dimensions or one list each.
+        size: number of action dimensions.
+
+    Returns:
+        The bounds, ``[size]`` each.
 
     Raises:
-        ValueError: unless these are two finite numbers in ascending order.
+        ValueError: unless the bounds are finite, in ascending order, and as many as dimensions.
+
+    Example:
+        >>> read_action_bounds([[-1, -2], [1, 2]], 2)[0].tolist(), read_action_bounds([0, 1], 2)[1]
+        ([-1.0, -2.0], array([1., 1.], dtype=float32))
     """
-    low, high = (*bounds, np.nan, np.nan)[:2]
-    if len(bounds) != 2 or not -np.inf < low < high < np.inf:
+    shown = str(bounds).replace(" ", "")
+    try:
+        low, high = (np.array(one if np.isscalar(one) else [*one], dtype=float) for one in bounds)
+        valid = low.shape == high.shape and low.ndim < 2
+        valid = valid and bool(((-np.inf < low) & (low < high) & (high < np.inf)).all())
+    except (ValueError, TypeError):
+        valid = False
+    if not valid:
         raise ValueError(
-            f"env.action_bounds={list(bounds)} must be the lower and the upper bound of the "
-            "actions, e.g. [-2,2]."
+            f"env.action_bounds={shown} must be the lower and the upper bound of the actions, "
+            "e.g. [-2,2], or [[-1,-2],[1,2]] for two dimensions."
         )
+    if low.ndim and len(low) != size:
+        raise ValueError(
+            f"env.action_bounds={shown} has {len(low)} lower bounds, but there are {size} action "
+            "dimensions: give one for each, or one number for all."
+        )
+    low, high = (np.broadcast_to(one, size).astype(np.float32) for one in (low, high))
     return low, high
 
 

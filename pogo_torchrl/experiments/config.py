@@ -121,9 +121,10 @@ class EnvConfig:
         "returns that score 0 and 100, [low,high]; null: D4RL's or the Minari dataset's, otherwise "
         "plain returns are shown",
     )
-    action_bounds: list[float] | None = option(
+    action_bounds: list[Any] | None = option(
         None,
-        "bounds [low,high] of all actions; null: the environment's or, without one, [-1,1]",
+        "bounds [low,high] of the actions, numbers for all or lists with one number per dimension, "
+        "[[-1,-2],[1,2]]; null: the environment's or, without one, [-1,1]",
     )
 
 

@@ -22,6 +22,11 @@ def exit_with_error(error: BaseException, exit_code: int = 2) -> NoReturn:
         exit_code: exit code of the process. Defaults to ``2``.
     """
     message = " ".join(line.strip() for line in str(error).splitlines())
+    if isinstance(error, PermissionError) and error.filename is not None:  # not one of our own
+        message = (
+            f"no access to {error.filename} ({error.strerror}): ask its owner for permission, or "
+            "choose another file or folder."
+        )
     print(f"pogo: {message}", file=sys.stderr)
     sys.exit(exit_code)
 

@@ -165,7 +165,7 @@ def _parse_value(text: str, hint: Any) -> Any:
     """Value of an option's text: lists and mappings in Hydra's syntax, other text as it is."""
     if text == "null":
         return None
-    if hint in (list[float] | None, dict[str, Any]):
+    if hint in (list[float] | None, list[Any] | None, dict[str, Any]):
         return OverridesParser.create().parse_override(f"value={text}").value()
     return text
 
@@ -291,6 +291,8 @@ def check_options(cfg: DictConfig, schema: type = RunConfig) -> None:
                     f"{name}={value} has {len(elements)} values; give 1 to {_MAX_LIST_LENGTH}, "
                     f"e.g. {default}."
                 )
+            if hint == list[Any] | None:  # checked where it is used
+                continue
             if any(map(OmegaConf.is_config, elements)):  # OmegaConf 2.3.1 accepts them
                 raise ValueError(_type_error(name, to_text(value), hint, default))
         lowest, highest = entry.metadata["lowest"], entry.metadata["highest"]
@@ -405,6 +407,7 @@ def _describe_type(hint: Any) -> str:
         list[str] | None: "a list of texts or null",
         list[int] | None: "a list of integers or null",
         list[float] | None: "a list of numbers or null",
+        list[Any] | None: "a list or null",
         int | None: "an integer or null",
         float | None: "a number or null",
         str | None: "text or null",

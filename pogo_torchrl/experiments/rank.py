@@ -58,7 +58,7 @@ def rank(arguments: Sequence[str]) -> list[OfflineValue]:
         raise ValueError("run is missing: write pogo rank FOLDER, with the folder of a run.")
     if cfg.gamma is not None:
         check_gamma(cfg.gamma)
-    run = open_run(cfg.run, device=cfg.device)
+    run = open_run(cfg.run, device=cfg.device, environment=False)
     gamma = run.cfg.gamma if cfg.gamma is None else cfg.gamma
     if gamma == 1:
         raise ValueError("gamma=1.0 has no bound on the values: give gamma < 1, e.g. gamma=0.99.")

@@ -23,10 +23,11 @@ from torchrl.record.loggers import Logger
 
 from pogo_torchrl.data import OfflineReplayBuffer, make_replay_buffer
 from pogo_torchrl.envs import Measure
-from pogo_torchrl.envs.registration import check_action_bounds
+from pogo_torchrl.envs.registration import read_action_bounds
 from pogo_torchrl.evaluation import Evaluation, Evaluator, format_evaluation
 from pogo_torchrl.experiments import algorithms
 from pogo_torchrl.experiments.build import (
+    action_dim,
     check_data,
     check_memory,
     choose_compile,
@@ -197,21 +198,15 @@ class RunInProgress:
         """
         cfg = self.cfg
         check_run_folder(self.folder, cfg)
-        LOGGER.info(
-            "%s on %s, %d updates; run folder %s",
-            "POGO" if self.is_pogo else f"{cfg.algorithm} with chain={cfg.chain}",
-            cfg.task,
-            cfg.total_steps,
-            self.folder.root,
-        )
         shared, horizon = replay_buffer is not None, cfg.env.max_episode_steps
         if replay_buffer is None:
             bounds: Any = True  # [-1, 1]
             if self.evaluator is not None:
                 space = self.evaluator.action_spec.space
                 bounds = (space.low.cpu(), space.high.cpu())
-            elif cfg.env.action_bounds is not None:
-                bounds = tuple(map(torch.tensor, check_action_bounds(cfg.env.action_bounds)))
+            elif cfg.data.clip_actions and cfg.env.action_bounds is not None:
+                found = read_action_bounds(cfg.env.action_bounds, action_dim(cfg))
+                bounds = tuple(map(torch.from_numpy, found))
             replay_buffer = make_replay_buffer(
                 cfg.task,
                 batch_size=cfg.batch_size,
@@ -230,6 +225,13 @@ class RunInProgress:
         self.make_trainer(replay_buffer, replay_buffer, fingerprint(cfg, replay_buffer))
         remove_unfinished(self.trainer.checkpoint_rotation)  # also of a start that left no run
         self.resumed = self.trainer.resume() if cfg.resume else None
+        LOGGER.info(
+            "%s on %s, %d updates; run folder %s",
+            "POGO" if self.is_pogo else f"{cfg.algorithm} with chain={cfg.chain}",
+            cfg.task,
+            cfg.total_steps,
+            self.folder.root,
+        )
 
     def make_trainer(
         self, replay_buffer: OfflineReplayBuffer, batches: Any, fingerprint: dict[str, Any]

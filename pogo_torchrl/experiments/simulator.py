@@ -22,7 +22,7 @@ from pogo_torchrl.envs import (
     max_episode_steps,
     split_task,
 )
-from pogo_torchrl.envs.registration import check_action_bounds
+from pogo_torchrl.envs.registration import read_action_bounds
 from pogo_torchrl.evaluation import Evaluator
 from pogo_torchrl.experiments.own_task import FROM_DATA
 
@@ -170,12 +170,12 @@ class DataSpaces(NamedTuple):
         """
         rows = replay_buffer[:]
         size, bounds = rows["action"].shape[-1], cfg.env.action_bounds
-        low, high = (-1.0, 1.0) if bounds is None else check_action_bounds(bounds)
+        low, high = read_action_bounds((-1.0, 1.0) if bounds is None else bounds, size)
         largest = float(rows["action"].abs().max())
         if bounds is None and not is_d4rl_task(cfg.task) and largest > 1 + 1e-4:
             raise ValueError(
                 f"the data have actions up to {largest:.3g}, and without an environment their "
                 "bounds are unknown: set env.action_bounds=[low,high]."
             )
-        spec = Bounded(torch.full((size,), low), torch.full((size,), high), dtype=torch.float32)
+        spec = Bounded(torch.from_numpy(low), torch.from_numpy(high), dtype=torch.float32)
         return cls(cfg.task, rows["observation"].shape[-1], size, spec)

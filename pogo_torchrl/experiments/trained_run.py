@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import copy
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,22 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pogo_torchrl.experiments import algorithms
 from pogo_torchrl.experiments.config import RunConfig
 from pogo_torchrl.experiments.run import RunInProgress
-from pogo_torchrl.experiments.run_folder import lock_run_folder
+from pogo_torchrl.experiments.run_folder import RunFolder, lock_run_folder
+from pogo_torchrl.experiments.simulator import has_simulator
+from pogo_torchrl.export import load_actors
 
 
-def open_run(path: str | Path, *, device: str = "auto") -> RunInProgress:
+def open_run(path: str | Path, *, device: str = "auto", environment: bool = True) -> RunInProgress:
     """Load the newest checkpoint of a run and its data, as if the run were resumed.
 
     Args:
         path: folder of the run, ``LOG_DIR/TASK/w2_WEIGHTS/seed_SEED``.
         device: device of the networks and the data. Defaults to ``"auto"``.
+        environment: whether the run's environment is needed. If not, it is only created if the
+            run's data and policy do not tell enough without it. Defaults to ``True``.
 
     Returns:
         The run, whose ``loss``, ``replay_buffer`` and ``trainer`` are those of the checkpoint.
@@ -32,6 +38,24 @@ def open_run(path: str | Path, *, device: str = "auto") -> RunInProgress:
     """
     cfg = _read_config(Path(path).expanduser())
     cfg.device, cfg.progress_bar = device, False
+    if not environment and has_simulator(cfg):
+        # Data that are read in another way than in the training do not fit its checkpoints.
+        with suppress(ValueError, FileNotFoundError):  # e.g. a policy is written at the end
+            return _open(_without_environment(cfg), path)
+    return _open(cfg, path)
+
+
+def _without_environment(cfg: DictConfig) -> DictConfig:
+    """The options of a run without its environment, with the action bounds of its policy."""
+    cfg = copy.deepcopy(cfg)
+    actor = load_actors(RunFolder.of(algorithms.resolve(cfg)).policy)[0]
+    space = actor.action_spec.space
+    cfg.env.action_bounds = [space.low.tolist(), space.high.tolist()]
+    cfg.env.id = None
+    return cfg
+
+
+def _open(cfg: DictConfig, path: str | Path) -> RunInProgress:
     run = RunInProgress(cfg)
     with run.environments(), lock_run_folder(run.folder), closing(run):
         run.read_data()

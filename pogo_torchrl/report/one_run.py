@@ -95,9 +95,13 @@ def score_table(path: str | Path, behaviour_score: float, *, measure: str = "D4R
     if not math.isnan(behaviour_score):
         rows["dataset"] = [f"{behaviour_score:.1f}"]
     width = max(8, *(len(cell) + 2 for cells in rows.values() for cell in cells))
-    title = "Returns" if measure == "return" else f"{measure[0].upper()}{measure[1:]}s"
+    title = {
+        "return": "Returns",
+        "score": "Scores (0, 100: the reference returns of the task)",
+        "D4RL score": "D4RL scores (0: random policy, 100: expert)",
+    }[measure]
     lines = [
-        title if measure == "return" else f"{title} (0: random policy, 100: expert)",
+        title,
         f"{'':12}{'deterministic':>{2 * width - 1}}{'stochastic':>{2 * width}}",
         f"{'':12}{'last':>{width}}{'best':>{width}}{'last':>{width}}{'best':>{width}}",
     ]

@@ -192,11 +192,14 @@ def read_runs(log_dir: str | Path) -> tuple[list[RunRecord], dict[str, str]]:
 
     Raises:
         FileNotFoundError: if there is no run folder.
+        PermissionError: if the folder must not be read.
     """
     log_dir = Path(log_dir)
     found = (log_dir.glob(f"*/{name}/seed_*") for name in ("w2_*", "*_chain_*"))
     folders = sorted({p for paths in found for p in paths if p.is_dir()})
     if not folders:
+        if log_dir.is_dir():
+            next(log_dir.iterdir(), None)  # raises for a folder that must not be read
         raise FileNotFoundError(
             f"log_dir={log_dir} contains no runs (TASK/w2_WEIGHTS/seed_SEED); give the folder that "
             "the runs were written to."
