@@ -90,6 +90,12 @@ def test_the_order_and_the_entries_of_the_environment(tmp_path):
         ({}, SPACE, "lacks observations/goal, which is part of the environment's observations"),
         ({"goal": GOAL[:3]}, None, "observations/goal has 3 rows, but observations/position has 6"),
         ({"goal": np.zeros((ROWS, 2))}, SPACE, r"goal has shape \(6, 2\), .* match Discrete\(3\)"),
+        (
+            {"goal": GOAL + 1},
+            SPACE,
+            r"goal: observations have values .* not in Discrete\(3\)",
+        ),
+        ({"goal": GOAL + 0.5}, SPACE, "goal: observations have values that are not in"),
         ({"goal/a": GOAL}, SPACE, r"observations/goal is a group, but .* Discrete\(3\)"),
         ({"image": np.zeros((ROWS, 2, 2), np.uint8)}, None, "image: .* cannot be part of a vector"),
         ({"name": np.full(ROWS, b"a")}, None, r"observations/name has dtype \|S1"),

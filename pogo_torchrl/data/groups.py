@@ -29,7 +29,11 @@ class _Leaf(NamedTuple):
 
     def read(self, rows: slice) -> NDArray[Any]:
         values = self.array[rows]
-        return flatten_rows(self.space, values.reshape(len(values), *(self.space.shape or ())))
+        try:
+            return flatten_rows(self.space, values.reshape(len(values), *(self.space.shape or ())))
+        except ValueError as error:  # values of a Discrete space
+            where = f"{self.array.file.filename}: {self.array.name[1:]}"
+            raise UnsupportedFileError(f"{where}: {error}") from error
 
 
 class GroupedArray:

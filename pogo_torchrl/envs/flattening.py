@@ -105,7 +105,10 @@ def flatten_rows(space: Any, values: Any) -> NDArray[Any]:
         parts = [flatten_rows(part, one) for part, one in zip(space.spaces, values, strict=True)]
         return np.concatenate(parts, axis=-1)
     if isinstance(space, Discrete):
-        return np.eye(int(space.n))[np.asarray(values).reshape(-1) - int(space.start)]
+        index = np.asarray(values).reshape(-1) - int(space.start)
+        if not np.isin(index, np.arange(int(space.n))).all():
+            raise ValueError(f"observations have values that are not in {space}")
+        return np.eye(int(space.n))[index.astype(int)]
     array = np.asarray(values)
     if array.shape[1:] != space.shape:
         raise ValueError(f"observations of shape {array.shape[1:]} are not in {space}")
