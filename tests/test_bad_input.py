@@ -251,6 +251,7 @@ INVALID = {
     float | None: st.sampled_from(["x", "[1.0]", "nan", "inf", "-.inf", "{a:1}", "'1 2'"]),
     str | None: st.sampled_from(["[a]", "{a:b}"]),
     list[str] | None: st.sampled_from(["7", "text", "{a:b}"]),
+    list[Any] | None: st.sampled_from(["7", "text", "{a:b}", "[]"]),
     dict[str, Any]: st.sampled_from(["x", "7", "[1]", "null"]),
 }
 
@@ -274,6 +275,8 @@ def valid_values(name, entry, hint, default):
         return st.just("{a: 1, b: [text]}")
     if hint == list[str] | None:
         return st.just("[text, more]")
+    if hint == list[Any] | None:
+        return st.sampled_from(["[-1, 2]", "[[-1, -2], [1, 2]]"])
     return st.just("iql" if name == "algorithm" else "text")
 
 

@@ -91,7 +91,7 @@ def test_the_order_and_the_entries_of_the_environment(tmp_path):
         ({"goal": GOAL[:3]}, None, "observations/goal has 3 rows, but observations/position has 6"),
         ({"goal": np.zeros((ROWS, 2))}, SPACE, r"goal has shape \(6, 2\), .* match Discrete\(3\)"),
         (
-            {"goal": GOAL + 1},
+            {"goal": GOAL + 3},
             SPACE,
             r"goal: observations have values .* not in Discrete\(3\)",
         ),
