@@ -84,13 +84,14 @@ def test_other_settings(trained, make_loss, make_batch, make_buffer, wide_spec):
         w2_fraction=0.5, data_weight=0.3, shared_noise=True, num_qvalue_nets=3,
         average_actors=0.2,
         critic_bc_weight=0.1, target_action="min_clean_noisy", actor_q="mean",
-        advantage_temperature=0.5,
+        advantage_temperature=0.5, trajectory_weights=True,
     )  # fmt: skip
     buffer = make_buffer()
     buffer.empty()
     batch = make_batch(64, spec=wide_spec)
     batch["next", "action"] = wide_spec.rand([64])
     batch["next", "action"][::5] = torch.nan
+    batch["trajectory_weight"] = torch.rand(64)
     buffer.extend(batch)
     eager, compiled = (
         trained(

@@ -201,7 +201,7 @@ def test_options_added_later_do_not_change_the_fingerprint_of_older_runs():
     added = {
         "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
         "average_actors", "actor_q", "target_action", "critic_bc_weight", "advantage_temperature",
-        "displacement", "alpha_growth", "freeze_critics_at",
+        "displacement", "alpha_growth", "freeze_critics_at", "return_temperature",
     }  # fmt: skip
     assert added.isdisjoint(fingerprint(compose([task]), buffer))
     assert set(fingerprint(compose([task]), buffer)) == {  # those of checkpoint format 3

@@ -20,6 +20,7 @@ from pogo_torchrl.data.hdf5 import read_hdf5
 from pogo_torchrl.data.layout import CHUNK_ROWS
 from pogo_torchrl.data.minari import read_minari
 from pogo_torchrl.data.rollouts import behaviour_dataset
+from pogo_torchrl.data.trajectories import next_actions, trajectory_returns, trajectory_weights
 from pogo_torchrl.envs import is_d4rl_task
 from pogo_torchrl.envs import max_episode_steps as d4rl_horizon
 
@@ -161,6 +162,7 @@ def make_replay_buffer(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     next_action: bool = False,
+    return_temperature: float | None = None,
     clip_actions: bool | tuple[torch.Tensor, torch.Tensor] = False,
     max_episode_steps: int | None = None,
     dict_space: gymnasium.spaces.Dict | None = None,
@@ -200,6 +202,9 @@ def make_replay_buffer(
             ``POGOLoss(critic_bc_weight=...)`` needs. It is the action of the next row if that row
             continues the episode, and NaN otherwise: after a terminal state, and where an episode
             timed out or was cut. Defaults to ``False``.
+        return_temperature: add the weight of each row under ``trajectory_weight``, with this
+            temperature > 0 of :func:`~pogo_torchrl.data.trajectories.trajectory_weights`, which
+            ``POGOLoss(trajectory_weights=True)`` needs. Defaults to ``None``: no weights.
         clip_actions: clip the dataset's actions to these bounds ``(low, high)``, each ``[d]``, or
             with ``True`` to [-1, 1], those of all D4RL tasks. Defaults to ``False``.
         max_episode_steps: steps after which episodes of a task of one's own are truncated, for
@@ -214,13 +219,13 @@ def make_replay_buffer(
         A replay buffer with the rows of ``d4rl.qlearning_dataset``, in the same order (or the
         single transitions of a file, see :func:`~pogo_torchrl.data.hdf5.read_hdf5`), under the keys
         ``observation``, ``action``, ``next.observation``, ``next.reward``, ``next.done``,
-        ``next.terminated``, ``next.truncated`` and, on request, ``next.action``. Its attributes
-        ``normalization`` and ``episode_returns`` hold the observation statistics and the episode
-        returns, empty if the episodes are unknown.
+        ``next.terminated``, ``next.truncated`` and, on request, ``next.action`` and
+        ``trajectory_weight``. Its attributes ``normalization`` and ``episode_returns`` hold the
+        observation statistics and the episode returns, empty if the episodes are unknown.
 
     Raises:
         ValueError: for an unknown source, an incompatible combination of source and path or mirror,
-            a batch size out of range, or data that cannot be read.
+            a batch size or temperature out of range, or data that cannot be read.
         FileNotFoundError: when ``path`` does not exist.
         OSError: when a download fails or the cache folder cannot be written.
         ImportError: when ``source="minari"`` and Minari is not installed.
@@ -268,7 +273,11 @@ def make_replay_buffer(
         low, high = (-1.0, 1.0) if clip_actions is True else clip_actions
         raw["action"] = raw["action"].clamp(low, high)
     if next_action:
-        raw["next", "action"] = _next_actions(raw)
+        raw["next", "action"] = next_actions(raw)
+    if return_temperature is not None:
+        _check_temperature(return_temperature, episode_returns)
+        weights = trajectory_weights(trajectory_returns(raw), return_temperature)
+        raw["trajectory_weight"] = weights.to(raw["action"].dtype)
     return OfflineReplayBuffer(
         _prepare(raw, normalization, reward_shift, device),
         normalization=Normalization(*(values.to(device) for values in normalization)),
@@ -277,13 +286,14 @@ def make_replay_buffer(
     )
 
 
-def _next_actions(raw: TensorDict) -> torch.Tensor:
-    """The dataset's actions in the next states, or NaN; see :func:`make_replay_buffer`."""
-    actions = torch.full(raw["action"].shape, torch.nan)
-    continues = (raw["next", "observation"][:-1] == raw["observation"][1:]).all(-1)
-    continues &= ~raw["next", "done"][:-1].squeeze(-1)
-    actions[:-1][continues] = raw["action"][1:][continues]
-    return actions
+def _check_temperature(temperature: float, episode_returns: np.ndarray) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"return_temperature={temperature} must be a finite number > 0, e.g. 0.1.")
+    if not len(episode_returns):
+        raise ValueError(
+            f"return_temperature={temperature} weighs episodes by their returns, but the rows of "
+            "the dataset are single transitions: leave it out, or use data in episodes."
+        )
 
 
 def _prepare(

@@ -29,7 +29,7 @@ from pogo_torchrl.modules import (
     make_qvalue,
 )
 from pogo_torchrl.objectives import GaussianPOGOLoss, JKOChain, POGOLoss, ReBRACLoss
-from pogo_torchrl.objectives.settings import check_step_sizes, check_weights
+from pogo_torchrl.objectives.settings import check_positive, check_step_sizes, check_weights
 from pogo_torchrl.policy_nets import make_deterministic_net, make_gaussian_net
 from pogo_torchrl.trainers import ChainTrainer, POGOTrainer
 from pogo_torchrl.trainers.chain_trainer import CRITICS_FIRST, TOGETHER
@@ -67,9 +67,9 @@ class Base(NamedTuple):
 _SPECIFIC = {
     "alpha", "displacement", "alpha_growth", "q_normalization", "delay_actor", "w2_fraction",
     "shared_noise", "target_action", "actor_bc_weight", "critic_bc_weight",
-    "advantage_temperature", "data_weight", "chain_init", "average_actors", "bf16", "num_samples",
-    "blur", "w2_backend", "policy_noise", "noise_clip", "policy_freq", "actor_q",
-    "freeze_critics_at",
+    "advantage_temperature", "data_weight", "return_temperature", "chain_init", "average_actors",
+    "bf16", "num_samples", "blur", "w2_backend", "policy_noise", "noise_clip", "policy_freq",
+    "actor_q", "freeze_critics_at",
 }  # fmt: skip
 _OF_POGO = _SPECIFIC - {"actor_bc_weight"}
 _OF_A_CHAIN = {"actor_q", "freeze_critics_at"}
@@ -204,6 +204,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
     if cfg.algorithm == POGO:
         _check_used(cfg, _OF_POGO)
         cfg = build.resolve_step_sizes(cfg)
+        _check_return_temperature(cfg)
         if cfg.chain not in (None, len(cfg.w2_weights) - 1):
             raise ValueError(
                 f"chain={cfg.chain} differs from the {len(cfg.w2_weights)} w2_weights of "
@@ -231,6 +232,18 @@ def resolve(cfg: DictConfig) -> DictConfig:
     resolved = copy.deepcopy(cfg)
     resolved.w2_weights, resolved.step_sizes, resolved.chain = weights, None, chain
     return resolved
+
+
+def _check_return_temperature(cfg: DictConfig) -> None:
+    if cfg.return_temperature is None:
+        return
+    check_positive("return_temperature", cfg.return_temperature)
+    if not cfg.data_weight or len(cfg.w2_weights) < 2:
+        raise ValueError(
+            f"return_temperature={cfg.return_temperature} weighs the data term of actors 1, 2, "
+            f"..., but there is none with data_weight={cfg.data_weight:g} and "
+            f"{len(cfg.w2_weights)} actors: set data_weight in (0, 1] and at least two weights."
+        )
 
 
 def _check_used(cfg: DictConfig, used: frozenset[str] | set[str], where: str = "") -> None:

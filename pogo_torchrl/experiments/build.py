@@ -213,6 +213,7 @@ def make_loss(cfg: DictConfig, evaluator: Evaluator | DataSpaces, device: torch.
         w2_weights=list(cfg.w2_weights),
         num_qvalue_nets=cfg.num_critics,
         data_weight=cfg.data_weight,
+        trajectory_weights=cfg.return_temperature is not None,
         critic_bc_weight=cfg.critic_bc_weight,
         target_action=cfg.target_action,
         actor_q=cfg.actor_q,

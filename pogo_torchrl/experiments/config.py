@@ -316,6 +316,11 @@ class RunConfig:
     data_weight: float = option(
         0.0, "share of the distance to the data in the distance term of actors 1, 2, ..., in [0, 1]"
     )
+    return_temperature: float | None = option(
+        None,
+        "temperature, > 0, of weights exp(return / temperature) of the data's episodes in that "
+        "share, with returns scaled to [0, 1]; null: equal weights",
+    )
     chain_init: str = option(
         "independent",
         "initial weights of actors 1, 2, ...: independent, or copy (those of actor 0)",

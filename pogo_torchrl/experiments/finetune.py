@@ -117,6 +117,8 @@ class OnlineBuffer:
             row = next(self.steps)
             if ("next", "action") in self.keys:  # of critic_bc_weight; unknown here
                 row["next", "action"] = torch.full_like(row["action"], torch.nan)
+            if "trajectory_weight" in self.keys:  # the mean over the offline data
+                row["trajectory_weight"] = torch.ones(row.batch_size, device=row["action"].device)
             self._extend(row)
         self.samples += 1
         if len(self.online) < self.half:

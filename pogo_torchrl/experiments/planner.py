@@ -144,6 +144,7 @@ def _time_updates(
         {
             "observation": observation,
             "action": action,
+            "trajectory_weight": torch.ones(rows),
             "next": {**outcome, "terminated": flags, "action": action},
         },
         [rows],

@@ -211,6 +211,7 @@ class RunInProgress:
                 cfg.task,
                 batch_size=cfg.batch_size,
                 next_action=cfg.critic_bc_weight > 0,
+                return_temperature=cfg.return_temperature,
                 max_episode_steps=self.evaluator.max_episode_steps if self.evaluator else horizon,
                 dict_space=self.evaluator.dict_space if self.evaluator else None,
                 device=self.device,

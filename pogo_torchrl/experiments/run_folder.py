@@ -33,6 +33,7 @@ _ADDED_LATER = {
     "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",
     "average_actors", "actor_q", "target_action", "critic_bc_weight", "advantage_temperature",
     "displacement", "alpha_growth", "freeze_critics_at", "algorithm", "chain", "actor_bc_weight",
+    "return_temperature",
 }  # fmt: skip
 
 

@@ -87,6 +87,7 @@ class POGODataConfig(ConfigBase):
     seed: int = 0
     cache_dir: str | None = None
     next_action: bool = False
+    return_temperature: float | None = None
     clip_actions: bool = False
     max_episode_steps: int | None = None
     dict_space: Any = None
@@ -126,6 +127,7 @@ class POGOLossConfig(LossConfig):
     loss_function: str = "l2"
     reduction: str = "mean"
     data_weight: float = 0.0
+    trajectory_weights: bool = False
     critic_bc_weight: float = 0.0
     target_action: str = "noisy"
     actor_q: str = "first"

@@ -16,7 +16,12 @@ from torchrl.envs.utils import ExplorationType
 from pogo_torchrl import functional
 from pogo_torchrl.objectives.checks import check_reads_noise, check_rows
 from pogo_torchrl.objectives.networks import ChainNetworks, Params
-from pogo_torchrl.objectives.settings import CHAIN_CHECKS, check_change_of_weights, check_exact
+from pogo_torchrl.objectives.settings import (
+    CHAIN_CHECKS,
+    check_change_of_weights,
+    check_exact,
+    check_trajectory_weights,
+)
 
 Noise = dict[str, Tensor]
 """Standard normal draws by name, see :meth:`ChainLoss.draw_noise`."""
@@ -79,6 +84,9 @@ class ChainLoss(ChainNetworks):
         if name in ("w2_backend", "num_samples"):
             both = {"w2_backend": self.w2_backend, "num_samples": self.num_samples, name: value}
             check_exact(**both)
+        if name in ("data_weight", "trajectory_weights"):
+            both = {"data_weight": self.data_weight, "trajectory_weights": self.trajectory_weights}
+            check_trajectory_weights(**{**both, name: value})
         if name == "shared_noise" and value:
             check_reads_noise(self.actor_network)
         if name == "average_actors" and (value is None) != (self.average_actors is None):
@@ -88,7 +96,8 @@ class ChainLoss(ChainNetworks):
     def traced_settings(self) -> list[Any]:
         """Return what a compiled update reads when it is traced, to notice when it changes."""
         values = [getattr(self, name) for name in _SETTINGS if name not in ("w2_weights", "alpha")]
-        return [*values, self.value_estimator, *vars(self.tensor_keys).values()]
+        values += [self.trajectory_weights, self.value_estimator]
+        return [*values, *vars(self.tensor_keys).values()]
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that a run must share with a checkpoint that it continues from.
@@ -100,6 +109,8 @@ class ChainLoss(ChainNetworks):
         estimator = self.value_estimator
         return {
             **{name: getattr(self, name) for name in _SETTINGS},
+            # Absent if off, as in checkpoints of earlier versions.
+            **({"trajectory_weights": True} if self.trajectory_weights else {}),
             "num_actors": self.num_actors,
             "min_action": self.min_action,
             "max_action": self.max_action,
@@ -292,7 +303,9 @@ class ChainLoss(ChainNetworks):
         indices = range(self.num_actors) if index is None else (index,)
         check_rows(tensordict)
         if 0 in indices or self.data_weight:
-            self.check_batch(tensordict, (*self.actor_network.in_keys, self.tensor_keys.action))
+            weight = [self.tensor_keys.trajectory_weight] if self.trajectory_weights else []
+            keys = (*self.actor_network.in_keys, self.tensor_keys.action, *weight)
+            self.check_batch(tensordict, keys)
         noise = self.draw_noise(tensordict, critic=False, actors=indices)
         qvalue = self.params("qvalue_network")
         losses, metadata = [], {}

@@ -21,7 +21,7 @@ from pogo_torchrl import functional
 from pogo_torchrl.objectives.chain_loss import ChainLoss, Noise, Params, actor_scalars
 from pogo_torchrl.objectives.checks import action_bounds, as_networks, check_reads_noise
 from pogo_torchrl.objectives.distances import unit_box_divergence
-from pogo_torchrl.objectives.settings import check_exact, check_step_sizes, check_weights
+from pogo_torchrl.objectives.settings import check_combined, check_step_sizes, check_weights
 
 
 class POGOLoss(ChainLoss):
@@ -118,6 +118,9 @@ class POGOLoss(ChainLoss):
             actors, whose :math:`D_i` becomes :math:`(1 - \beta) D_i + \beta\, \mathrm{mean}\,
             (\pi_i(s, z) - a)^2`; 1 anchors every actor to the data instead of the previous actor.
             Defaults to ``0.0``.
+        trajectory_weights (bool): multiply that distance to the data by the batch's
+            ``trajectory_weight``, see :func:`~pogo_torchrl.data.trajectories.trajectory_weights`.
+            Defaults to ``False``.
         critic_bc_weight (float): weight of ReBRAC's penalty on the next action in the TD target,
             :math:`\min_j \bar Q_j(s', a') - \beta \sum_k (a' - a'_{data})_k^2`, on actions mapped
             to [-1, 1]. Requires the dataset's next action :math:`a'_{data}` in the batch, NaN where
@@ -224,6 +227,7 @@ class POGOLoss(ChainLoss):
         loss_function: Literal["l2", "l1", "smooth_l1"] = "l2",
         reduction: Literal["mean", "sum", "none"] | None = "mean",
         data_weight: float = 0.0,
+        trajectory_weights: bool = False,
         critic_bc_weight: float = 0.0,
         target_action: Literal["noisy", "min_clean_noisy"] = "noisy",
         actor_q: Literal["first", "mean"] = "first",
@@ -249,6 +253,7 @@ class POGOLoss(ChainLoss):
         self.loss_function = loss_function
         self.reduction = "mean" if reduction is None else reduction
         self.data_weight = data_weight
+        self.trajectory_weights = trajectory_weights
         self.critic_bc_weight = critic_bc_weight
         self.target_action = target_action
         self.actor_q = actor_q
@@ -258,7 +263,7 @@ class POGOLoss(ChainLoss):
         self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
         self.w2_weights = check_weights(w2_weights)
-        check_exact(self.w2_backend, self.num_samples)
+        check_combined(self)
         sizes = None
         if step_sizes is not None:
             sizes = check_step_sizes(step_sizes, len(self.w2_weights))
@@ -459,6 +464,8 @@ class POGOLoss(ChainLoss):
         if self.data_weight:
             data_action = self._to_unit_box(batch.get(self.tensor_keys.action))
             to_data = functional.l2_distance(self._to_unit_box(action), data_action)
+            if self.trajectory_weights:
+                to_data = to_data * batch.get(self.tensor_keys.trajectory_weight).view_as(to_data)
             distance = (1 - self.data_weight) * distance + self.data_weight * to_data
         return self._objective(action, distance, batch, qvalue, weight, alpha, index=index)
 

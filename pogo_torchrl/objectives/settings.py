@@ -230,6 +230,21 @@ def check_exact(w2_backend: str, num_samples: int) -> None:
         )
 
 
+def check_trajectory_weights(trajectory_weights: bool, data_weight: float) -> None:
+    """Check that there is a data term to be weighted, raising ``ValueError`` otherwise."""
+    if trajectory_weights and not data_weight:
+        raise ValueError(
+            "trajectory_weights=True weighs the data term of later actors, which data_weight=0 "
+            "leaves out: set data_weight in (0, 1]."
+        )
+
+
+def check_combined(loss: Any) -> None:
+    """Check the settings of a :class:`~pogo_torchrl.POGOLoss` that depend on each other."""
+    check_exact(loss.w2_backend, loss.num_samples)
+    check_trajectory_weights(loss.trajectory_weights, loss.data_weight)
+
+
 def check_change_of_weights(w2_weights: Sequence[float], count: int) -> tuple[float, ...]:
     """Return new weights of a chain that exists already.
 
