@@ -111,6 +111,7 @@ class TestTorchRLConventions:
             "done": "done",
             "terminated": "terminated",
             "priority_weight": "priority_weight",
+            "trajectory_weight": "trajectory_weight",
         }
         assert make_loss().tensor_keys == POGOLoss.default_keys()
         with pytest.raises(ValueError, match="not an accepted"):

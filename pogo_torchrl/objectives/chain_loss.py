@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import dispatch
 from torch import Tensor
 from torch.func import functional_call
@@ -15,6 +16,7 @@ from torchrl.envs.utils import ExplorationType
 
 from pogo_torchrl import functional
 from pogo_torchrl.objectives.checks import check_reads_noise, check_rows
+from pogo_torchrl.objectives.keyed_loss import KeyedLoss
 from pogo_torchrl.objectives.networks import ChainNetworks, Params
 from pogo_torchrl.objectives.settings import (
     CHAIN_CHECKS,
@@ -57,6 +59,21 @@ class ChainLoss(ChainNetworks):
     Subclasses define the objectives.
     """
 
+    @dataclass
+    class _AcceptedKeys(KeyedLoss._AcceptedKeys):
+        """Default tensordict keys: those of :class:`KeyedLoss`, and one more.
+
+        Attributes:
+            trajectory_weight (NestedKey): with ``trajectory_weights``, the weight of each sample
+                in the data term of later actors. Defaults to ``"trajectory_weight"``.
+        """
+
+        trajectory_weight: NestedKey = "trajectory_weight"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    key_settings = ("critic_bc_weight", "trajectory_weights")
+
     # With TorchRL's default, DETERMINISTIC, a transport map would act with z = 0 in the losses.
     deterministic_sampling_mode = ExplorationType.RANDOM
 
@@ -68,6 +85,7 @@ class ChainLoss(ChainNetworks):
     alpha: Any
     w2_backend: Any
     data_weight: float
+    trajectory_weights: bool
     shared_noise: bool
     deactivate_vmap: bool
     max_action: Tensor
@@ -92,6 +110,11 @@ class ChainLoss(ChainNetworks):
         if name == "average_actors" and (value is None) != (self.average_actors is None):
             raise ValueError(self.too_late(name, value))
         return value
+
+    def _set_in_keys(self) -> None:
+        super()._set_in_keys()
+        if self.trajectory_weights:
+            self._in_keys.append(self.tensor_keys.trajectory_weight)
 
     def traced_settings(self) -> list[Any]:
         """Return what a compiled update reads when it is traced, to notice when it changes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -39,8 +39,6 @@ class KeyedLoss(CheckedSettings, ProtectedLossModule):
                 ``"terminated"``.
             priority_weight (NestedKey): importance weight of each sample. Defaults to
                 ``"priority_weight"``.
-            trajectory_weight (NestedKey): with ``trajectory_weights``, the weight of each sample
-                in the data term of later actors. Defaults to ``"trajectory_weight"``.
         """
 
         action: NestedKey = "action"
@@ -50,10 +48,12 @@ class KeyedLoss(CheckedSettings, ProtectedLossModule):
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
         priority_weight: NestedKey = "priority_weight"
-        trajectory_weight: NestedKey = "trajectory_weight"
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
+
+    # Settings that decide which keys a batch must contain.
+    key_settings: ClassVar[tuple[str, ...]] = ("critic_bc_weight",)
 
     default_value_estimator = ValueEstimators.TD0
 
@@ -67,14 +67,13 @@ class KeyedLoss(CheckedSettings, ProtectedLossModule):
     qvalue_network: TensorDictModule
     min_action: Tensor
     critic_bc_weight: float
-    trajectory_weights: bool = False
     _out_keys: list[NestedKey]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; settings are checked, see :class:`CheckedSettings`."""
         super().__setattr__(name, value)
-        if name in ("critic_bc_weight", "trajectory_weights") and self.is_created:
-            self._set_in_keys()  # the batch may need next actions from now on
+        if name in self.key_settings and self.is_created:
+            self._set_in_keys()
 
     def make_value_estimator(
         self, value_type: ValueEstimators | None = None, **hyperparams
@@ -150,8 +149,6 @@ class KeyedLoss(CheckedSettings, ProtectedLossModule):
         keys += [("next", key) for key in keys if key in states - {self.tensor_keys.action}]
         if self.critic_bc_weight:
             keys.append(("next", self.tensor_keys.action))
-        if self.trajectory_weights:
-            keys.append(self.tensor_keys.trajectory_weight)
         self._in_keys: list[NestedKey] = list(dict.fromkeys(keys))
         self._end_keys = [("next", self.tensor_keys.done), ("next", self.tensor_keys.terminated)]
 
