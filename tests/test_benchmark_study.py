@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
 import torch
 import yaml
+from tensordict import TensorDict
 
 from pogo_torchrl.data import make_replay_buffer
+from pogo_torchrl.experiments.run import run
+from pogo_torchrl.experiments.trained_run import open_run
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "study"
 HORIZON = 50
 
 sys.path.append(str(FOLDER))
 import baselines  # noqa: E402
+import slopes  # noqa: E402
 import study  # noqa: E402
 import study_file  # noqa: E402
 import study_tables  # noqa: E402
@@ -303,3 +309,63 @@ def test_the_command_runs_what_is_missing(data, tmp_path, capsys):
     study.main([*arguments, "--dry-run"])
     missing = capsys.readouterr().out.splitlines()
     assert missing[1:] == ["hopper-medium/bad, seed 0"]  # to be retried
+
+
+class Line(gymnasium.Env):
+    """A point x that moves by the action; the reward is x plus twice the action, in [-1, 1]."""
+
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), dtype=np.float64)
+    model = SimpleNamespace(nq=2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2), {}
+
+    def set_state(self, position, velocity):
+        self.x = float(position[1])
+
+    def step(self, action):
+        reward, self.x = self.x + 2 * float(action[0]), self.x + float(action[0])
+        return np.array([self.x, 0.0]), reward, self.x > 100, False, {}
+
+
+def test_simulated_slopes_by_closed_form():
+    """With pi(s) = 0, a first action a adds 2 a at once and a to each later reward."""
+    states, delta, steps = np.array([[0.5, 0.0], [3.0, 0.0]]), 0.1, 4
+    rewards = slopes.simulated_rewards(Line(), lambda s: np.zeros(1), states, delta, steps)
+    assert rewards.shape == (2, 1, 2, steps)
+    for gamma in (0.0, 0.5, 1.0):
+        expected = 2 + sum(gamma**t for t in range(1, steps))
+        found = slopes.simulated_slopes(rewards, gamma, delta)
+        np.testing.assert_allclose(found, np.full((2, 1), expected))
+    assert slopes.correlation(found, 3 * found) == pytest.approx(1)
+    assert slopes.correlation(found, -found) == pytest.approx(-1)
+    np.testing.assert_allclose(slopes.interval(found, 2 * found), (1, 1))
+    ended = slopes.simulated_rewards(Line(), lambda s: np.zeros(1), states + 100, delta, steps)
+    assert (ended[..., 0] != 0).all()
+    assert (ended[..., 1:] == 0).all()
+
+
+def test_slopes_of_a_run(make_cfg, tmp_path):
+    run(make_cfg("freeze_critics_at=null"))
+    (config,) = (tmp_path / "logs").rglob("config.yaml")
+    folder = config.parents[1]
+    trained = open_run(folder, device="cpu")
+    observations, actions = np.zeros((5, 11)), np.full((5, 3), 0.1)
+    found = slopes.critic_slopes(trained, observations, actions)
+    assert found.shape == (2, 5, 3)
+
+    def values(shift):
+        with trained.loss.qvalue_network_params[0].to_module(trained.loss.qvalue_network):
+            mean, std = trained.replay_buffer.normalization
+            batch = TensorDict({
+                "observation": (torch.zeros(5, 11) - mean) / std,
+                "action": torch.tensor(actions + shift, dtype=torch.float32),
+            }, [5])  # fmt: skip
+            return trained.loss.qvalue_network(batch)["state_action_value"].double().squeeze(-1)
+
+    step = np.array([1e-2, 0, 0])
+    numeric = (values(step) - values(-step)) / 2e-2
+    np.testing.assert_allclose(found[0, :, 0], numeric.detach(), rtol=0.05, atol=1e-3)
+    cells = slopes.measure(folder, 3, 4, 0.1)
+    assert cells[0] == str(folder)
+    assert len(cells) == 7

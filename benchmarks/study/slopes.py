@@ -8,7 +8,8 @@ data and for each action dimension k, two rollouts of actor 0 start with the act
 slope of ``Q^{pi_0}`` in dimension k. Printed is its correlation with the slope of the mean over the
 critics, ``sum g g' / sqrt(sum g^2 sum g'^2)`` over states and dimensions, with a 95 % bootstrap
 interval over states, for the discount of the run and for shorter ones. A value of 1 means that
-a step along the critics is one along the returns, 0 that it has nothing to do with them.
+a step along the critics is one along the returns, 0 that it has nothing to do with them. Beside it:
+how far the data's actions are from those of actor 0, and how two critics agree with each other.
 """
 
 from __future__ import annotations
@@ -79,18 +80,17 @@ def simulated_slopes(rewards: Array, gamma: float, delta: float) -> Array:
 
 
 def critic_slopes(run: RunInProgress, observations: Array, actions: Array) -> Array:
-    """Slopes ``[N, d]`` of the mean over a run's critics at states and actions."""
+    """Slopes ``[C, N, d]`` of a run's critics at states and actions."""
     mean, std = (values.cpu() for values in run.replay_buffer.normalization)
     state = (torch.as_tensor(observations, dtype=torch.float32) - mean) / std
     action = torch.as_tensor(actions, dtype=torch.float32).requires_grad_()
     params, net = run.loss.qvalue_network_params, run.loss.qvalue_network
-    total = torch.zeros(())
+    slopes = []
     for i in range(params.numel()):
         with params.reshape(-1)[i].to_module(net):
             batch = TensorDict({"observation": state, "action": action}, [len(state)])
-            total = total + net(batch)["state_action_value"].sum() / params.numel()
-    (slope,) = torch.autograd.grad(total, action)
-    return slope.double().numpy()
+            slopes += torch.autograd.grad(net(batch)["state_action_value"].sum(), action)
+    return torch.stack(slopes).double().numpy()
 
 
 def correlation(x: Array, y: Array) -> float:
@@ -130,8 +130,9 @@ def measure(folder: Path, states: int, steps: int, delta: float) -> list[str]:
     rewards = simulated_rewards(
         env_fn(run.cfg.task, run.cfg.env)(), policy, observations, delta, steps
     )
-    learned = critic_slopes(run, observations, np.stack([policy(s) for s in observations]))
-    cells = [str(folder), f"{spread:.3f}"]
+    critics = critic_slopes(run, observations, np.stack([policy(s) for s in observations]))
+    learned = critics.mean(0)
+    cells = [str(folder), f"{spread:.3f}", f"{correlation(critics[0], critics[-1]):.2f}"]
     for gamma in (*GAMMAS, run.cfg.gamma):
         true = simulated_slopes(rewards, gamma, delta)
         low, high = interval(learned, true)
@@ -147,8 +148,9 @@ def main() -> None:
     parser.add_argument("--delta", type=float, default=0.1, help="change of the first action")
     options = parser.parse_args()
     names = [f"gamma {gamma:g}" for gamma in GAMMAS]
-    print("| run | data - actor 0, rms |", " | ".join([*names, "gamma of the run"]), "|")
-    print("|" + "---|" * (len(GAMMAS) + 3))
+    columns = ["run", "data - actor 0, rms", "two critics", *names, "gamma of the run"]
+    print("|", " | ".join(columns), "|")
+    print("|" + "---|" * len(columns))
     torch.set_num_threads(1)
     for folder in options.run:
         try:
