@@ -170,11 +170,12 @@ def test_the_actors_of_the_chain_do_not_change_the_base(options):
 
 
 @pytest.mark.parametrize("algorithm", BASES)
-def test_targets_stay_targets(options, algorithm):
+def test_targets_stay_targets(options, algorithm, tmp_path):
     """A second trainer can be made for a trained loss, as the plan of a sweep does."""
     one = RunInProgress(options(f"algorithm={algorithm}", "chain=1"))
     one.read_data()
     one.trainer.train()
+    one.settings["checkpoint_dir"] = tmp_path / "second"
     one.make_trainer(one.replay_buffer, one.replay_buffer, {})
     one.trainer.train()
     trainable = [name for name, p in one.loss.named_parameters() if p.requires_grad]
