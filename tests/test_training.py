@@ -297,7 +297,7 @@ def test_all_options_of_the_loss_are_compared(make_loss):
     options = set(inspect.signature(POGOLoss.__init__).parameters)
     initial = {"self", "actor_network", "qvalue_network", "chain_init", "deactivate_vmap"}
     given_otherwise = {"step_sizes", "action_spec", "bounds"}  # as weights, min_ and max_action
-    settings = make_loss().settings()
+    settings = make_loss(data_weight=0.5, trajectory_weights=True).settings()
     assert options - initial - given_otherwise <= set(settings)
     assert {"gamma", "min_action", "max_action", "num_actors"} <= set(settings)
 
