@@ -345,7 +345,7 @@ def test_simulated_slopes_by_closed_form():
     assert (ended[..., 1:] == 0).all()
 
 
-def test_slopes_of_a_run(make_cfg, tmp_path):
+def test_slopes_of_a_run(make_cfg, monkeypatch, tmp_path):
     run(make_cfg("freeze_critics_at=null"))
     (config,) = (tmp_path / "logs").rglob("config.yaml")
     folder = config.parents[1]
@@ -369,3 +369,6 @@ def test_slopes_of_a_run(make_cfg, tmp_path):
     cells = slopes.measure(folder, 3, 4, 0.1)
     assert cells[0] == str(folder)
     assert len(cells) == 7
+    monkeypatch.setattr(slopes, "TASKS", ("walker2d",))
+    with pytest.raises(ValueError, match=r"task=hopper-medium-v2.*choose a run on walker2d"):
+        slopes.measure(folder, 3, 4, 0.1)

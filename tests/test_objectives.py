@@ -896,10 +896,16 @@ class TestDataWeight:
 
     @pytest.mark.parametrize("w2_fraction", [1.0, 0.5])
     @pytest.mark.parametrize("share", [0.25, 1.0])
-    def test_the_distance_is_the_mixture(self, make_loss, make_batch, share, w2_fraction):
-        batch = make_batch()
+    @pytest.mark.parametrize("weights", [None, (8,), (8, 1)])
+    def test_the_distance_is_the_mixture(self, make_loss, make_batch, share, w2_fraction, weights):
+        """The data term is a mean over the batch, or with trajectory_weights a weighted one."""
+        batch, weight = make_batch(), torch.ones(8)
+        if weights is not None:
+            batch["trajectory_weight"] = weight = torch.rand(weights)
         plain = make_loss(w2_fraction=w2_fraction)
-        mixed = make_loss(w2_fraction=w2_fraction, data_weight=share)
+        mixed = make_loss(
+            w2_fraction=w2_fraction, data_weight=share, trajectory_weights=weights is not None
+        )
         mixed.load_state_dict(plain.state_dict())
         noise = plain.draw_noise(batch)
         arguments = (
@@ -910,7 +916,7 @@ class TestDataWeight:
         expected, got = found, mixed.jko_terms(*arguments, index=1)
         inputs = batch.select("observation")
         action = plain.actor(1)(inputs.set("noise", noise["actor_1"][:, 0]))["action"]
-        to_data = (action - batch["action"]).square().mean()
+        to_data = (weight.reshape(8) * (action - batch["action"]).square().mean(-1)).mean()
         distance = (1 - share) * expected["w2_1"] + share * to_data
         torch.testing.assert_close(got[1]["w2_1"], distance.detach())
         torch.testing.assert_close(got[0], loss + 0.5 * (distance - expected["w2_1"]))

@@ -94,27 +94,7 @@ def test_single_transitions_have_no_returns(tmp_path, file):
 
 
 class TestLoss:
-    @pytest.mark.parametrize("shape", [(8,), (8, 1)])
-    def test_the_data_term_is_a_weighted_mean(self, make_loss, make_batch, shape):
-        batch = make_batch(8)
-        batch["trajectory_weight"] = torch.rand(shape)
-        plain = make_loss(data_weight=1.0)
-        weighted = make_loss(data_weight=1.0, trajectory_weights=True)
-        weighted.load_state_dict(plain.state_dict())
-        noise = plain.draw_noise(batch)
-        arguments = (
-            weighted.params("actor_network_1"), batch, noise, weighted.params("actor_network_0"),
-            weighted.params("qvalue_network"), 0.5, 1.0,
-        )  # fmt: skip
-        found = weighted.jko_terms(*arguments, index=1)
-        unweighted = plain.jko_terms(*arguments, index=1)
-        inputs = batch.select("observation").set("noise", noise["actor_1"][:, 0])
-        distance = (plain.actor(1)(inputs)["action"] - batch["action"]).square().mean(-1)
-        expected = (batch["trajectory_weight"].reshape(8) * distance).mean()
-        torch.testing.assert_close(found[1]["w2_1"], expected.detach())
-        torch.testing.assert_close(
-            found[0], unweighted[0] + 0.5 * (expected - unweighted[1]["w2_1"])
-        )
+    """Its weighted data term: test_objectives.py, TestDataWeight."""
 
     def test_actor_0_is_not_weighted(self, make_loss, make_batch):
         batch = make_batch(8).set("trajectory_weight", torch.rand(8))

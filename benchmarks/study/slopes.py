@@ -30,6 +30,7 @@ from pogo_torchrl.experiments.simulator import env_fn
 from pogo_torchrl.experiments.trained_run import open_run
 
 Array = NDArray[np.float64]
+TASKS = ("hopper", "halfcheetah", "walker2d")
 GAMMAS = (0.0, 0.9, 0.95)
 RESAMPLES = 2000
 
@@ -109,6 +110,11 @@ def interval(x: Array, y: Array) -> tuple[float, float]:
 def measure(folder: Path, states: int, steps: int, delta: float) -> list[str]:
     """Cells of the row of a run."""
     run = open_run(folder, device="cpu")
+    if run.cfg.task.partition("-")[0] not in TASKS:
+        raise ValueError(
+            f"{folder} is a run on task={run.cfg.task}, whose states are not known from its "
+            f"observations: choose a run on {', '.join(TASKS)}."
+        )
     rows = run.replay_buffer[:]
     mean, std = (values.cpu() for values in run.replay_buffer.normalization)
     chosen = np.random.default_rng(1).choice(len(rows), states, replace=False)
