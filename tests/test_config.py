@@ -49,15 +49,27 @@ def test_all_fifteen_tasks_have_presets():
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
-def test_presets_repeat_the_second_published_weight(task):
-    cfg = composed(f"task={task}", "data.source=d4rl")
+def test_the_original_repeats_the_second_published_weight(task):
+    cfg = configs.compose([f"task={task}", "algorithm=original"])
     first, second = PUBLISHED[task]
-    assert cfg.task == task
+    assert (cfg.task, cfg.algorithm) == (task, "pogo")
     assert list(cfg.w2_weights) == [first, second, second]
-    antmaze = task.startswith("antmaze")
-    assert (cfg.lr, cfg.eval_episodes) == ((1e-4, 100) if antmaze else (3e-4, 10))
-    assert cfg.data.reward_shift == (-1 if antmaze else 0)
-    assert cfg.data.normalize
+    defaults = RunConfig()
+    assert all(cfg[key] == getattr(defaults, key) for key in TUNED - {"w2_weights"})
+
+
+def test_the_original_needs_weights_where_none_are_published():
+    given = ["task=hopper-expert-v2", "algorithm=original"]
+    with pytest.raises(Exception, match="no weights are published for task=hopper-expert-v2"):
+        _ = configs.compose(given).w2_weights
+    assert configs.compose([*given, "w2_weights=[1,2]"]).w2_weights == [1, 2]
+
+
+# Options that presets of tasks set for POGO.
+TUNED = {
+    "w2_weights", "alpha", "data_weight", "return_temperature", "actor_q", "average_actors",
+    "freeze_critics_at", "tau",
+}  # fmt: skip
 
 
 @cache
@@ -67,18 +79,32 @@ def local_settings(task):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("task", PUBLISHED)
-def test_settings_found_on_local_data_apply_to_local_data_only(task, source):
+def test_all_tasks_have_one_setting_but_the_local_data(task, source):
     cfg = configs.compose([f"task={task}", f"data.source={source}"])
-    tuned = {"w2_weights", "alpha", "actor_q", "average_actors", "freeze_critics_at"}
+    antmaze = task.startswith("antmaze")
+    assert (cfg.lr, cfg.eval_episodes) == ((1e-4, 100) if antmaze else (3e-4, 10))
+    assert cfg.data.reward_shift == (-1 if antmaze else 0)
+    assert cfg.data.normalize
     if (task, source) != ("hopper-medium-v2", "local"):
-        defaults = RunConfig()
-        for key in tuned - {"w2_weights"}:
-            assert cfg[key] == getattr(defaults, key)
+        reference = local_settings("walker2d-medium-v2")
+        assert {key: cfg[key] for key in TUNED} == {key: reference[key] for key in TUNED}
+        assert cfg.return_temperature == 0.1
     # Nothing else depends on the source.
     local = local_settings(task)
     differ = {key for key in cfg if cfg[key] != local[key]}
-    assert differ <= {"data", *tuned}
+    assert differ <= {"data", *TUNED}
     assert configs.compose([f"task={task}", f"data.source={source}", "alpha=2"]).alpha == 2
+
+
+@pytest.mark.parametrize("algorithm", ["iql", "paper", "rebrac", "td3_bc"])
+@pytest.mark.parametrize("task", ["hopper-medium-v2", "walker2d-medium-v2"])
+def test_presets_of_algorithms_reset_what_those_of_tasks_set(task, algorithm):
+    cfg = configs.compose([f"task={task}", f"algorithm={algorithm}"])
+    other = configs.compose(["task=hopper-expert-v2", f"algorithm={algorithm}"])  # has no preset
+    assert {key: cfg[key] for key in TUNED} == {key: other[key] for key in TUNED}
+    defaults = RunConfig()
+    for key in TUNED - {"w2_weights", "freeze_critics_at"}:
+        assert cfg[key] == getattr(defaults, key)
 
 
 def test_the_default_run_takes_small_steps():
@@ -88,10 +114,18 @@ def test_the_default_run_takes_small_steps():
     assert 0 < cfg.freeze_critics_at < cfg.total_steps
 
 
-def test_locomotion_sweep_uses_the_default_alpha():
-    runs = read_sweep("locomotion")
-    assert {run.cfg.alpha for run in runs} == {1.0}
+@pytest.mark.parametrize("name", ["locomotion", "antmaze"])
+def test_packaged_sweeps_vary_the_third_weight_of_the_original(name):
+    runs = read_sweep(name)
     assert {run.cfg.data.source for run in runs} == {"d4rl"}
+    original = {task: configs.compose([f"task={task}", "algorithm=original"]) for task in PUBLISHED}
+    middle = 0
+    for cfg in (run.cfg for run in runs):
+        expected = original[cfg.task]
+        assert cfg.w2_weights[:2] == expected.w2_weights[:2]
+        assert all(cfg[key] == expected[key] for key in TUNED - {"w2_weights"})
+        middle += cfg.w2_weights == expected.w2_weights
+    assert middle == len(runs) // 3
 
 
 @pytest.mark.parametrize("task", PUBLISHED)

@@ -9,9 +9,12 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from runs import Rows, assert_same, state
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import nn
 from torch.testing import assert_close
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal
 
 from pogo_torchrl import POGOLoss, POGOTrainer, make_actor, make_qvalue
 from pogo_torchrl.experiments.jobs import Job
@@ -186,6 +189,19 @@ def test_hooks_of_unsupported_stages_are_rejected(make):
     stack.trainers[1].register_op("pre_epoch", lambda batch: batch)
     with pytest.raises(ValueError, match="a stack does not support the stages pre_epoch"):
         stack.train()
+
+
+def test_probabilistic_actors_are_rejected(unit_spec, make_buffer):
+    net = nn.Sequential(MLP(in_features=3, out_features=4, depth=1), NormalParamExtractor())
+    actor = ProbabilisticActor(
+        TensorDictModule(net, ["observation"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+    )
+    loss = POGOLoss(actor, make_qvalue(3, 2, (8,)), action_spec=unit_spec)
+    trainer = POGOTrainer(loss, make_buffer(), 10, progress_bar=False)
+    with pytest.raises(ValueError, match="a stack does not support actors that sample"):
+        TrainerStack([trainer], lambda index: nullcontext())
 
 
 def test_trainers_with_different_settings_are_rejected(make):

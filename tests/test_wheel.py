@@ -32,6 +32,8 @@ def test_wheel_is_complete(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder in (
         "experiments/conf",
+        "experiments/conf/algorithm",
+        "experiments/conf/group",
         "experiments/conf/task",
         "experiments/conf/sweep",
         "data/policies",

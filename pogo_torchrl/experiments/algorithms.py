@@ -242,7 +242,8 @@ def _check_return_temperature(cfg: DictConfig) -> None:
         raise ValueError(
             f"return_temperature={cfg.return_temperature} weighs the data term of actors 1, 2, "
             f"..., but there is none with data_weight={cfg.data_weight:g} and "
-            f"{len(cfg.w2_weights)} actors: set data_weight in (0, 1] and at least two weights."
+            f"{len(cfg.w2_weights)} actors: set data_weight in (0, 1] and at least two weights, or "
+            "return_temperature=null."
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from pogo_torchrl.experiments.presets import all_tasks, tasks
+from pogo_torchrl.experiments.presets import all_tasks, published_weights, tasks
 
 # ``${local_data:${data.source},x,y}`` in a preset: x, which was tuned on the local data, applies to
 # data.source=local only; y applies to all other sources.
@@ -21,6 +21,8 @@ OmegaConf.register_new_resolver(
     lambda source, local, other: local if source == "local" else other,
     replace=True,
 )
+
+OmegaConf.register_new_resolver("published_weights", published_weights, replace=True)
 
 # ``${task_env:${env.id},x}`` in a preset: x applies to the environments of the package only; others
 # have their own.
@@ -156,8 +158,8 @@ class RunConfig:
     )
     algorithm: str = option(
         "pogo",
-        "pogo, or a chain on top of td3_bc, iql, rebrac or paper (POGO with Gaussian policies), "
-        "whose presets replace the task's",
+        "pogo, original (pogo with the weights published for the task), or a chain on top of "
+        "td3_bc, iql, rebrac or paper (POGO with Gaussian policies); presets replace the task's",
     )
     chain: int | None = option(
         None,

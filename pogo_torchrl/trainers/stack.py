@@ -8,6 +8,7 @@ from operator import itemgetter
 
 import torch
 from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule
 
 from pogo_torchrl.torchrl_private import count_updates, run_stage
 from pogo_torchrl.trainers.fused.update import Update
@@ -47,8 +48,9 @@ class TrainerStack:
             ``False``.
 
     Raises:
-        ValueError: if the trainers are at different updates, if their settings differ, or if a
-            trainer has a target updater, a replay buffer or hooks that a stack does not support.
+        ValueError: if the trainers are at different updates, if their settings differ, if an actor
+            is a ``ProbabilisticActor``, or if a trainer has a target updater, a replay buffer or
+            hooks that a stack does not support.
     """
 
     def __init__(
@@ -72,6 +74,12 @@ class TrainerStack:
         shared = [{name: getattr(one, name) for name in _SHARED_SETTINGS} for one in self.steppers]
         if any(settings != shared[0] for settings in shared):
             raise ValueError(f"trainers of a stack must share their settings, not {shared}.")
+        modules = (module for one in self.steppers for module in one.loss_module.modules())
+        if any(isinstance(module, ProbabilisticTensorDictModule) for module in modules):
+            raise ValueError(
+                "a stack does not support actors that sample from distributions "
+                "(ProbabilisticActor): train them one by one, or use TransportActor."
+            )
         others = sorted(
             {stage for trainer in trainers for stage in trainer.stages} - _SUPPORTED_STAGES
         )
