@@ -230,7 +230,7 @@ def test_frozen_base(options):
 
 BAD = [
     ("algorithm=sac", "algorithm=sac is unknown; choose one of"),
-    ("chain=1", "chain=1 differs from the 3 w2_weights of algorithm=pogo"),
+    ("chain=2", "chain=2 differs from the 2 w2_weights of algorithm=pogo"),
     ("chain=-1", "chain=-1 must be an integer from 0 to 31"),
     ("algorithm=td3_bc chain=40", "from 0 to 31"),
     ("algorithm=td3_bc chain=1 step_sizes=[0.1,0.1]", "differs from the 2 step_sizes"),

@@ -131,7 +131,6 @@ OPTIONS: list[tuple[str, str]] = [
     ("alpha_growth=-1", "> 0"),
     ("freeze_critics_at=1.5", "in (0, 1)"),
     ("freeze_critics_at=-0.5", "in (0, 1)"),
-    ("freeze_critics_at=0.5", "total_steps=1"),
     ("blur=0", "> 0"),
     ("blur=-0.05", "> 0"),
     ("policy_noise=-1", ">= 0"),

@@ -31,7 +31,7 @@ def test_task_table_is_complete():
 def test_task_table_matches_the_code(row):
     task, environment, file, _, horizon, low, high, weights = row
     with initialize_config_module("pogo_torchrl.experiments.conf", version_base="1.3"):
-        cfg = compose("config", overrides=[f"task={task}", "data.source=d4rl"])
+        cfg = compose("config", overrides=[f"task={task}", "algorithm=original"])
     env = make_env(task)
     sizes = f"{env.observation_space.shape[0]} / {env.action_space.shape[0]}"
     assert environment.endswith(f", {sizes}")

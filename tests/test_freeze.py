@@ -295,10 +295,18 @@ def test_a_run_that_ends_before_the_switch_can_be_extended(make, tmp_path):
     assert_same(networks(extended.loss_module), networks(whole.loss_module))
 
 
-@pytest.mark.parametrize(("total", "fraction"), [(1, 0.5), (10, 0.01), (10, 0.99)])
-def test_a_switch_at_either_end_is_rejected(make, total, fraction):
-    with pytest.raises(ValueError, match=f"total_steps={total}: use a larger total_steps"):
-        make(total, freeze_critics_at=fraction)
+@pytest.mark.parametrize(
+    ("total", "fraction", "step"), [(2, 0.6, 1), (10, 0.01, 1), (10, 0.99, 9), (10, 0.6, 6)]
+)
+def test_a_fraction_leaves_an_update_on_both_sides(total, fraction, step):
+    assert FreezeThenFlow(fraction).switch(total) == step
+
+
+def test_a_run_of_one_update_does_not_reach_the_switch(make):
+    trainer = make(1, freeze_critics_at=0.5)
+    trainer.train()
+    trained = networks(trainer.loss_module)
+    assert_same(trained["actor_network_0"], trained["actor_network_2"])
 
 
 def test_a_single_actor_is_trained_throughout(make_loss, make_buffer):

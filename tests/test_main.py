@@ -196,7 +196,7 @@ def test_custom_environment(cache, tmp_path):
 
 
 def test_options_added_later_do_not_change_the_fingerprint_of_older_runs():
-    task = "task=walker2d-medium-v2"  # its preset uses none of these options
+    task = "task=walker2d-expert-v2"  # has no preset
     buffer = SimpleNamespace(fingerprint=lambda: "rows")
     added = {
         "step_sizes", "critic_hidden_sizes", "num_critics", "chain_init", "data_weight",

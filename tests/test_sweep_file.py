@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pogo_torchrl.experiments import config
+from pogo_torchrl.experiments.algorithms import resolve
 from pogo_torchrl.experiments.overrides import compose
 from pogo_torchrl.experiments.sweep_file import read_sweep, sweep_names
 
@@ -193,17 +194,21 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", sweep_names())
-def test_bundled_sweeps_contain_the_presets(name):
+def test_bundled_sweeps_contain_the_original(name):
     runs = read_sweep(name)
     tasks = {run.cfg.task for run in runs}
     antmaze = {task for task in config.tasks() if task.startswith("antmaze")}
     assert tasks == (antmaze if name == "antmaze" else set(config.tasks()) - antmaze)
     assert len(runs) == len(tasks) * 3 * 3
     for task in tasks:
-        chains = {tuple(run.cfg.w2_weights) for run in runs if run.cfg.task == task}
-        preset = tuple(compose([f"task={task}", "data.source=d4rl"]).w2_weights)
-        assert preset in chains
-        assert {chain[:2] for chain in chains} == {preset[:2]}
+        original = compose([f"task={task}", "algorithm=original"])
+        found = [run.cfg for run in runs if run.cfg.task == task]
+        assert original.w2_weights in [cfg.w2_weights for cfg in found]
+        for cfg in found:
+            assert cfg.data.source == "d4rl"
+            assert cfg.w2_weights[:2] == original.w2_weights[:2]
+            for key in ("alpha", "data_weight", "return_temperature", "average_actors", "tau"):
+                assert cfg[key] == original[key]
 
 
 def test_step_sizes_set_the_weights(tmp_path):
@@ -243,7 +248,7 @@ def test_a_grid_makes_runs_of_all_combinations_with_folders_of_their_own(tmp_pat
         (1e-4, 1000), (1e-4, 1000), (3e-4, 10), (3e-4, 10),
     ]  # fmt: skip
     for run in runs:
-        assert compose(run.arguments) == run.cfg
+        assert resolve(compose(run.arguments)) == run.cfg
 
 
 @pytest.mark.parametrize(

@@ -147,11 +147,15 @@ class TestRuns:
         assert all(torch.equal(values, resumed[name]) for name, values in whole.items())
         assert not all(torch.equal(values, equal[name]) for name, values in whole.items())
 
+    def test_a_single_actor_needs_no_returns(self):
+        preset = resolve(compose(["task=walker2d-medium-v2"]))
+        single = resolve(compose(["task=walker2d-medium-v2", "w2_weights=[1]"]))
+        assert (preset.return_temperature, single.return_temperature) == (0.1, None)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["return_temperature=0.1"], "data_weight=0 and 3 actors"),
-            ([*WEIGHTED, "w2_weights=[1]"], "data_weight=1 and 1 actors"),
+            (["return_temperature=0.1"], "none with data_weight=0: set"),
             (["return_temperature=0", "data_weight=1"], "return_temperature=0.* > 0"),
             ([*WEIGHTED, "algorithm=td3_bc"], "no meaning for algorithm=td3_bc"),
         ],

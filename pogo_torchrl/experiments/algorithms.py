@@ -195,7 +195,8 @@ def resolve(cfg: DictConfig) -> DictConfig:
 
     Returns:
         The options with ``w2_weights`` in place of ``step_sizes``; ``chain`` is the number of
-        added actors, and ``None`` for POGO.
+        added actors, and ``None`` for POGO. ``return_temperature``, which concerns later actors, is
+        ``None`` for POGO with a single actor.
 
     Raises:
         ValueError: for an unknown algorithm, an option that it does not use, or a chain that is not
@@ -211,10 +212,10 @@ def resolve(cfg: DictConfig) -> DictConfig:
                 f"algorithm=pogo, one for actor 0 and one for each actor after it: give "
                 f"{cfg.chain + 1} w2_weights or step_sizes, and leave chain out."
             )
-        if cfg.chain is None:
-            return cfg
         resolved = copy.deepcopy(cfg)
         resolved.chain = None
+        if len(cfg.w2_weights) == 1:  # it concerns later actors; presets of tasks set it
+            resolved.return_temperature = None
         return resolved
     if cfg.algorithm not in BASES:
         raise ValueError(
@@ -238,12 +239,11 @@ def _check_return_temperature(cfg: DictConfig) -> None:
     if cfg.return_temperature is None:
         return
     check_positive("return_temperature", cfg.return_temperature)
-    if not cfg.data_weight or len(cfg.w2_weights) < 2:
+    if not cfg.data_weight:
         raise ValueError(
             f"return_temperature={cfg.return_temperature} weighs the data term of actors 1, 2, "
-            f"..., but there is none with data_weight={cfg.data_weight:g} and "
-            f"{len(cfg.w2_weights)} actors: set data_weight in (0, 1] and at least two weights, or "
-            "return_temperature=null."
+            f"..., but there is none with data_weight={cfg.data_weight:g}: set data_weight in "
+            "(0, 1], or return_temperature=null."
         )
 
 

@@ -159,7 +159,7 @@ class RunInProgress:
         POGOTrainer.check_settings(cfg.total_steps, **self.settings)
         self.step_control = step_control(cfg)
         if cfg.freeze_critics_at is not None:
-            FreezeThenFlow(cfg.freeze_critics_at).switch(cfg.total_steps)
+            FreezeThenFlow(cfg.freeze_critics_at)  # checks the value
         if cfg.logger.backend:
             check_logger(cfg.logger.backend, stacked=stacked)
         if self.evaluator is not None:

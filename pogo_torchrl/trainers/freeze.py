@@ -50,22 +50,15 @@ class FreezeThenFlow(TrainerHookBase):
     def switch(self, total_steps: int) -> int:
         r"""Return the update :math:`t^*` after which the later actors are trained.
 
-        Args:
-            total_steps: total number of updates. A count may be larger: then the switch is not
-                reached.
+        A fraction leaves at least one update before and after the switch.
 
-        Raises:
-            ValueError: if a fraction leaves no update before or after the switch.
+        Args:
+            total_steps: total number of updates. The switch is not reached if there is only one, or
+                fewer than a count.
         """
         if self.at >= 1:
             return round(self.at)
-        step = round(self.at * total_steps)
-        if not 0 < step < total_steps:
-            raise ValueError(
-                f"freeze_critics_at={self.at} leaves no update before or after the switch with "
-                f"total_steps={total_steps}: use a larger total_steps, or another fraction."
-            )
-        return step
+        return max(1, min(round(self.at * total_steps), total_steps - 1))
 
     def register(self, trainer: Any, name: str = "freeze_then_flow") -> None:
         """Register the hook with a trainer.
@@ -75,8 +68,7 @@ class FreezeThenFlow(TrainerHookBase):
             name: unused, part of TorchRL's interface.
 
         Raises:
-            ValueError: if a fraction leaves no update before or after the switch, or if the replay
-                buffer is prioritised.
+            ValueError: if the replay buffer is prioritised.
         """
         self.trainer, self.loss = trainer, trainer.loss_module
         step = self.switch(trainer.total_frames)

@@ -74,7 +74,8 @@ class TrainerStack:
         shared = [{name: getattr(one, name) for name in _SHARED_SETTINGS} for one in self.steppers]
         if any(settings != shared[0] for settings in shared):
             raise ValueError(f"trainers of a stack must share their settings, not {shared}.")
-        modules = (module for one in self.steppers for module in one.loss_module.modules())
+        actors = [one.loss_module.actor_network for one in self.steppers]
+        modules = (module for actor in actors for module in actor.modules())
         if any(isinstance(module, ProbabilisticTensorDictModule) for module in modules):
             raise ValueError(
                 "a stack does not support actors that sample from distributions "
