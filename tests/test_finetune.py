@@ -36,9 +36,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def test_a_chain_continues_from_its_checkpoint(trained, tmp_path):
+def test_all_networks_are_trained_together(trained, tmp_path):
     out = tmp_path / "tuned"
-    last = finetune([str(trained), "env_steps=20", *SETTINGS, f"out={out}"])
+    last = finetune([str(trained), "env_steps=20", "flow_updates=0", *SETTINGS, f"out={out}"])
     assert [(e.actor, e.mode) for e in last] == [
         (i, mode) for i in (0, 1) for mode in ("deterministic", "stochastic")
     ]
@@ -59,8 +59,43 @@ def test_a_chain_continues_from_its_checkpoint(trained, tmp_path):
         assert torch.equal(one.module.mean, other.module.mean)
 
 
+@pytest.mark.parametrize("actor", [-1, 0])
+def test_later_actors_flow_from_the_one_that_collects_data(trained, tmp_path, monkeypatch, actor):
+    built = []
+    initialise = FineTuning.__init__
+
+    def recorded(self, cfg):
+        initialise(self, cfg)
+        built.append(self)
+
+    monkeypatch.setattr(FineTuning, "__init__", recorded)
+    settings = ["env_steps=12", "flow_updates=8", "step_size=0.5", f"actor={actor}"]
+    finetune([str(trained), *settings, *SETTINGS, "eval_interval=6", f"out={tmp_path}"])
+    (tuned,) = built
+    assert len(tuned.buffer.online) == 12  # none during the flow
+    start = load_actors(trained / "checkpoints" / "policy.safetensors")[actor]
+    first, last = load_actors(tmp_path / "checkpoints" / "policy.safetensors")
+    weights = [list(one.module.module.parameters()) for one in (start, first, last)]
+    assert all(map(torch.equal, weights[0], weights[1]))
+    assert not any(map(torch.equal, weights[0], weights[2]))
+    before = [r["return_mean"] for r in rows(trained / "training" / "evaluations.csv")[-4:]]
+    found = {}
+    for row in rows(tmp_path / "training" / "evaluations.csv"):
+        if row["mode"] == "deterministic":
+            found.setdefault(int(row["step"]), []).append(row["return_mean"])
+    assert list(found) == [0, 6, 12, 18, 20]
+    for step in (0, 6, 12):  # both are copies until the steps end
+        assert found[step] == [before[2 * actor]] * 2
+    assert found[20][0] == before[2 * actor]
+    # h = alpha / (w d), whatever the weights of the run
+    assert tuned.loss.w2_weights[1] == pytest.approx(tuned.loss.alpha / (0.5 * 3))
+    critics = open_run(trained).loss.qvalue_network_params, tuned.loss.qvalue_network_params
+    assert not any(torch.equal(a, b) for a, b in zip(*(c.values(True, True) for c in critics)))
+
+
 def test_a_stopped_fine_tuning_continues_with_its_transitions(trained, tmp_path, monkeypatch):
     arguments = [str(trained), "env_steps=20", "--updates-per-step", "2", *SETTINGS]
+    arguments += ["flow_updates=10"]
     arguments += [f"out={tmp_path}"]
     built = []
     initialise = FineTuning.__init__
@@ -88,14 +123,14 @@ def test_a_stopped_fine_tuning_continues_with_its_transitions(trained, tmp_path,
         finetune([*arguments, "updates_per_step=1", "resume=true", "env_steps=40"])
     finetune([*arguments, "resume=true"])
     resumed = built[-1].buffer
-    assert resumed.samples == 40
+    assert resumed.samples == 50
     assert len(resumed.online) == 20
     count = len(stopped.online)
     for key in stopped.keys:
         assert torch.equal(resumed.online[:count][key], stopped.online[:][key])
     evaluations = rows(tmp_path / "training" / "evaluations.csv")
     assert [int(row["step"]) for row in evaluations] == [
-        s for s in (0, 10, 20, 30, 40) for _ in "1234"
+        s for s in (0, 10, 20, 30, 40, 50) for _ in "1234"
     ]
 
 
@@ -121,6 +156,22 @@ def test_new_transitions_are_those_of_the_environment(trained):
     mirror.reset(seed=0)
     _, reward, *_ = mirror.step(mirror.action_space.sample())
     assert abs(raw["next", "reward"].mean() - 2.0 - reward) < 1.5
+
+
+def test_exploration_noise(trained):
+    run = open_run(trained)
+    policy = run.loss.actor(-1)
+    new = []
+    for noise in (0.0, 0.3, 100.0):
+        settings = {"exploration_noise": noise, "seed": 3}
+        collector = make_collector(run.evaluator._make_env, policy, run.replay_buffer, **settings)
+        new.append(torch.cat([next(step) for step in [iter(collector)] for _ in range(40)]))
+        collector.shutdown()
+    own = [policy(rows.select("observation", "noise", strict=False))["action"] for rows in new]
+    spread = [float((rows["action"] - action).std()) for rows, action in zip(new, own)]
+    assert spread[0] < 0.3 < spread[2]
+    assert spread[1] == pytest.approx((spread[0] ** 2 + 0.3**2) ** 0.5, rel=0.4)
+    assert new[2]["action"].abs().eq(1).float().mean() > 0.9  # clipped to the bounds
 
 
 def offline_buffer(count: int = 32) -> OfflineReplayBuffer:
@@ -150,7 +201,7 @@ def test_batches_are_half_offline_and_half_new():
         offline[:1].exclude(("next", "action")).apply(partial(torch.full_like, fill_value=1 + k))
         for k in range(100)
     )
-    buffer = OnlineBuffer(offline, steps, capacity=50, batch_size=8, updates_per_step=2)
+    buffer = OnlineBuffer(offline, steps, capacity=10, batch_size=8, updates_per_step=2)
     sizes, new = [], []
     for _ in range(20):
         batch = buffer.sample()
@@ -159,6 +210,9 @@ def test_batches_are_half_offline_and_half_new():
         new.append(int((batch["observation"] > 0).sum()))
         assert batch["next", "action"].isnan().sum() == new[-1]
     assert sizes == [k // 2 for k in range(2, 22)]  # a step before every second update
+    for _ in range(5):
+        assert (buffer.sample()["observation"] > 0).sum() == 4
+    assert len(buffer.online) == 10  # its capacity
     assert new[:6] == [0] * 6  # until there are enough for a half
     assert new[6:] == [4] * 14
 
@@ -170,6 +224,8 @@ def test_errors(trained, tmp_path):
         ([str(policy)], "exported policies have no critics: give the folder of the run"),
         ([str(tmp_path)], "contains no run"),
         ([str(trained), "actor=2"], "actor=2 is out of range: the run has the actors 0 to 1"),
+        ([str(trained), "step_size=0"], r"step_size=0.* must be a finite number > 0"),
+        ([str(trained), "exploration_noise=-1"], r"exploration_noise=-1.* >= 0"),
         ([str(trained), "env_steps=0"], "env_steps=0 must be an integer >= 1"),
         ([str(trained), "env_step=1"], "unknown option 'env_step'; did you mean env_steps"),
     ]:
@@ -240,6 +296,8 @@ def test_an_environment_that_may_exist_once(tmp_path):
     small = [x for x in SMALL if "w2_weights" not in x]
     main(["train", *small, *own, "total_steps=4"])
     run = str(tmp_path / "single" / "w2_0.1" / "seed_0")
-    finetune([run, "env_steps=20", *SETTINGS])
+    with pytest.raises(ValueError, match=r"has a single actor.* set flow_updates=0"):
+        finetune([run, "env_steps=20", *SETTINGS])
+    finetune([run, "env_steps=20", "flow_updates=0", *SETTINGS])
     assert len(rows(tmp_path / run / "finetune/seed_0/training/evaluations.csv")) == 3 * 2
     assert Single.alive == 0

@@ -13,7 +13,8 @@ import gymnasium
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBufferEnsemble, TensorDictReplayBuffer
 from torchrl.envs import Compose, DoubleToFloat, GymWrapper, ObservationNorm, TransformedEnv
@@ -35,7 +36,11 @@ from pogo_torchrl.experiments.run_folder import (
 from pogo_torchrl.experiments.signals import stop_on_signals
 from pogo_torchrl.experiments.train import exit_codes
 from pogo_torchrl.experiments.trained_run import open_run
+from pogo_torchrl.functional import step_sizes_to_weights
+from pogo_torchrl.objectives import POGOLoss
+from pogo_torchrl.objectives.settings import check_positive
 from pogo_torchrl.screen import expendable_screen
+from pogo_torchrl.trainers.freeze import copy_weights
 
 
 @dataclass
@@ -48,8 +53,19 @@ class FinetuneConfig:
     env_steps: int = option(20_000, "steps in the environment, in total")
     updates_per_step: int = option(1, "training updates per step in the environment", highest=100)
     actor: int = option(
-        -1, "index of the actor that collects data; -1: the last one", lowest=-32, highest=31
+        -1, "index of the actor to start from, which collects data; -1: the last one", lowest=-32,
+        highest=31,
+    )  # fmt: skip
+    exploration_noise: float = option(
+        0.3, "standard deviation of the noise on collected actions, in units of half their range"
     )
+    flow_updates: int = option(
+        3000,
+        "updates of the later actors after all steps in the environment, which then flow from "
+        "actor along frozen critics; 0: train all networks together during the steps instead",
+        lowest=0,
+    )
+    step_size: float = option(0.04, "step size h_i of each later actor in this flow, > 0")
     seed: int = option(
         0, "seed of the environment, sampling, noise and evaluation", lowest=0, highest=2**32 - 1
     )
@@ -76,7 +92,7 @@ class OnlineBuffer:
     Args:
         offline: the offline data.
         steps: iterator over new transitions ``[1]``.
-        capacity: number of new transitions.
+        capacity: number of new transitions, after which the environment is no longer stepped.
         batch_size: size of a batch, at least 2.
         updates_per_step: number of samples per step in the environment.
     """
@@ -91,6 +107,7 @@ class OnlineBuffer:
         updates_per_step: int,
     ) -> None:
         self.offline, self.steps, self.updates_per_step = offline, steps, updates_per_step
+        self.capacity = capacity
         # "auto": that of the rows, which have no device if the offline data have none.
         self.online = TensorDictReplayBuffer(storage=LazyTensorStorage(capacity, device="auto"))
         self.half = batch_size // 2
@@ -113,7 +130,7 @@ class OnlineBuffer:
 
     def sample(self) -> TensorDictBase:
         """Step the environment, if it is time to, and return a batch ``[B]``."""
-        if self.samples % self.updates_per_step == 0:
+        if self.samples % self.updates_per_step == 0 and len(self.online) < self.capacity:
             row = next(self.steps)
             if ("next", "action") in self.keys:  # of critic_bc_weight; unknown here
                 row["next", "action"] = torch.full_like(row["action"], torch.nan)
@@ -151,17 +168,20 @@ def make_collector(
     offline: OfflineReplayBuffer,
     *,
     reward_shift: float = 0.0,
+    exploration_noise: float = 0.0,
     seed: int = 0,
 ) -> Collector:
     """TorchRL collector of single steps, on observations and rewards as in the offline data.
 
     Args:
         make_env: function that creates the environment.
-        policy: an actor on normalised observations, which explores by its own noise z.
+        policy: an actor on normalised observations, which acts with its own noise z.
         offline: the offline data, with their normalisation.
 
     Keyword Args:
         reward_shift: constant that was added to the rewards of the data. Defaults to ``0``.
+        exploration_noise: standard deviation of Gaussian noise on the actions, in units of half
+            their range; the sum is clipped to the bounds. Defaults to ``0``.
         seed: seed of the environment. Defaults to ``0``.
     """
     loc, scale = (values.cpu() for values in offline.normalization)
@@ -174,9 +194,16 @@ def make_collector(
         ),
     )
     device = offline.storage.device
+    low, high = env.action_spec.space.low.to(device), env.action_spec.space.high.to(device)
+
+    def explore(action: Tensor) -> Tensor:
+        noise = exploration_noise * (high - low) / 2 * torch.randn_like(action)
+        return (action + noise).clamp(low, high)
+
+    exploration = TensorDictModule(explore, ["action"], ["action"])
     collector = Collector(
         env,
-        policy,
+        TensorDictSequential(policy, exploration) if exploration_noise else policy,
         frames_per_batch=1,
         policy_device=device,
         env_device="cpu",
@@ -219,16 +246,25 @@ class FineTuning(RunInProgress):
                 f"{cfg.run} was trained without an environment (env.id=null), but fine-tuning "
                 "needs one: set env.id in its training/config.yaml."
             )
+        if cfg.flow_updates and number == 1:
+            raise ValueError(
+                f"{cfg.run} has a single actor, so that there are no later actors to flow from it: "
+                "set flow_updates=0."
+            )
+        check_positive("step_size", cfg.step_size)
+        check_positive("exploration_noise", cfg.exploration_noise, or_zero=True)
         if source.cfg.batch_size < 2:
             raise ValueError(
                 "batch_size=1 has no halves of offline and new data: use a larger one."
             )
-        super().__init__(_run_config(source.cfg, cfg))
+        super().__init__(_run_config(source, cfg))
         root = Path(cfg.out) if cfg.out else Path(cfg.run) / "finetune" / f"seed_{cfg.seed}"
         self.folder = RunFolder(root / "training", root / "checkpoints")
         self.settings["checkpoint_dir"] = self.folder.checkpoints
         self.loss.load_state_dict(source.loss.state_dict())
         self.loss.alpha = source.loss.alpha  # step control may have changed it
+        if cfg.flow_updates:
+            _start_from(self.loss, cfg.actor)
         self._collection: Generator[TensorDictBase, None, None] | None = None
 
     def read_data(self, replay_buffer: OfflineReplayBuffer | None = None) -> None:
@@ -257,6 +293,8 @@ class FineTuning(RunInProgress):
             "from": self.source.trainer.collected_frames,
             "actor": choices.actor,
             "updates_per_step": choices.updates_per_step,
+            "exploration_noise": choices.exploration_noise,
+            "flow_updates": choices.flow_updates,
         }
         self.buffer = OnlineBuffer(
             offline,
@@ -266,6 +304,7 @@ class FineTuning(RunInProgress):
             updates_per_step=choices.updates_per_step,
         )
         self.make_trainer(offline, self.buffer, {**fingerprint(cfg, offline), "finetune": settings})
+        self.trainer.optimization_stepper.hold_first_actor = bool(choices.flow_updates)
         self.trainer.register_module("online", self.buffer)
         self.resumed = self.trainer.resume() if cfg.resume else None
 
@@ -286,6 +325,7 @@ class FineTuning(RunInProgress):
             self.loss.actor(self.options.actor),
             self.replay_buffer,
             reward_shift=cfg.data.reward_shift,
+            exploration_noise=self.options.exploration_noise,
             # Another seed after resuming: the start states should not repeat.
             seed=(cfg.seed + len(self.buffer.online)) % 2**31,
         )
@@ -311,11 +351,27 @@ class FineTuning(RunInProgress):
         super().close()
 
 
-def _run_config(source: DictConfig, cfg: DictConfig) -> DictConfig:
+def _start_from(loss: POGOLoss, actor: int) -> None:
+    """Start all actors, and their averages and target, from one of them, as it is deployed."""
+    start = f"actor_network_{actor % loss.num_actors}"
+    copies = ["actor_network_{}"]
+    if loss.average_actors is not None:
+        start = f"average_{start}"
+        copies.append("average_actor_network_{}")
+    names = [name.format(i) for name in copies for i in range(loss.num_actors)]
+    if loss.delay_actor:
+        names.append("target_actor_network_0")
+    for name in names:
+        if name != start:
+            copy_weights(loss, start, name)
+
+
+def _run_config(source: RunInProgress, cfg: DictConfig) -> DictConfig:
     """Options of the trained run, with those of its fine-tuning in place of its schedule."""
-    found = copy.deepcopy(source)
+    found = copy.deepcopy(source.cfg)
     OmegaConf.set_struct(found, True)
-    found.total_steps = cfg.env_steps * cfg.updates_per_step
+    steps = cfg.env_steps * cfg.updates_per_step
+    found.total_steps = steps + cfg.flow_updates
     for name in (
         "seed", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "resume",
         "device", "compile", "progress_bar",
@@ -324,6 +380,13 @@ def _run_config(source: DictConfig, cfg: DictConfig) -> DictConfig:
     # All networks are trained, with constant rates and step sizes.
     found.lr_schedule, found.lr_schedule_actor, found.lr_schedule_critic = "constant", None, None
     found.displacement, found.alpha_growth, found.freeze_critics_at = None, 1.0, None
+    if cfg.flow_updates:
+        found.freeze_critics_at = steps
+        sizes = [cfg.step_size] * len(found.w2_weights)
+        dim, alpha = source.spaces.action_dim, float(source.loss.alpha)
+        weights = step_sizes_to_weights(sizes, dim, alpha)
+        found.w2_weights = [found.w2_weights[0], *weights[1:]]  # actor 0 is not trained
+        found.data_weight, found.return_temperature = 0.0, None
     found.save_model, found.checkpoint_dir = True, None
     return found
 

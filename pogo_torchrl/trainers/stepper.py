@@ -119,6 +119,8 @@ class POGOOptimizationStepper(OptimizationStepper):
         freeze_at: number of updates after which the critics and actor 0 are frozen, and until which
             the later actors are not trained; set by
             :class:`~pogo_torchrl.trainers.freeze.FreezeThenFlow`. Defaults to ``None``.
+        hold_first_actor: with ``freeze_at``, do not train actor 0 either: the critics evaluate it
+            as it is. Defaults to ``False``.
 
     Raises:
         ValueError: if an optimizer is invalid, if there is not one optimizer per actor, if
@@ -171,6 +173,7 @@ class POGOOptimizationStepper(OptimizationStepper):
         )
         self.steps = 0
         self.freeze_at: int | None = None
+        self.hold_first_actor = False
         critics, actors = scalar_names(loss_module)
         self.names, self._num_qvalue = critics + actors, len(critics)
         # Always the same memory, because CUDA graphs write to it.
@@ -283,7 +286,9 @@ class POGOOptimizationStepper(OptimizationStepper):
             return range(0)
         if self.frozen:
             return range(1, self.loss_module.num_actors)
-        return range(self.loss_module.num_actors if self.freeze_at is None else 1)
+        if self.freeze_at is not None:
+            return range(0 if self.hold_first_actor else 1)
+        return range(self.loss_module.num_actors)
 
     @property
     def frozen(self) -> bool:
