@@ -182,7 +182,7 @@ def test_errors_of_a_study_file_name_the_key(tmp_path, change, message):
 @pytest.mark.parametrize("name", ["amount", "screening", "final", "short"])
 def test_the_runs_of_the_studies_can_be_composed(name, tmp_path):
     content = study_file.read_study(FOLDER / f"{name}.yaml")
-    evaluation = (1250, 10) if name == "short" else (2500, 20)
+    evaluation = (1250, 10) if name in ("amount", "short") else (2500, 20)
     assert (content.eval_interval, content.eval_episodes) == evaluation
     task = content.tasks[0]
     found = study_file.DataFile(task, task, "hdf5", tmp_path / "data.hdf5")
