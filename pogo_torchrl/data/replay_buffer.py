@@ -292,7 +292,8 @@ def _check_temperature(temperature: float, episode_returns: np.ndarray) -> None:
     if not len(episode_returns):
         raise ValueError(
             f"return_temperature={temperature} weighs episodes by their returns, but the rows of "
-            "the dataset are single transitions: leave it out, or use data in episodes."
+            "the dataset are single transitions: use data in episodes, or return_temperature=None "
+            "(null as an option of a run)."
         )
 
 

@@ -65,7 +65,7 @@ class FinetuneConfig:
         "actor along frozen critics; 0: train all networks together during the steps instead",
         lowest=0,
     )
-    step_size: float = option(0.04, "step size h_i of each later actor in this flow, > 0")
+    step_size: float = option(0.02, "step size h_i of each later actor in this flow, > 0")
     seed: int = option(
         0, "seed of the environment, sampling, noise and evaluation", lowest=0, highest=2**32 - 1
     )
