@@ -120,7 +120,9 @@ def test_a_stopped_fine_tuning_continues_with_its_transitions(trained, tmp_path,
     with pytest.raises(FileExistsError, match="resume=true, choose another seed or out"):
         finetune(arguments)
     with pytest.raises(ValueError, match="updates_per_step"):
-        finetune([*arguments, "updates_per_step=1", "resume=true", "env_steps=40"])
+        finetune([*arguments, "updates_per_step=1", "env_steps=40", "resume=true"])
+    with pytest.raises(ValueError, match=r"env_steps \* updates_per_step: 40.0 -> 80.0"):
+        finetune([*arguments, "env_steps=40", "resume=true"])
     finetune([*arguments, "resume=true"])
     resumed = built[-1].buffer
     assert resumed.samples == 50

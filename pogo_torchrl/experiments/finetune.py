@@ -283,6 +283,9 @@ class FineTuning(RunInProgress):
             check_run_folder(self.folder, cfg)
         except FileExistsError as error:
             raise FileExistsError(str(error).replace(", variant or log_dir", " or out")) from None
+        except ValueError as error:
+            product = "env_steps * updates_per_step"
+            raise ValueError(str(error).replace("freeze_critics_at", product)) from None
         LOGGER.info(
             "POGO on %s, %d environment steps by actor %d, from update %d of %s; folder %s",
             cfg.task, choices.env_steps, choices.actor, self.source.trainer.collected_frames,
