@@ -95,6 +95,14 @@ def test_all_tasks_have_one_setting_but_the_local_data(task, source):
     assert configs.compose([f"task={task}", f"data.source={source}", "alpha=2"]).alpha == 2
 
 
+def test_any_task_can_have_the_setting_of_the_presets():
+    preset = local_settings("walker2d-medium-v2")
+    for given in (["task=mine", "env.id=Pendulum-v1"], ["task=hopper-medium-v2"]):
+        cfg = configs.compose([*given, "algorithm=returns"])
+        assert cfg.algorithm == "pogo"
+        assert {key: cfg[key] for key in TUNED} == {key: preset[key] for key in TUNED}
+
+
 @pytest.mark.parametrize("algorithm", ["iql", "paper", "rebrac", "td3_bc"])
 @pytest.mark.parametrize("task", ["hopper-medium-v2", "walker2d-medium-v2"])
 def test_presets_of_algorithms_reset_what_those_of_tasks_set(task, algorithm):

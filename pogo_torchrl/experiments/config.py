@@ -158,8 +158,8 @@ class RunConfig:
     )
     algorithm: str = option(
         "pogo",
-        "pogo, original (pogo with the weights published for the task), or a chain on top of "
-        "td3_bc, iql, rebrac or paper (POGO with Gaussian policies); presets replace the task's",
+        "pogo; returns or original (pogo with the setting of D4RL's presets, or with the published "
+        "weights); or a chain on top of td3_bc, iql, rebrac or paper (POGO with Gaussian policies)",
     )
     chain: int | None = option(
         None,

@@ -60,7 +60,7 @@ def algorithms() -> list[str]:
 
     Example:
         >>> algorithms()
-        ['iql', 'original', 'paper', 'pogo', 'rebrac', 'td3_bc']
+        ['iql', 'original', 'paper', 'pogo', 'rebrac', 'returns', 'td3_bc']
     """
     folder = resources.files("pogo_torchrl.experiments") / "conf" / "algorithm"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith("yaml"))
