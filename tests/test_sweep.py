@@ -36,6 +36,7 @@ common:
   log_interval: 4
   batch_size: 16
   hidden_sizes: [16]
+  freeze_critics_at: null  # a fraction would depend on total_steps
   data: {size: 2000}
   seeds: [0, 1]
 environments:
