@@ -15,6 +15,7 @@ TUTORIALS = sorted(
 )
 
 
+@pytest.mark.slow  # the build of the documentation runs them, too
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_the_tutorial_runs(path, tmp_path, monkeypatch):
     plt.switch_backend("Agg")
